@@ -1,0 +1,154 @@
+// Python names of the kernels. Pointers come as integers from torch.Tensor.data_ptr(); the checks are in cwfast/ops.
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include <cstdlib>
+#include <stdexcept>
+#include <tuple>
+
+#include "rewind.h"
+#include "runtime.h"
+#include "saliency.h"
+#include "select.h"
+
+namespace py = pybind11;
+
+namespace cwfast {
+namespace {
+
+template <class T>
+T* pointer(uintptr_t address) {
+  return reinterpret_cast<T*>(address);
+}
+
+// Runs a kernel without the GIL; Ctrl-C during it becomes the Python exception that the signal handler raised.
+template <class Work>
+auto unlocked(Work work) {
+  try {
+    const py::gil_scoped_release release;
+    return work();
+  } catch (const Interrupted&) {
+    throw py::error_already_set();
+  }
+}
+
+bool signal_pending() {
+  const py::gil_scoped_acquire acquire;
+  return PyErr_CheckSignals() != 0;
+}
+
+void bind_runtime(py::module_& m) {
+  interrupt_check = signal_pending;
+  if (const char* wanted = std::getenv("CWFAST_CPU_ISA")) set_isa(wanted);
+  m.def("isas", supported_isas, "Instruction sets that this processor runs, best last.");
+  m.def("isa", current_isa, "The instruction set in use.");
+  m.def("set_isa", set_isa, py::arg("name"), "Use one of isas(); for tests.");
+  m.def("threads", threads, "OpenMP threads that a kernel uses.");
+}
+
+template <class T>
+void saliency(uintptr_t out, uintptr_t inputs, uintptr_t grad_outputs, int64_t input_stride, int64_t grad_stride,
+              uintptr_t row_offsets, int64_t samples, int64_t out_features, int64_t in_features, int power,
+              double scale, uintptr_t factor, uintptr_t grad) {
+  const SaliencyArgs<T> args{pointer<T>(out),
+                             pointer<const T>(inputs),
+                             pointer<const T>(grad_outputs),
+                             input_stride,
+                             grad_stride,
+                             pointer<const int64_t>(row_offsets),
+                             samples,
+                             out_features,
+                             in_features,
+                             power,
+                             scale,
+                             pointer<const T>(factor),
+                             pointer<T>(grad)};
+  unlocked([&] { accumulate_saliency(args); });
+}
+
+void bind_saliency(py::module_& m) {
+  m.def("accumulate_saliency_float32", saliency<float>);
+  m.def("accumulate_saliency_float64", saliency<double>);
+}
+
+void bind_select(py::module_& m) {
+  py::enum_<Dtype>(m, "Dtype")
+      .value("float32", Dtype::float32)
+      .value("float64", Dtype::float64)
+      .value("bfloat16", Dtype::bfloat16)
+      .value("float16", Dtype::float16);
+  py::class_<Selected>(m, "Selected")
+      .def_readonly("counts", &Selected::counts)
+      .def_readonly("nans", &Selected::nans)
+      .def_readonly("negatives", &Selected::negatives)
+      .def_readonly("threshold", &Selected::threshold)
+      .def_readonly("valid", &Selected::valid);
+  using Item = std::tuple<uintptr_t, int64_t, uintptr_t>;  // data, numel, bits
+  m.def("select_topk", [](const std::vector<Item>& items, Dtype dtype, int64_t k, bool abs, bool skip_nan) {
+    std::vector<ScoreTensor> scores;
+    for (const auto& [data, numel, bits] : items)
+      scores.push_back({pointer<const void>(data), numel, pointer<uint64_t>(bits)});
+    return unlocked([&] { return select_topk(scores, dtype, k, abs, skip_nan); });
+  });
+}
+
+using PickItem = std::tuple<int64_t, uintptr_t, uintptr_t, uintptr_t, int64_t>;      // numel, bits, low, offset, k
+using ViewItem = std::tuple<uintptr_t, std::vector<int64_t>, std::vector<int64_t>>;  // data, sizes, strides
+
+std::vector<Picks> picks_of(const std::vector<PickItem>& items) {
+  std::vector<Picks> picks;
+  for (const auto& [numel, bits, low, offset, k] : items)
+    picks.push_back(
+        {numel, pointer<const uint64_t>(bits), pointer<const uint16_t>(low), pointer<const int64_t>(offset), k});
+  return picks;
+}
+
+std::vector<View> views_of(const std::vector<ViewItem>& items) {
+  std::vector<View> views;
+  for (const auto& [data, sizes, strides] : items) views.push_back({pointer<char>(data), sizes, strides});
+  return views;
+}
+
+template <class T>
+std::vector<T*> pointers(const std::vector<uintptr_t>& addresses) {
+  std::vector<T*> out;
+  for (uintptr_t address : addresses) out.push_back(pointer<T>(address));
+  return out;
+}
+
+void bind_rewind(py::module_& m) {
+  m.def("check_picks", [](const std::vector<PickItem>& picks) {
+    return unlocked([list = picks_of(picks)] { return check_picks(list); });
+  });
+  m.def("count_picks", [](const std::vector<PickItem>& picks) {
+    return unlocked([list = picks_of(picks)] { return count_picks(list); });
+  });
+  m.def("rewind", [](const std::vector<ViewItem>& weights, const std::vector<ViewItem>& initial,
+                     const std::vector<PickItem>& picks, int item_size) {
+    unlocked(
+        [&, w = views_of(weights), w0 = views_of(initial), list = picks_of(picks)] { rewind(w, w0, list, item_size); });
+  });
+  m.def("gather", [](const std::vector<ViewItem>& weights, const std::vector<PickItem>& picks,
+                     const std::vector<uintptr_t>& values, int item_size) {
+    unlocked([&, w = views_of(weights), list = picks_of(picks), v = pointers<char>(values)] {
+      gather(w, list, v, item_size);
+    });
+  });
+  m.def("scatter", [](const std::vector<ViewItem>& weights, const std::vector<PickItem>& picks,
+                      const std::vector<uintptr_t>& values, int item_size) {
+    unlocked([&, w = views_of(weights), list = picks_of(picks), v = pointers<const char>(values)] {
+      scatter(w, list, v, item_size);
+    });
+  });
+}
+
+}  // namespace
+}  // namespace cwfast
+
+PYBIND11_MODULE(_C, m) {
+  m.doc() = "cwfast's CPU kernels: raw pointers in, checked by cwfast.ops.";
+  cwfast::bind_runtime(m);
+  cwfast::bind_saliency(m);
+  cwfast::bind_select(m);
+  cwfast::bind_rewind(m);
+}

@@ -1,0 +1,38 @@
+// Selected entries of a list of tensors: copy from the initial tensor, gather into compact values, scatter them back.
+#pragma once
+#include <cstdint>
+#include <string>
+#include <vector>
+
+namespace cwfast {
+
+// A dense or strided tensor; `sizes` and `strides` (in entries) are empty where it is contiguous.
+struct View {
+  char* data;
+  std::vector<int64_t> sizes, strides;
+};
+
+// Which entries of a tensor of `numel` entries are selected: packed bits, or a list of 16-bit offsets per 64K block.
+struct Picks {
+  int64_t numel;
+  const uint64_t* bits;   // [(numel + 63) / 64], or null for a list:
+  const uint16_t* low;    // [k] ascending inside each block
+  const int64_t* offset;  // [blocks + 1], offset[0] = 0, offset[blocks] = k
+  int64_t k;              // entries of low
+};
+
+// Empty where every pick names an entry of its tensor, each once; else what is wrong.
+std::string check_picks(const std::vector<Picks>& picks);
+// Selected entries of each tensor.
+std::vector<int64_t> count_picks(const std::vector<Picks>& picks);
+
+// item_size: bytes of an entry: 1, 2, 4 or 8. All lists have one item per tensor.
+void rewind(const std::vector<View>& weights, const std::vector<View>& initial, const std::vector<Picks>& picks,
+            int item_size);
+// values[t]: [selected entries of t] contiguous, in flat order.
+void gather(const std::vector<View>& weights, const std::vector<Picks>& picks, const std::vector<char*>& values,
+            int item_size);
+void scatter(const std::vector<View>& weights, const std::vector<Picks>& picks, const std::vector<const char*>& values,
+             int item_size);
+
+}  // namespace cwfast

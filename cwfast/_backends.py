@@ -1,0 +1,100 @@
+"""Which backends this machine has, and which one an op uses. A named backend runs or raises; only "auto" chooses."""
+
+import functools
+import importlib
+import warnings
+from types import ModuleType
+from typing import NamedTuple
+
+import torch
+
+from cwfast.errors import BackendUnavailable
+
+NAMES = ("reference", "cpu", "triton", "cuda")
+
+
+class Backend(NamedTuple):
+    """Whether a backend can run here, and why not."""
+
+    available: bool
+    reason: str
+
+
+@functools.cache
+def extension() -> ModuleType | str:
+    """``cwfast._C``, or the reason why it cannot be used."""
+    try:
+        return importlib.import_module("cwfast._C")
+    except ModuleNotFoundError:
+        return "cwfast._C is not built: install cwfast with a C++17 compiler and without CWFAST_NO_EXT=1"
+    except ImportError as error:  # built, and broken: say how
+        return f"cwfast._C cannot be loaded: {error}"
+
+
+def native() -> ModuleType:
+    """``cwfast._C``.
+
+    Raises:
+        BackendUnavailable: it is not built or cannot be loaded.
+    """
+    module = extension()
+    if isinstance(module, str):
+        raise BackendUnavailable(f"backend 'cpu' needs cwfast._C; {module}")
+    return module
+
+
+def backends() -> dict[str, Backend]:
+    """What this machine has: ``{name: (available, reason)}``; ``reason`` is empty where the backend runs.
+
+    Example: ``cwfast.backends()["cpu"].available``.
+    """
+    module = extension()
+    return {
+        "reference": Backend(True, ""),
+        "cpu": Backend(False, module) if isinstance(module, str) else Backend(True, ""),
+        "triton": Backend(False, "this version of cwfast has no Triton kernels yet"),
+        "cuda": Backend(False, "this version of cwfast has no CUDA kernels yet"),
+    }
+
+
+def resolve(backend: str, device: torch.device, supported: tuple[str, ...]) -> str:
+    """The backend that an op with the backends ``supported`` uses for tensors on ``device``.
+
+    "auto": CUDA tensors take cuda, else triton, else an error; CPU tensors take cpu, else reference with one
+    warning; other devices take reference. Any other name is used as it is, or refused.
+
+    Raises:
+        ValueError: no backend has this name.
+        BackendUnavailable: the backend cannot run here, on this device, or for this op.
+    """
+    if backend == "auto":
+        return _auto(device.type, supported)
+    if backend not in NAMES:
+        raise ValueError(f"backend must be one of {('auto', *NAMES)}; got {backend!r}")
+    available, reason = backends()[backend]
+    if not available:
+        raise BackendUnavailable(f"backend {backend!r} is not available: {reason}")
+    if backend not in supported:
+        raise BackendUnavailable(f"backend {backend!r} does not have this op; it has {supported}")
+    if backend == "cpu" and device.type != "cpu":
+        raise BackendUnavailable(f"backend 'cpu' needs CPU tensors; got tensors on {device}")
+    return backend
+
+
+@functools.cache
+def _auto(device_type: str, supported: tuple[str, ...]) -> str:
+    have = backends()
+    if device_type == "cuda":
+        for name in ("cuda", "triton"):
+            if name in supported and have[name].available:
+                return name
+        why = "; ".join(f"{name}: {have[name].reason}" for name in ("cuda", "triton"))
+        raise BackendUnavailable(
+            f"no kernel for CUDA tensors ({why}); name backend='reference' to run in plain PyTorch"
+        )
+    if device_type != "cpu" or "cpu" not in supported:
+        return "reference"
+    if not have["cpu"].available:
+        warnings.warn(f"cwfast runs in plain PyTorch, which is slow: {have['cpu'].reason}", stacklevel=3)
+        return "reference"
+    return "cpu"

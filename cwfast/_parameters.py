@@ -1,0 +1,53 @@
+"""A model's parameters by name, and the initial values that belong to them."""
+
+import os
+from collections.abc import Mapping
+from typing import TypeAlias
+
+import torch
+from torch import Tensor, nn
+
+Initial: TypeAlias = nn.Module | Mapping[str, Tensor] | str | os.PathLike[str]
+
+
+def trainable(model: nn.Module) -> dict[str, nn.Parameter]:
+    """Parameters that require a gradient, as ``named_parameters`` names them: a tied one appears once."""
+    return {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+
+
+def initial_values(initial: Initial, expected: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors of ``initial`` under the names of ``expected``, in its order.
+
+    Args:
+        initial: a module of the same architecture, a mapping (a ``state_dict``), or a safetensors file.
+        expected: what must be there, with these shapes.
+
+    Raises:
+        TypeError: ``initial`` is none of these.
+        ValueError: a name is missing or a shape differs; the message names it.
+    """
+    if isinstance(initial, nn.Module):
+        found: Mapping[str, Tensor] = dict(initial.named_parameters(remove_duplicate=False))
+    elif isinstance(initial, Mapping):
+        found = initial
+    elif isinstance(initial, str | os.PathLike):
+        from safetensors.torch import load_file
+
+        found = load_file(initial)
+    else:
+        raise TypeError(f"initial must be a module, a mapping or a safetensors file; got {type(initial).__name__}")
+    missing = [name for name in expected if name not in found]
+    if missing:
+        raise ValueError(f"initial must hold every parameter; {len(missing)} missing, the first is {missing[0]!r}")
+    for name, tensor in expected.items():
+        if found[name].shape != tensor.shape:
+            raise ValueError(
+                f"initial[{name!r}] must have the shape of the parameter, {tuple(tensor.shape)}; "
+                f"got {tuple(found[name].shape)}"
+            )
+    return {name: found[name].detach() for name in expected}
+
+
+def snapshot(model: nn.Module) -> dict[str, Tensor]:
+    """A copy of the ``state_dict``, on the same devices."""
+    return {name: tensor.detach().clone() for name, tensor in model.state_dict().items() if torch.is_tensor(tensor)}

@@ -1,0 +1,115 @@
+"""The ``cwfast`` command. Each subcommand imports what it needs when it runs: ``--help`` loads no torch."""
+
+import argparse
+import json
+import os
+import shlex
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command; return its exit code: 0 done, 1 failed, 2 wrong usage."""
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    options = _parser().parse_args(arguments)
+    options.command_line = shlex.join(["cwfast", *arguments])
+    try:
+        document, text = options.run(options)
+    except KeyboardInterrupt:
+        print("cwfast: interrupted", file=sys.stderr)
+        return 1
+    except Exception as error:
+        if options.debug:
+            raise
+        print(f"cwfast: error: {' '.join(str(error).split()) or type(error).__name__}", file=sys.stderr)
+        return 1
+    print(json.dumps(document, indent=2, allow_nan=False) if options.json else text)
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    common = argparse.ArgumentParser(add_help=False)
+    common.add_argument(
+        "--json", action="store_true", help="print one JSON document on stdout, everything else on stderr"
+    )
+    common.add_argument("--debug", action="store_true", help="show the traceback of an error")
+    parser = argparse.ArgumentParser(
+        prog="cwfast",
+        description="Find the few weights that leak a model's training data, rewind them, retrain the rest.",
+    )
+    commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
+
+    demo = commands.add_parser(
+        "demo",
+        parents=[common],
+        help="attack, defend and attack again: networks on handwritten digits, about two minutes",
+    )
+    demo.add_argument(
+        "--out", type=Path, default=Path("cwfast-demo"), help="folder of the report (default: %(default)s)"
+    )
+    demo.add_argument("--seed", type=int, default=0, help="of everything random (default: %(default)s)")
+    demo.add_argument(
+        "--quick", action="store_true", help="fewer, shorter-trained networks: a first look, no conclusions"
+    )
+    demo.set_defaults(run=_demo)
+
+    env = commands.add_parser(
+        "env", parents=[common], help="versions, backends with reasons for those missing, settings"
+    )
+    env.set_defaults(run=_env)
+    return parser
+
+
+def _demo(options: argparse.Namespace) -> tuple[dict[str, Any], str]:
+    from cwfast import demo
+    from cwfast.report.table import table
+
+    report = demo.run(options.out, quick=options.quick, seed=options.seed, command=options.command_line)
+    stages = "\n".join(f"  {stage['name']:<24}{stage['seconds']:7.1f} s" for stage in report["stages"])
+    backends = ", ".join(f"{op}: {backend}" for op, backend in report["backends"].items())
+    lines = [table(report), "", *report["reading"], "", f"Backends: {backends} ({report['machine']})", "Time:", stages]
+    lines += ["", f"Report: {(options.out / 'report.html').resolve()}"]
+    return report, "\n".join(lines)
+
+
+def _env(options: argparse.Namespace) -> tuple[dict[str, Any], str]:
+    import platform
+    from importlib.metadata import PackageNotFoundError, version
+
+    from cwfast import _backends
+
+    def find(name: str) -> str | None:
+        try:
+            return version(name)
+        except PackageNotFoundError:
+            return None
+
+    native = _backends.extension()
+    document = {
+        "versions": {name: find(name) for name in ("cwfast", "torch", "triton", "numpy", "safetensors")},
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "backends": {name: {"available": b.available, "reason": b.reason} for name, b in _backends.backends().items()},
+        "instruction_sets": [] if isinstance(native, str) else native.isas(),
+        "instruction_set": None if isinstance(native, str) else native.isa(),
+        "threads": None if isinstance(native, str) else native.threads(),
+        "environment": {key: value for key, value in sorted(os.environ.items()) if key.startswith("CWFAST_")},
+    }
+    lines = [f"{name:<14}{value or 'not installed'}" for name, value in document["versions"].items()]
+    lines += [f"{'python':<14}{document['python']}, {document['platform']}", ""]
+    lines += [
+        f"backend {name:<12}{'available' if b['available'] else b['reason']}"
+        for name, b in document["backends"].items()
+    ]
+    lines += [
+        f"instruction set {document['instruction_set']} of {document['instruction_sets']}",
+        f"threads {document['threads']}",
+    ]
+    lines += [f"{key}={value}" for key, value in document["environment"].items()]
+    return document, "\n".join(lines)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

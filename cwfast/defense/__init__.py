@@ -1,0 +1,20 @@
+"""Defenses: each a ``Defense`` (for fleets of shadows) over functions that also work in a user's own loop."""
+
+from cwfast.defense.baselines import EarlyStopping, PlainTraining
+from cwfast.defense.cwrf import CWRF, CWRFResult, critical_masks, critical_scores, cwrf_
+from cwfast.defense.gap import gap_shares
+from cwfast.defense.losses import RelaxLoss
+from cwfast.defense.pve import vulnerability
+
+__all__ = [
+    "CWRF",
+    "CWRFResult",
+    "EarlyStopping",
+    "PlainTraining",
+    "RelaxLoss",
+    "critical_masks",
+    "critical_scores",
+    "cwrf_",
+    "gap_shares",
+    "vulnerability",
+]

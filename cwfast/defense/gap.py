@@ -1,0 +1,76 @@
+"""The gap criterion: which weights made the difference between the loss on members and the loss on others."""
+
+import copy
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor, nn
+
+from cwfast._parameters import Initial, initial_values, trainable
+from cwfast.training import Loss, cross_entropy
+
+Batch = tuple[Tensor, Tensor]
+
+
+def gap_shares(
+    model: nn.Module,
+    initial: Initial,
+    members: Iterable[Batch],
+    reference: Iterable[Batch],
+    *,
+    loss: Loss | None = None,
+    points: int = 3,
+) -> dict[str, Tensor]:
+    """The generalisation gap, by weight: ``share_i = d_i * mean_t [g_ref,i(w0 + t d) - g_mem,i(w0 + t d)]``.
+
+    ``d = w - w0``; g is the gradient of the mean loss over all reference or all member samples; t runs over the
+    midpoints of ``points`` equal parts of 0 .. 1. The shares sum to ``[L_ref - L_mem](w) - [L_ref - L_mem](w0)``, up
+    to the error of this quadrature. A positive share: rewinding the weight closes the gap, to first order.
+
+    Args:
+        model: trained; worked on as a copy, in evaluation mode.
+        initial: its initial weights: module, mapping or safetensors file.
+        members: re-iterable batches ``(inputs, targets)`` of training samples.
+        reference: the same of non-members.
+        loss: mean over a batch; None: cross-entropy.
+        points: of the quadrature; one forward and backward pass over both sets for each.
+
+    Returns:
+        ``{name: signed shares}`` of the parameters that require a gradient, in the loss's unit (nats).
+
+    Raises:
+        ValueError: ``points`` is below 1, a set is empty, or ``initial`` is not of this model.
+
+    Source:
+        Kin of integrated gradients (Sundararajan et al., ICML 2017) and of Loss Change Allocation (Lan et al., NeurIPS
+        2019), which allocates one loss along the training path.
+    """
+    if points < 1:
+        raise ValueError(f"points must be at least 1; got {points}")
+    loss = loss or cross_entropy
+    work = copy.deepcopy(model).eval()
+    parameters = trainable(work)
+    end = {name: parameter.detach().clone() for name, parameter in parameters.items()}
+    start = {name: value.to(end[name]) for name, value in initial_values(initial, parameters).items()}
+    delta = {name: end[name] - start[name] for name in parameters}
+    shares = {name: torch.zeros_like(value) for name, value in end.items()}
+    sets = [(reference, 1 / _samples("reference", reference)), (members, -1 / _samples("members", members))]
+    for point in range(points):
+        with torch.no_grad():
+            for name, parameter in parameters.items():
+                parameter.copy_(torch.lerp(start[name], end[name], (point + 0.5) / points))
+        work.zero_grad()
+        for batches, weight in sets:  # .grad collects g_ref - g_mem
+            for inputs, targets in batches:
+                (loss(work(inputs), targets) * (weight * len(targets))).backward()
+        for name, parameter in parameters.items():
+            if parameter.grad is not None:
+                shares[name].addcmul_(delta[name], parameter.grad, value=1 / points)
+    return shares
+
+
+def _samples(name: str, batches: Iterable[Batch]) -> int:
+    count = sum(len(targets) for _, targets in batches)
+    if count == 0:
+        raise ValueError(f"{name} must hold at least one sample, and be iterable more than once; got none")
+    return count

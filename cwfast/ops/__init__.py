@@ -1,0 +1,17 @@
+"""Tensors in, tensors out: schema, checks, choice of backend. Knows no model, no file, no MaskSet."""
+
+from cwfast.ops.logit_stats import LogitStats, logit_stats
+from cwfast.ops.rewind import gather, rewind_, scatter_
+from cwfast.ops.saliency import accumulate_saliency_
+from cwfast.ops.select import Selection, select_topk
+
+__all__ = [
+    "LogitStats",
+    "Selection",
+    "accumulate_saliency_",
+    "gather",
+    "logit_stats",
+    "rewind_",
+    "scatter_",
+    "select_topk",
+]
