@@ -110,7 +110,7 @@ class _Demo:
         self.sizes, self.seed = sizes, seed
         self.stages: list[dict[str, Any]] = []
         self.dataset = digits(seed=seed)
-        self.task = Task(_network, self.dataset, Recipe(epochs=sizes.epochs, seed=seed))
+        self.task = Task(_network, self.dataset, Recipe(lr=0.2, batch_size=64, epochs=sizes.epochs, seed=seed))
         self.ids = complementary_halves(self.dataset.pool, sizes.models, seed)
         self.membership = np.stack([torch.isin(self.dataset.pool, ids).numpy() for ids in self.ids])
         self.seeds = [1000 * seed + k for k in range(sizes.models)]

@@ -16,21 +16,19 @@ namespace cwfast {
 namespace {
 
 constexpr int64_t kTileRows = 96, kTileColumns = 256;  // three float tiles of 96 KB and the panels: second-level cache
-constexpr int64_t kDepth = 256;                        // rows packed at once; longer samples take several rounds
+constexpr int64_t kDepth = 256;  // rows packed at once; longer samples take several rounds, each summed by itself
 
 template <class T>
 void step_scalar(const TileStep<T>& s) {
   constexpr int rows = 4, columns = 8;
-  T g[rows][columns];
-  for (int r = 0; r < rows; ++r)
-    for (int c = 0; c < columns; ++c) g[r][c] = s.first ? T{0} : s.partial[r * s.stride + c];
+  T g[rows][columns] = {};
   for (int64_t t = 0; t < s.depth; ++t)
     for (int r = 0; r < rows; ++r)
       for (int c = 0; c < columns; ++c) g[r][c] += s.d[t * rows + r] * s.a[t * columns + c];
   for (int r = 0; r < rows; ++r)
     for (int c = 0; c < columns; ++c) {
       const int64_t at = r * s.stride + c;
-      const T value = g[r][c];
+      const T value = s.first ? g[r][c] : s.partial[at] + g[r][c];
       if (!s.last) {
         s.partial[at] = value;
         continue;
@@ -107,16 +105,15 @@ class Accumulator {
     T *sum = workspace, *total = sum + tile_size(), *partial = total + tile_size();
     T *packed_d = partial + tile_size(), *packed_a = packed_d + depth() * tile_rows_;
     std::fill(sum, partial, T{0});
-    for (int64_t b = 0; b < x_.samples; ++b)
-      region.run([&] {  // here too: one tile of a large batch may take seconds
-        const int64_t end = x_.row_offsets[b + 1];
-        for (int64_t t = x_.row_offsets[b]; t < end; t += kDepth) {
+    for (int64_t b = 0; b < x_.samples; ++b) {
+      const int64_t begin = x_.row_offsets[b], end = x_.row_offsets[b + 1];
+      for (int64_t t = begin; t < end; t += kDepth)
+        region.run([&] {  // here too: one tile of a large batch, or of one long sample, may take seconds
           const int64_t n = std::min(kDepth, end - t);
           pack(x_.grad_outputs + t * x_.grad_stride + row, x_.grad_stride, n, rows, kernel_.rows, packed_d);
           pack(x_.inputs + t * x_.input_stride + column, x_.input_stride, n, columns, kernel_.columns, packed_a);
-          TileStep<T> step{
-              n,       nullptr, nullptr, nullptr, nullptr, nullptr, tile_columns_, t == x_.row_offsets[b], t + n == end,
-              x_.power};
+          TileStep<T> step{n,       nullptr,       nullptr,    nullptr,      nullptr,
+                           nullptr, tile_columns_, t == begin, t + n == end, x_.power};
           for (int64_t c = 0; c < columns; c += kernel_.columns)
             for (int64_t r = 0; r < rows; r += kernel_.rows) {
               const int64_t at = r * tile_columns_ + c;
@@ -124,8 +121,8 @@ class Accumulator {
               step.partial = partial + at, step.sum = sum + at, step.total = x_.grad ? total + at : nullptr;
               kernel_.step(step);
             }
-        }
-      });
+        });
+    }
     for (int64_t r = 0; r < rows; ++r) {
       const int64_t at = (row + r) * x_.in_features + column;
       write_row(sum + r * tile_columns_, total + r * tile_columns_, at, columns);

@@ -41,11 +41,7 @@ void step(const TileStep<typename V::Scalar>& s) {
   constexpr int w = V::kWidth;
   typename V::Vec g[kRows][2];
 #pragma GCC unroll 6
-  for (int r = 0; r < kRows; ++r) {
-    const T* from = s.partial + r * s.stride;
-    g[r][0] = s.first ? V::zero() : V::load(from);
-    g[r][1] = s.first ? V::zero() : V::load(from + w);
-  }
+  for (int r = 0; r < kRows; ++r) g[r][0] = g[r][1] = V::zero();
   const T *d = s.d, *a = s.a;
   for (int64_t t = 0; t < s.depth; ++t, d += kRows, a += 2 * w) {
     const typename V::Vec a0 = V::load(a), a1 = V::load(a + w);
@@ -61,7 +57,7 @@ void step(const TileStep<typename V::Scalar>& s) {
 #pragma GCC unroll 2
     for (int h = 0; h < 2; ++h) {
       const int64_t at = r * s.stride + h * w;
-      const typename V::Vec value = g[r][h];
+      const typename V::Vec value = s.first ? g[r][h] : V::add(V::load(s.partial + at), g[r][h]);
       if (!s.last) {
         V::store(s.partial + at, value);
         continue;

@@ -6,8 +6,8 @@ namespace cwfast {
 
 // One [rows, columns] micro-tile of G += D^T A over `depth` rows of packed panels:
 //   d [depth, rows], a [depth, columns], partial and sum tiles [rows, columns] with row stride `stride`.
-// first: G starts at zero, else at `partial`. last: sum += |G| or G^2 (and total += G where not null), else partial =
-// G.
+// Unless first, the rows before left their sum in `partial`, which is added at the end: rounding errors then grow with
+// the root of a sample's length. last: sum += |G| or G^2 (and total += G where not null), else partial = G.
 template <class T>
 struct TileStep {
   int64_t depth;

@@ -53,10 +53,9 @@ def accumulate_saliency_(
         weight by Fang & Kim, ICLR 2026. For T = 1, ``sum_b |d a| = |D|^T |A|``: one matrix product.
     """
     _check(out, inputs, grad_outputs, power, factor, cu_seqlens, grad)
-    resolved = _backends.resolve(backend, out.device, BACKENDS)
     rows, offsets = _rows(inputs.detach(), grad_outputs.detach(), cu_seqlens)
     factor, grad = (None if x is None else x.detach() for x in (factor, grad))
-    torch.ops.cwfast.accumulate_saliency_(out.detach(), *rows, offsets, power, float(scale), factor, grad, resolved)
+    torch.ops.cwfast.accumulate_saliency_(out.detach(), *rows, offsets, power, float(scale), factor, grad, backend)
     return out
 
 
@@ -118,7 +117,7 @@ def _run(
     backend: str,
 ) -> None:
     scale = abs(scale) ** power
-    if backend == "reference":
+    if _backends.resolve(backend, out.device, BACKENDS) == "reference":  # here, where torch.compile does not look
         reference.accumulate_saliency_(out, inputs, grad_outputs, row_offsets.tolist(), power, scale, factor, grad)
     elif len(row_offsets) == len(inputs) + 1 and bool((row_offsets.diff() == 1).all()):
         _one_row_each(out, inputs.to(out.dtype), grad_outputs.to(out.dtype), power, scale, factor, grad)

@@ -1,0 +1,128 @@
+"""rewind_ and scatter_ against PyTorch's masked writes, and against one read of the weights; freeze around AdamW.
+
+Ours by packed bits and the full initial weights, and by (low, offset) and compact values: 2 bytes a selected entry for
+positions where index_copy_ needs 8. ``times_<peer>``: how many times the list form's time the peer takes.
+"""
+
+from collections.abc import Callable
+from contextlib import ExitStack
+
+import pytest
+import torch
+from cwfast.benchmarks import _harness
+from pytest_benchmark.fixture import BenchmarkFixture
+from torch import Tensor, nn
+from torch.nn import functional
+
+from cwfast import MaskSet, freeze, ops, reference
+
+RATES = (0.001, 0.01, 0.03)
+SIZES = _harness.by_size(tiny=(10**5,), full=(10**7, 10**8))
+REPEATS = _harness.by_size(tiny=3, full=11)
+SECONDS = 5.0  # a peer slower than this in all leaves after three rounds
+
+
+def _list_form(indices: Tensor, numel: int) -> tuple[Tensor, Tensor]:
+    """Ascending flat indices as (low, offset)."""
+    edges = torch.arange(-(-numel // reference.BLOCK) + 1) * reference.BLOCK
+    return (indices % reference.BLOCK).to(torch.uint16), torch.searchsorted(indices, edges)
+
+
+@pytest.mark.parametrize("rate", RATES)
+@pytest.mark.parametrize("numel", SIZES)
+def test_rewind(benchmark: BenchmarkFixture, numel: int, rate: float) -> None:
+    """One float32 tensor, entries selected at random."""
+    generator = torch.Generator().manual_seed(0)
+    mask = torch.rand(numel, generator=generator) < rate
+    initial, trained = (torch.randn(numel, generator=generator) for _ in range(2))
+    indices = mask.nonzero()[:, 0]
+    values, bits, picks = initial[indices], reference.pack(mask), _list_form(indices, numel)
+    weight = trained.clone()
+    variants: dict[str, Callable[[], object]] = {
+        "cwfast_list": lambda: ops.scatter_([weight], [picks], [values]),
+        "cwfast_bits": lambda: ops.rewind_([weight], [initial], [bits]),
+        "cwfast_bits_values": lambda: ops.scatter_([weight], [bits], [values]),
+        "index_copy": lambda: weight.index_copy_(0, indices, values),
+        "where": lambda: torch.where(mask, initial, weight, out=weight),
+        "masked_scatter": lambda: weight.masked_scatter_(mask, values),
+    }
+    expected = torch.where(mask, initial, trained)
+    for name, run in variants.items():
+        weight.copy_(trained)
+        run()
+        if not torch.equal(weight, expected):
+            raise AssertionError(f"{name} must rewind exactly the selected entries")
+    times = _harness.interleaved({**variants, "read": _harness.read(trained)}, REPEATS, seconds=SECONDS)
+    ratios = {f"reads_{name}": _harness.ratio(times, name, "read") for name in variants if name.startswith("cwfast")}
+    ratios |= {
+        f"times_{name}": _harness.ratio(times, name, "cwfast_list")
+        for name in variants
+        if not name.startswith("cwfast")
+    }
+    stored = {"list_indices": picks[0].nbytes + picks[1].nbytes, "bits": bits.nbytes, "int64_indices": indices.nbytes}
+    case = f"rewind N={numel:.0e} k={rate:.1%}".replace("e+0", "e")
+    _harness.report(
+        benchmark, case, times, variants["cwfast_list"], ratios=ratios, numel=numel, k=len(indices), bytes=stored
+    )
+
+
+def _layers(width: int) -> nn.Module:
+    torch.manual_seed(0)
+    return nn.Sequential(*(nn.Linear(width, width, bias=False) for _ in range(3)))
+
+
+@pytest.mark.parametrize("rate", RATES[:2])
+def test_freeze(benchmark: BenchmarkFixture, rate: float) -> None:
+    """Fused AdamW alone and inside freeze; the same for a whole training step of 64 samples.
+
+    ``over_adamw`` counts both halves of freeze: zeroing the gradients as they arrive and restoring after the step.
+    """
+    width = _harness.by_size(tiny=64, full=4096)
+    x = torch.randn(64, width)
+    models = {name: _layers(width) for name in ("adamw", "frozen")}
+    optimizers = {name: torch.optim.AdamW(model.parameters(), fused=True) for name, model in models.items()}
+    masks = MaskSet.from_masks({name: torch.rand(p.shape) < rate for name, p in models["frozen"].named_parameters()})
+    bits = list(masks.bits.values())
+    kept = ops.gather(list(_layers(width).parameters()), bits)
+    zeros = [torch.zeros_like(values) for values in kept]
+
+    def gradients(name: str) -> list[Tensor]:
+        return [parameter.grad for parameter in models[name].parameters() if parameter.grad is not None]
+
+    def train(name: str) -> None:
+        optimizers[name].zero_grad()
+        functional.mse_loss(models[name](x), x).backward()
+        optimizers[name].step()
+
+    with ExitStack() as stack:
+        stack.enter_context(freeze(models["frozen"], optimizers["frozen"], masks))
+        for name in models:
+            train(name)
+        _check_frozen(models, masks, bits, kept)
+        variants: dict[str, Callable[[], object]] = {
+            "adamw": optimizers["adamw"].step,
+            "frozen_step": optimizers["frozen"].step,
+            "zero_gradients": lambda: [
+                ops.scatter_([g], [b], [z]) for g, b, z in zip(gradients("frozen"), bits, zeros, strict=True)
+            ],
+        }
+        times = _harness.interleaved(variants, REPEATS, seconds=SECONDS)
+        both = [step + zero for step, zero in zip(times["frozen_step"], times["zero_gradients"], strict=True)]
+        ratios = {
+            "over_adamw": _harness.ratio({**times, "both": both}, "both", "adamw"),
+            "over_adamw_restore_only": _harness.ratio(times, "frozen_step", "adamw"),
+        }
+        steps = _harness.interleaved({f"train_{n}": lambda n=n: train(n) for n in models}, REPEATS, seconds=SECONDS)
+        ratios["over_training_step"] = _harness.ratio(steps, "train_frozen", "train_adamw")
+        case = f"freeze {masks.numel:.1e} weights k={rate:.1%}".replace("e+0", "e")
+        run = variants["frozen_step"]
+        _harness.report(benchmark, case, {**times, **steps}, run, ratios=ratios, numel=masks.numel, k=masks.total)
+
+
+def _check_frozen(models: dict[str, nn.Module], masks: MaskSet, bits: list[Tensor], kept: list[Tensor]) -> None:
+    """After the first step the selected entries are as before, the others where AdamW alone takes them."""
+    weights = [parameter.detach().clone() for parameter in models["adamw"].parameters()]
+    ops.scatter_(weights, bits, kept)
+    for (name, frozen), expected in zip(models["frozen"].named_parameters(), weights, strict=True):
+        if not torch.equal(frozen, expected):
+            raise AssertionError(f"freeze must hold the selected entries of {name} and no others ({masks})")

@@ -1,0 +1,91 @@
+"""Fixtures of all tests: every backend and instruction set that runs here, fixed seeds, scripts in a fresh Python."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+from hypothesis import HealthCheck, settings
+
+from cwfast import _backends
+
+ISAS = ("scalar", "avx2")  # all that csrc/cpu has kernels for
+PATHS = ("reference", *(f"cpu-{isa}" for isa in ISAS))
+
+settings.register_profile(
+    "cwfast",
+    derandomize=True,
+    deadline=None,
+    max_examples=50,
+    database=None,
+    suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
+)
+settings.load_profile("cwfast")
+
+
+def why_not(path: str) -> str:
+    """Empty where this machine runs the path; else why not."""
+    name, _, isa = path.partition("-")
+    available, reason = _backends.backends()[name]
+    if not available:
+        return reason
+    return "" if not isa or isa in _backends.native().isas() else f"this processor does not run {isa}"
+
+
+def pytest_terminal_summary(terminalreporter):
+    """What was not tested is said, also under -q."""
+    terminalreporter.write_line("kernel paths: " + ", ".join(f"{p} ({why_not(p) or 'run'})" for p in PATHS))
+
+
+@pytest.fixture(autouse=True)
+def seed():
+    torch.manual_seed(0)
+
+
+def on_path(path: str):
+    if reason := why_not(path):
+        pytest.skip(f"{path}: {reason}")
+    name, _, isa = path.partition("-")
+    if not isa:
+        yield name
+        return
+    native = _backends.native()
+    before = native.isa()
+    native.set_isa(isa)
+    yield name
+    native.set_isa(before)
+
+
+@pytest.fixture(params=PATHS)
+def backend(request):
+    """A backend's name; "cpu" comes once for each instruction set, which is in use meanwhile."""
+    yield from on_path(request.param)
+
+
+@pytest.fixture(params=[path for path in PATHS if path != "reference"])
+def kernel(request):
+    """As ``backend``, without the reference."""
+    yield from on_path(request.param)
+
+
+@pytest.fixture
+def set_threads():
+    """torch.set_num_threads, undone afterwards."""
+    before = torch.get_num_threads()
+    yield torch.set_num_threads
+    torch.set_num_threads(before)
+
+
+@pytest.fixture
+def python():
+    """Runs code in a fresh Python, with additional environment variables; fails if it exits otherwise than by 0."""
+
+    def run(code: str, **env: str) -> subprocess.CompletedProcess:
+        done = subprocess.run(
+            [sys.executable, "-c", code], capture_output=True, text=True, timeout=120, env={**os.environ, **env}
+        )
+        assert done.returncode == 0, done.stdout + done.stderr
+        return done
+
+    return run
