@@ -15,7 +15,7 @@ struct View {
 // Which entries of a tensor of `numel` entries are selected: packed bits, or a list of 16-bit offsets per 64K block.
 struct Picks {
   int64_t numel;
-  const uint64_t* bits;   // [(numel + 63) / 64], or null for a list:
+  const uint64_t* bits;   // [(numel + 63) / 64] where offset is null, else a list:
   const uint16_t* low;    // [k] ascending inside each block
   const int64_t* offset;  // [blocks + 1], offset[0] = 0, offset[blocks] = k
   int64_t k;              // entries of low

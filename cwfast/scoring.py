@@ -104,6 +104,7 @@ class SaliencyScorer:
         # Uses whose backward has not run and still may: a graph that is dropped takes its uses along.
         self._outstanding: dict[str, WeakSet[_Use]] = {name: WeakSet() for name in self._parameters}
         self._restore: list[Callable[[], object]] = []
+        self._seen = 0  # samples in forward passes since step(), for granularity "batch"
         self.reset()
 
     # -- the user's side
@@ -174,7 +175,7 @@ class SaliencyScorer:
         for buffer in self._scores.values():
             buffer.zero_()
         self.samples = 0  # scored so far
-        self._seen = 0  # in forward passes since step(), for granularity "batch"
+        self._seen = 0
         self._eager = False
         self._versions: dict[str, int] = {}  # of the weights behind sums that are not yet multiplied by the factor
 
@@ -211,15 +212,15 @@ class SaliencyScorer:
         first_time = use in outstanding  # else the graph was retained, and its other uses come again too
         outstanding.discard(use)
         parameter = self._parameters[use.name]
+        # Where no other use can follow, the unit closes now: nothing is kept.
+        closes = first_time and not outstanding and len(unit.pieces) == 1 and not isinstance(self._reduction, Tensor)
+        fused = closes and piece[0].ndim == 3  # one pass over the rows then gives the gradient as well
         grad = None
         if self._grads:
-            grad = torch.zeros((piece[1].shape[-1], piece[0].shape[-1]), dtype=_sum_dtype(dtype), device=inputs.device)
-        # Where no other use can follow, the unit closes now: nothing is kept, and one pass also gives the gradient.
-        last = first_time and not outstanding and len(unit.pieces) == 1
-        if last and not isinstance(self._reduction, Tensor):
-            self._close(use.name, unit, grad)
-        elif grad is not None:
-            grad.addmm_(piece[1].flatten(0, -2).T.to(grad.dtype), piece[0].flatten(0, -2).to(grad.dtype))
+            a, d = (x.flatten(0, -2).to(_sum_dtype(dtype)) for x in piece)
+            grad = d.new_zeros((d.shape[1], a.shape[1])) if fused else d.T @ a
+        if closes:
+            self._close(use.name, unit, grad if fused else None)
         return None if grad is None else grad.reshape(parameter.shape).to(parameter.dtype)
 
     # -- inside
@@ -258,7 +259,7 @@ class SaliencyScorer:
             if task < self._newest_task:
                 raise RuntimeError(_NESTED)
             self._pass, self._newest_task = _Pass(task), task
-            queue = torch.autograd.Variable._execution_engine.queue_callback  # type: ignore[attr-defined]
+            queue = torch.autograd.Variable._execution_engine.queue_callback
             queue(lambda: self._end_of_backward(task))
         return self._pass
 
@@ -396,7 +397,7 @@ class _Batch:
             return x.unflatten(0, (self.samples, -1))
         raise ValueError(
             f"the leading dimension at the layer of {name!r} must be the {self.samples} samples, or a multiple of it "
-            f"in a 2-D input; got shape {tuple(x.shape)}. Where the samples are declared wrongly, use scorer.batch(size=...)"
+            f"in a 2-D input; got shape {tuple(x.shape)}. Declare the samples by scorer.batch(size=...)"
         )
 
     def join(self, pieces: list[tuple[Tensor, ...]]) -> tuple[Tensor, Tensor, Tensor | None]:

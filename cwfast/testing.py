@@ -1,4 +1,4 @@
-"""For tests of kernels, ours and yours: which backends run here, guard bands, errors against float64, hostile scores."""
+"""For tests of kernels, ours and yours: backends that run here, guard bands, errors against float64, hostile scores."""
 
 from collections.abc import Callable, Sequence
 

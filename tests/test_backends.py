@@ -114,7 +114,7 @@ def test_threads_follow_torch(set_threads):
 
 
 def test_forked_child_runs_every_kernel(python):
-    """libgomp's threads are gone in the child: a parallel region there, torch's included, would wait for them forever."""
+    """libgomp's threads are gone in the child: a parallel region there, torch's too, would wait for ever."""
     python("""
 import os, signal, sys, time, torch
 from cwfast import _backends, ops

@@ -1,5 +1,6 @@
 """accumulate_saliency_: exact on small integers for every shape, and no less accurate than PyTorch on the rest."""
 
+import itertools
 import numpy as np
 import pytest
 import torch
@@ -23,7 +24,7 @@ def plain(inputs, grad_outputs, dtype, *, power=1, factor=None, cu_seqlens=None,
     inputs, grad_outputs = inputs.to(dtype), grad_outputs.to(dtype)
     if cu_seqlens is not None:
         ends = cu_seqlens.tolist()
-        each = [grad_outputs[a:b].T @ inputs[a:b] for a, b in zip(ends[:-1], ends[1:], strict=True)]
+        each = [grad_outputs[a:b].T @ inputs[a:b] for a, b in itertools.pairwise(ends)]
         samples = torch.stack(each) if each else torch.zeros(0, grad_outputs.shape[1], inputs.shape[1], dtype=dtype)
     elif inputs.ndim == 2:
         samples = grad_outputs[:, :, None] * inputs[:, None, :]
@@ -59,7 +60,10 @@ def run_exact(inputs, grad_outputs, backend, **options):
     """Run between guard bands on out and grad that hold something already, and compare with plain by bits."""
     dtype = sum_dtype(inputs.dtype)
     shape = grad_outputs.shape[-1], inputs.shape[-1]
-    (out, check_out), (grad, check_grad) = guarded(integers(*shape, dtype=dtype)), guarded(integers(*shape, dtype=dtype))
+    (out, check_out), (grad, check_grad) = (
+        guarded(integers(*shape, dtype=dtype)),
+        guarded(integers(*shape, dtype=dtype)),
+    )
     want_out, want_grad = plain(inputs, grad_outputs, torch.float64, **options)
     want_out, want_grad = out + want_out, grad + want_grad
     assert ops.accumulate_saliency_(out, inputs, grad_outputs, grad=grad, backend=backend, **options) is out
@@ -221,10 +225,18 @@ def arguments(**changes):
 
 WRONG = {
     "out list": ({"out": [1.0]}, TypeError, "out must be a torch.Tensor; got list"),
-    "out dtype": ({"out": torch.zeros(4, 5).double()}, TypeError, "out must have dtype torch.float32; got torch.float64"),
+    "out dtype": (
+        {"out": torch.zeros(4, 5).double()},
+        TypeError,
+        "out must have dtype torch.float32; got torch.float64",
+    ),
     "out 1-D": ({"out": torch.zeros(20)}, ValueError, r"out must have 2 dimensions; got shape \(20,\)"),
     "out transposed": ({"out": torch.zeros(5, 4).T}, ValueError, "out must be contiguous; got strides"),
-    "out rows": ({"out": torch.zeros(3, 5)}, ValueError, r"grad_outputs must have shape \(2, 3, 3\).*; got \(2, 3, 4\)"),
+    "out rows": (
+        {"out": torch.zeros(3, 5)},
+        ValueError,
+        r"grad_outputs must have shape \(2, 3, 3\).*; got \(2, 3, 4\)",
+    ),
     "out columns": ({"out": torch.zeros(4, 6)}, ValueError, r"inputs must have shape \(2, 3, 6\).*; got \(2, 3, 5\)"),
     "inputs int": ({"inputs": torch.zeros(2, 3, 5).long()}, TypeError, "inputs must have dtype .*; got torch.int64"),
     "inputs 1-D": ({"inputs": torch.zeros(5)}, ValueError, "inputs must have 2 or 3 dimensions"),

@@ -38,7 +38,7 @@ void for_each_block(const std::vector<Block>& blocks, Work work) {
 int64_t words_in(const Picks& p, int64_t block) { return (std::min(kBlock, p.numel - block * kBlock) + 63) / 64; }
 
 int64_t count_block(const Picks& p, int64_t block) {
-  if (p.bits == nullptr) return p.offset[block + 1] - p.offset[block];
+  if (p.offset != nullptr) return p.offset[block + 1] - p.offset[block];
   int64_t count = 0;
   const uint64_t* word = p.bits + block * (kBlock / 64);
   for (int64_t w = 0, n = words_in(p, block); w < n; ++w) count += __builtin_popcountll(word[w]);
@@ -49,7 +49,7 @@ int64_t count_block(const Picks& p, int64_t block) {
 template <class Prefetch, class Use>
 void visit(const Picks& p, int64_t block, Prefetch prefetch, Use use) {
   const int64_t base = block * kBlock;
-  if (p.bits == nullptr) {
+  if (p.offset != nullptr) {
     const uint16_t *at = p.low + p.offset[block], *end = p.low + p.offset[block + 1];
     for (; at < end; ++at) {
       if (at + kAhead < end) prefetch(base + at[kAhead]);
@@ -155,7 +155,7 @@ std::string check_list(const Picks& p, size_t tensor) {
 std::string check_picks(const std::vector<Picks>& picks) {
   for (size_t t = 0; t < picks.size(); ++t) {
     const Picks& p = picks[t];
-    if (p.bits == nullptr) {
+    if (p.offset != nullptr) {
       const std::string wrong = check_list(p, t);
       if (!wrong.empty()) return wrong;
     } else if (p.numel % 64 != 0 && p.bits[p.numel / 64] >> (p.numel % 64) != 0) {

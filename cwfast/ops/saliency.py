@@ -7,7 +7,7 @@ from cwfast import _backends, _checks, reference
 from cwfast.ops._library import register, written
 
 BACKENDS = ("reference", "cpu")
-TILE_BYTES = 32 << 20  # of the row tiles that hold a product before the factor is applied
+TILE_BYTES = 1 << 20  # of a row tile of products that waits for its factor: product and factor stay in the cache
 
 
 def accumulate_saliency_(
@@ -141,11 +141,14 @@ def _one_row_each(
     if factor is None:
         out.addmm_(d.T, a, alpha=scale)
         return
-    rows = max(1, TILE_BYTES // max(1, out.shape[1] * out.element_size()))
-    for top in range(0, out.shape[0], rows):
-        tile = slice(top, top + rows)
-        weight = factor[tile].to(out.dtype)
-        out[tile].addcmul_(d[:, tile].T @ a, weight.abs() if power == 1 else weight.square(), value=scale)
+    rows = max(1, min(len(out), TILE_BYTES // max(1, out.shape[1] * out.element_size())))
+    product, weight = (torch.empty((rows, out.shape[1]), dtype=out.dtype, device=out.device) for _ in range(2))
+    for top in range(0, len(out), rows):
+        count = min(rows, len(out) - top)
+        tile, p, w = slice(top, top + count), product[:count], weight[:count]
+        torch.mm(d[:, tile].T, a, out=p)
+        w.copy_(factor[tile])
+        out[tile].addcmul_(p, w.abs_() if power == 1 else w.square_(), value=scale)
 
 
 def _kernel(
