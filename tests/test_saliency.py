@@ -1,6 +1,7 @@
 """accumulate_saliency_: exact on small integers for every shape, and no less accurate than PyTorch on the rest."""
 
 import itertools
+
 import numpy as np
 import pytest
 import torch

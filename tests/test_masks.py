@@ -1,0 +1,289 @@
+"""MaskSet and select: exact counts, set algebra, files that are checked, models that must fit."""
+
+import copy
+import json
+from fractions import Fraction
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+from cwfast import MaskSet, masks, rewind_, select
+from cwfast.errors import CheckpointError
+
+SHAPES = {"a.weight": (7, 11), "a.bias": (7,), "scalar": (), "empty": (0, 3), "b": (70_001,)}
+
+
+def random_masks(seed=0, share=0.2):
+    generator = torch.Generator().manual_seed(seed)
+    return MaskSet.from_masks({n: torch.rand(s, generator=generator) < share for n, s in SHAPES.items()})
+
+
+def scores(seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    return {name: torch.rand(shape, generator=generator) for name, shape in SHAPES.items()}
+
+
+NUMEL = 7 * 11 + 7 + 1 + 70_001
+
+
+def test_content_in_every_form():
+    given = {name: torch.rand(shape) < 0.3 for name, shape in SHAPES.items()}
+    found = MaskSet.from_masks(given)
+    assert found.names == list(SHAPES)
+    assert found.numel == NUMEL
+    assert found.total == sum(int(m.sum()) for m in given.values())
+    for name, mask in given.items():
+        assert torch.equal(found[name], mask)
+        assert found.counts[name] == int(mask.sum())
+        assert torch.equal(found.indices(name), mask.reshape(-1).nonzero().reshape(-1))
+    assert f"{found.total:,} of {NUMEL:,} weights" in repr(found)
+
+
+@pytest.mark.parametrize("operator", ["__and__", "__or__", "__sub__", "__xor__"])
+def test_set_algebra(operator):
+    a, b = random_masks(0), random_masks(1, 0.5)
+    found = getattr(a, operator)(b)
+    for name in SHAPES:
+        expected = getattr(set(a.indices(name).tolist()), operator)(set(b.indices(name).tolist()))
+        assert set(found.indices(name).tolist()) == expected
+        assert found.counts[name] == len(expected)
+
+
+def test_jaccard():
+    a, b = random_masks(0), random_masks(1)
+    assert a.jaccard(b) == (a & b).total / (a | b).total
+    assert a.jaccard(a) == 1
+    assert (a - a).jaccard(a - a) == 1
+    assert a.jaccard(a - a) == 0
+
+
+def test_sets_of_different_parameters_do_not_combine():
+    with pytest.raises(ValueError, match="same parameters; they differ at 'b'"):
+        random_masks() & MaskSet.from_masks({**{n: random_masks()[n] for n in SHAPES}, "b": torch.zeros(3).bool()})
+    with pytest.raises(TypeError):
+        random_masks() & 3
+
+
+def test_random_like_keeps_counts_and_follows_its_seed():
+    a = random_masks()
+    assert a.random_like(1) == a.random_like(1)
+    assert a.random_like(1) != a.random_like(2)
+    hits = torch.zeros(7, 11)
+    for seed in range(300):
+        other = a.random_like(seed)
+        assert other.counts == a.counts
+        hits += other["a.weight"]
+    share = a.counts["a.weight"] / 77
+    assert (hits / 300 - share).abs().max() < 5 * (share * (1 - share) / 300) ** 0.5  # uniform: within five sigma
+
+
+@given(numerator=st.integers(0, 1000))
+def test_rate_is_the_decimal_that_was_written(numerator):
+    rate = numerator / 1000
+    assert select(scores(), rate=rate).total == int(Fraction(numerator, 1000) * NUMEL)
+
+
+def test_a_rate_that_floats_cannot_hold():
+    assert select({"w": torch.rand(100)}, rate=0.29).total == 29  # 0.29 * 100 is 28.999999999999996
+    assert select({"w": torch.rand(10)}, rate=0.3).total == 3
+
+
+def test_global_selection_takes_the_largest_of_all():
+    s = scores()
+    found = select(s, k=500)
+    lowest = min(float(v[found[n]].min()) for n, v in s.items() if found.counts[n])
+    highest = max(float(v[~found[n]].max()) for n, v in s.items() if (~found[n]).any())
+    assert found.total == 500
+    assert lowest > highest
+
+
+def test_scopes_and_exclusions():
+    s = scores()
+    layer = select(s, rate=0.1, scope="layer")
+    assert layer.counts == {"a.weight": 7, "a.bias": 0, "scalar": 0, "empty": 0, "b": 7000}
+    quota = select(s, scope={"a.*": 0.5, "*": 0.001})
+    assert quota.counts == {"a.weight": 38, "a.bias": 3, "scalar": 0, "empty": 0, "b": 70}
+    assert select(s, scope={"b": 0.001}).counts["a.weight"] == 0
+    without = select(s, rate=0.1, exclude=["b", "*.bias"])
+    assert without.total == int(Fraction("0.1") * 78)
+    assert without.counts["b"] == without.counts["a.bias"] == 0
+    assert without.names == list(SHAPES)
+
+
+def test_zero_scores_are_counted_and_warned_about():
+    s = {"w": torch.zeros(1000)}
+    s["w"][:50] = torch.rand(50) + 0.1
+    assert select(s, k=50).zero_score_selected == 0
+    with pytest.warns(UserWarning, match=r"50 of 100 selected weights have score 0.*largest useful rate is 0.050000"):
+        found = select(s, k=100)
+    assert found.zero_score_selected == 50
+    assert found.indices("w").tolist() == list(range(100))
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({}, "either rate or k"),
+        ({"rate": 0.1, "k": 3}, "either rate or k"),
+        ({"rate": 1.1}, "rate must lie between 0 and 1"),
+        ({"rate": -0.1}, "rate must lie between 0 and 1"),
+        ({"k": NUMEL + 1}, "k must lie between"),
+        ({"k": 3, "scope": "layer"}, "takes a rate"),
+        ({"rate": 0.1, "scope": "model"}, "scope must be"),
+        ({"rate": 0.1, "scope": {"*": 0.1}}, "holds the rates"),
+    ],
+)
+def test_wrong_options(options, message):
+    with pytest.raises(ValueError, match=message):
+        select(scores(), **options)
+
+
+def test_nan_scores_raise_or_are_skipped():
+    s = scores()
+    s["b"][3] = torch.nan
+    with pytest.raises(ValueError, match="1 NaN"):
+        select(s, rate=0.1)
+    assert not select(s, k=NUMEL - 1, nan="skip")["b"][3]
+
+
+def test_file_round_trip(tmp_path):
+    for share in (0.0, 0.2, 1.0):
+        before = random_masks(share=share)
+        before.save(tmp_path / "m.safetensors")
+        after = MaskSet.load(tmp_path / "m.safetensors")
+        assert after == before
+        assert after.counts == before.counts
+    assert [p.name for p in tmp_path.iterdir()] == ["m.safetensors"]
+
+
+def test_file_takes_two_bytes_a_weight(tmp_path):
+    found = select({"w": torch.rand(1_000_000)}, rate=0.01)
+    found.save(tmp_path / "m.safetensors")
+    assert (tmp_path / "m.safetensors").stat().st_size < 2 * 10_000 + 1000
+
+
+def test_a_folder_that_is_not_there_leaves_nothing(tmp_path):
+    with pytest.raises(OSError, match="nowhere"):
+        random_masks().save(tmp_path / "nowhere" / "m.safetensors")
+    (tmp_path / "folder").mkdir()
+    with pytest.raises(OSError, match="folder"):
+        random_masks().save(tmp_path / "folder")
+    assert [p.name for p in tmp_path.iterdir()] == ["folder"]
+
+
+def write(path, tensors, **metadata):
+    """A mask file with these contents and a right hash, so that only the change is wrong."""
+    plain = {"format": masks.FORMAT, "shapes": json.dumps({n: list(s) for n, s in SHAPES.items()})}
+    plain |= {"sha256": masks._digest(tensors), "zero_score_selected": "0"}
+    save_file(tensors, path, metadata=plain | metadata)
+
+
+def low(values):
+    return torch.tensor(values, dtype=torch.uint16)
+
+
+BROKEN = {
+    "format": lambda t: (t, {"format": "other/1"}),
+    "hash": lambda t: (t, {"sha256": "0" * 64}),
+    "shapes no JSON": lambda t: (t, {"shapes": "{"}),
+    "shapes negative": lambda t: (t, {"shapes": json.dumps({**{n: list(s) for n, s in SHAPES.items()}, "b": [-1]})}),
+    "shapes huge": lambda t: (
+        t,
+        {"shapes": json.dumps({**{n: list(s) for n, s in SHAPES.items()}, "b": [1 << 40] * 4})},
+    ),
+    "shapes of others": lambda t: (t, {"shapes": json.dumps({"c": [3]})}),
+    "zero scores": lambda t: (t, {"zero_score_selected": "many"}),
+    "missing tensor": lambda t: ({k: v for k, v in t.items() if k != "b/offset"}, {}),
+    "out of range": lambda t: ({**t, "a.bias/low": low([7]), "a.bias/offset": torch.tensor([0, 1])}, {}),
+    "unsorted": lambda t: ({**t, "a.bias/low": low([3, 1]), "a.bias/offset": torch.tensor([0, 2])}, {}),
+    "twice": lambda t: ({**t, "a.bias/low": low([3, 3]), "a.bias/offset": torch.tensor([0, 2])}, {}),
+    "offset end": lambda t: ({**t, "a.bias/low": low([1, 3]), "a.bias/offset": torch.tensor([0, 9])}, {}),
+    "offset falls": lambda t: ({**t, "b/offset": torch.tensor([0, -5, len(t["b/low"])])}, {}),
+    "offset length": lambda t: ({**t, "b/offset": torch.tensor([0, len(t["b/low"])])}, {}),
+    "dtype": lambda t: ({**t, "b/low": t["b/low"].to(torch.int32)}, {}),
+}
+
+
+@pytest.mark.parametrize("broken", BROKEN)
+def test_a_broken_file_is_refused(tmp_path, broken):
+    path = tmp_path / "m.safetensors"
+    random_masks().save(path)
+    tensors, metadata = BROKEN[broken](load_file(path))
+    write(path, tensors, **metadata)
+    with pytest.raises(CheckpointError, match=r"m\.safetensors must"):
+        MaskSet.load(path)
+
+
+def test_the_broken_files_differ_by_their_break_alone(tmp_path):
+    random_masks().save(tmp_path / "m.safetensors")
+    write(tmp_path / "same.safetensors", load_file(tmp_path / "m.safetensors"))
+    assert MaskSet.load(tmp_path / "same.safetensors") == random_masks()
+
+
+@pytest.mark.parametrize("content", [b"", b"not safetensors", b"\xff" * 64])
+def test_another_kind_of_file_is_refused(tmp_path, content):
+    (tmp_path / "m.safetensors").write_bytes(content)
+    with pytest.raises(CheckpointError, match="must be a safetensors file"):
+        MaskSet.load(tmp_path / "m.safetensors")
+    with pytest.raises(FileNotFoundError):
+        MaskSet.load(tmp_path / "none.safetensors")
+
+
+@pytest.mark.parametrize(
+    ("bits", "shapes", "message"),
+    [
+        ({"a": torch.zeros(8, dtype=torch.uint8)}, {"b": (3,)}, "same names"),
+        ({"a": torch.zeros(16, dtype=torch.uint8)}, {"a": (3,)}, "must be uint8 of 8 bytes"),
+        ({"a": torch.full((8,), 8, dtype=torch.uint8)}, {"a": (3,)}, "zero past the last of 3"),
+    ],
+)
+def test_bits_that_do_not_fit(bits, shapes, message):
+    with pytest.raises(ValueError, match=message):
+        MaskSet(bits, shapes)
+
+
+def model_pair():
+    torch.manual_seed(0)
+    model, initial = (nn.Sequential(nn.Linear(5, 6), nn.Linear(6, 2)) for _ in range(2))
+    return model, initial
+
+
+def test_rewind_sets_the_selected_weights_and_no_other(backend):
+    model, initial = model_pair()
+    before = copy.deepcopy(model)
+    chosen = select({n: torch.rand_like(p) for n, p in model.named_parameters()}, rate=0.3)
+    assert rewind_(model, chosen, initial, backend=backend) is model
+    for (name, p), w, w0 in zip(model.named_parameters(), before.parameters(), initial.parameters(), strict=True):
+        assert torch.equal(p, torch.where(chosen[name], w0, w))
+
+
+@pytest.mark.parametrize("source", ["module", "state_dict", "file", "bfloat16"])
+def test_initial_values_from_anywhere(source, tmp_path):
+    model, initial = model_pair()
+    state = {n: t.bfloat16() if source == "bfloat16" else t for n, t in initial.state_dict().items()}
+    save_file(state, tmp_path / "w0.safetensors")
+    given = {"module": initial, "file": tmp_path / "w0.safetensors"}.get(source, state)
+    rewind_(model, select({n: torch.ones_like(p) for n, p in model.named_parameters()}, rate=1), given)
+    assert all(torch.equal(p, state[n].float()) for n, p in model.named_parameters())
+
+
+def test_what_is_of_another_model_changes_nothing():
+    model, initial = model_pair()
+    before = copy.deepcopy(model.state_dict())
+    chosen = select({n: torch.rand_like(p) for n, p in model.named_parameters()}, rate=1)
+    other = nn.Sequential(nn.Linear(5, 6), nn.Linear(6, 3))
+    with pytest.raises(ValueError, match=r"'1.weight' has shape \(3, 6\) there, \(2, 6\) here"):
+        rewind_(other, chosen, initial)
+    with pytest.raises(ValueError, match=r"no parameter '0\.weight'"):
+        rewind_(nn.Linear(5, 6), chosen, initial)
+    with pytest.raises(ValueError, match=r"initial\['1.weight'\] must have"):
+        rewind_(model, chosen, other)
+    with pytest.raises(ValueError, match=r"1 missing, the first is '0\.bias'"):
+        rewind_(model, chosen, {n: p for n, p in initial.state_dict().items() if n != "0.bias"})
+    with pytest.raises(TypeError, match="initial must be a module"):
+        rewind_(model, chosen, 3)
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
