@@ -96,6 +96,7 @@ for room in sorted((ROOT / "cwfast").rglob("__init__.py")):
 setup(
     packages=list(packages),
     package_dir=packages,
+    include_package_data=False,  # or benchmarks/results/ is taken for a package
     package_data={"cwfast": ["py.typed", "*.pyi"], "cwfast.report": ["*.html"]},
     ext_modules=[] if os.environ.get("CWFAST_NO_EXT") == "1" else [Extension("cwfast._C", [])],
     cmdclass={"build_ext": BuildExt},
