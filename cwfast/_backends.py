@@ -3,6 +3,7 @@
 import functools
 import importlib
 import warnings
+from pathlib import Path
 from types import ModuleType
 from typing import NamedTuple
 
@@ -26,6 +27,9 @@ def extension() -> ModuleType | str:
     try:
         return importlib.import_module("cwfast._C")
     except ModuleNotFoundError:
+        folder = Path(__file__).parent
+        if (folder.parent / "setup.py").is_file():  # Python run in a clone finds this folder before the installed one
+            return f"cwfast._C is not built in {folder}, a source tree: run Python elsewhere or with -P"
         return "cwfast._C is not built: install cwfast with a C++17 compiler and without CWFAST_NO_EXT=1"
     except ImportError as error:  # built, and broken: say how
         return f"cwfast._C cannot be loaded: {error}"

@@ -83,7 +83,7 @@ def python():
 
     def run(code: str, **env: str) -> subprocess.CompletedProcess:
         done = subprocess.run(
-            [sys.executable, "-c", code], capture_output=True, text=True, timeout=120, env={**os.environ, **env}
+            [sys.executable, "-P", "-c", code], capture_output=True, text=True, timeout=120, env={**os.environ, **env}
         )
         assert done.returncode == 0, done.stdout + done.stderr
         return done

@@ -67,7 +67,7 @@ def test_the_check_sees_a_wrong_arrow(tmp_path):
 
 
 def python(code: str) -> str:
-    return subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True).stdout
+    return subprocess.run([sys.executable, "-P", "-c", code], check=True, capture_output=True, text=True).stdout
 
 
 @pytest.mark.parametrize(

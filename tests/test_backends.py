@@ -159,7 +159,7 @@ call = lambda: ops.accumulate_saliency_(torch.zeros(1024, 1024), x, x, cu_seqlen
 def test_ctrl_c_ends_a_long_kernel(setup):
     code = f"import torch\nfrom cwfast import ops\n{setup}\nprint('started', flush=True)\ncall()\nprint('finished')"
     with subprocess.Popen(
-        [sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        [sys.executable, "-P", "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
     ) as process:
         assert process.stdout.readline() == "started\n"
         time.sleep(0.3)  # well inside the kernel
