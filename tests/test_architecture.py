@@ -15,10 +15,11 @@ SOURCE = ROOT / "cwfast"
 LEVELS = [
     {"errors", "_checks", "_backends", "_parameters", "reference", "testing", "checkpoint"},
     {"ops"},
-    {"layers"},
-    {"masks", "scoring", "freezing", "data"},
+    {"layers", "_picks"},
+    {"masks", "scoring", "freezing", "optim", "distributed", "data"},
     {"training"},
     {"defense", "mia"},
+    {"integrations"},
     {"report"},
     {"demo"},
     {"cli"},
