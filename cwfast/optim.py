@@ -65,7 +65,7 @@ class SelectedAdamW(Optimizer):
             if not parameter.is_floating_point():
                 raise TypeError(f"selected parameters must be of a floating dtype; {name!r} is {parameter.dtype}")
         self._bits: dict[Tensor, Bits] = {
-            p: _picks.to_device(_picks.compact(masks.bits[name], p.numel()), p.device) for name, p in chosen.items()
+            p: _picks.to_device(masks.picks(name), p.device) for name, p in chosen.items()
         }
         self._counts: dict[Tensor, int] = {p: masks.counts[name] for name, p in chosen.items()}
         self._backend = backend

@@ -15,7 +15,7 @@ SOURCE = ROOT / "cwfast"
 LEVELS = [
     {"errors", "_checks", "_backends", "_parameters", "reference", "testing", "checkpoint"},
     {"ops"},
-    {"layers", "_picks"},
+    {"layers", "_picks", "_mask_files"},
     {"masks", "scoring", "freezing", "optim", "distributed", "data"},
     {"training"},
     {"defense", "mia"},
