@@ -63,6 +63,15 @@ def to_indices(bits: Bits, numel: int) -> Tensor:
     return torch.cat(parts) if parts else torch.empty(0, dtype=torch.int64, device=device)
 
 
+def part(bits: Bits, begin: int, end: int) -> Bits:
+    """Those of the entries from ``begin`` to ``end``: multiples of 65,536, or ``end`` the number of entries."""
+    if not isinstance(bits, tuple):
+        return bits[begin // 8 : packed_bytes(end)]
+    low, offset = bits
+    edges = offset[begin // reference.BLOCK : -(-end // reference.BLOCK) + 1]
+    return low[int(edges[0]) : int(edges[-1])], edges - edges[0]
+
+
 def count(bits: Bits) -> int:
     """How many entries are selected."""
     if isinstance(bits, tuple):

@@ -1,23 +1,23 @@
 """Sets of critical weights: selected from scores, combined, saved, and used to rewind a model."""
 
-import fnmatch
 import math
 import os
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from fractions import Fraction
 from typing import NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-from cwfast import _mask_files, _picks, ops, reference
-from cwfast._parameters import Initial, initial_values
+from cwfast import _mask_files, _picks, _streaming, ops, reference
+from cwfast._parameters import Initial, check_shapes, initial_values
+from cwfast._scopes import Scope, groups_of
+from cwfast.checkpoint import Checkpoint
 from cwfast.ops.rewind import Bits
 from cwfast.ops.select import packed_bytes
 
-Scope = str | Mapping[str, float]
+Scores = Mapping[str, Tensor] | str | os.PathLike[str]
 
 
 class Count(NamedTuple):
@@ -255,7 +255,7 @@ class _PackedBits(Mapping[str, Tensor]):
 
 
 def select(
-    scores: Mapping[str, Tensor],
+    scores: Scores,
     *,
     rate: float | None = None,
     k: int | None = None,
@@ -267,7 +267,8 @@ def select(
     """The exactly ``k = floor(rate * N)`` weights with the largest scores; ties to the lowest (parameter, index).
 
     Args:
-        scores: ``{name: scores}``, as ``SaliencyScorer.scores`` gives them; at least 0.
+        scores: ``{name: scores}``, as ``SaliencyScorer.scores`` gives them; at least 0. Or a safetensors file or folder
+            of them, on the CPU: it is read in pieces, so that it may be larger than memory, and gives the same masks.
         rate: share of the N weights that ``exclude`` leaves, 0 to 1; exact (0.3 of 10 is 3). Or
         k: how many.
         scope: "global": the largest of all. "layer": the rate in each parameter. ``{pattern: rate}``: each parameter
@@ -283,23 +284,24 @@ def select(
     Raises:
         ValueError: rate and k do not fit scope or each other, or scores are NaN or negative.
     """
-    groups = _groups(scores, rate, k, scope, exclude)
-    bits: dict[str, Tensor] = {}
-    zeros, poorest = 0, (math.inf, "", 0)
+    source = scores if isinstance(scores, Mapping) else Checkpoint(scores)
+    shapes = {n: tuple(s.shape) for n, s in source.items()} if isinstance(source, Mapping) else source.shapes
+    groups = groups_of({name: math.prod(shape) for name, shape in shapes.items()}, rate, k, scope, exclude)
+    picks: dict[str, Bits] = {}
+    zeros, poorest = 0, (math.inf, "", 0)  # share of positive scores, where, how many
     for names, count in groups:
-        chosen = [scores[name] for name in names]
-        selection = ops.select_topk(chosen, count, nan=nan, backend=backend)
-        bits.update(zip(names, selection.bits, strict=True))
-        if count and selection.threshold == 0:
-            useful = sum(int((score > 0).sum()) for score in chosen)
+        found, threshold = _select_group(source, names, count, nan, backend)
+        picks.update(zip(names, found, strict=True))
+        if count and threshold == 0:
+            useful = _positive(source, names)
             zeros += count - useful
-            share = useful / sum(score.numel() for score in chosen)
+            share = useful / sum(math.prod(shapes[name]) for name in names)
             poorest = min(poorest, (share, f" of {names[0]!r}" if len(groups) > 1 else "", useful))
-    for name, score in scores.items():
-        if name not in bits:  # excluded, or no pattern matches
-            bits[name] = torch.zeros(packed_bytes(score.numel()), dtype=torch.uint8, device=score.device)
-    shapes = {name: score.shape for name, score in scores.items()}
-    masks = MaskSet({name: bits[name] for name in scores}, shapes, zero_score_selected=zeros)
+    for name, shape in shapes.items():
+        if name not in picks:  # excluded, or no pattern matches
+            device = scores[name].device if isinstance(scores, Mapping) else "cpu"
+            picks[name] = torch.zeros(packed_bytes(math.prod(shape)), dtype=torch.uint8, device=device)
+    masks = MaskSet({name: picks[name] for name in shapes}, shapes, zero_score_selected=zeros)
     if zeros > 0.01 * masks.total:
         share, where, useful = poorest
         warnings.warn(
@@ -316,8 +318,8 @@ def rewind_(model: nn.Module, masks: MaskSet, initial: Initial, *, backend: str 
     Args:
         model: the trained model.
         masks: of this model.
-        initial: module, mapping (``state_dict``) or safetensors file with the initial weights; cast to the model's
-            dtype and device.
+        initial: module, mapping (``state_dict``), or safetensors file or folder with the initial weights (read once, in
+            pieces, of which the selected values are kept); cast to the model's dtype and device.
         backend: see ``cwfast.ops.rewind_``.
 
     Returns:
@@ -327,12 +329,32 @@ def rewind_(model: nn.Module, masks: MaskSet, initial: Initial, *, backend: str 
         ValueError: ``masks`` or ``initial`` is not of this model; nothing has been changed.
     """
     parameters = matching(model, masks)
-    values = initial_values(initial, parameters)
     weights = [parameter.detach() for parameter in parameters.values()]
-    before = [values[name].to(weight) for (name, weight) in zip(parameters, weights, strict=True)]
-    packed = [masks.bits[name].to(weight.device) for name, weight in zip(parameters, weights, strict=True)]
-    ops.rewind_(weights, before, packed, backend=backend)
+    picks = [
+        _picks.to_device(masks.picks(name), weight.device) for name, weight in zip(parameters, weights, strict=True)
+    ]
+    if isinstance(initial, str | os.PathLike):
+        values = _streamed(model, masks, parameters, Checkpoint(initial))
+        ops.scatter_(weights, picks, values, backend=backend)
+    else:
+        source = initial_values(initial, parameters)
+        before = [source[name].to(weight) for (name, weight) in zip(parameters, weights, strict=True)]
+        ops.rewind_(weights, before, picks, backend=backend)
     return model
+
+
+def _streamed(
+    model: nn.Module, masks: MaskSet, parameters: Mapping[str, nn.Parameter], source: Checkpoint
+) -> list[Tensor]:
+    """The initial values of the selected entries; a tied weight may have any of its names in the file."""
+    aliases: dict[int, list[str]] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        aliases.setdefault(id(parameter), []).append(name)
+    names = {n: next((a for a in aliases[id(p)] if a in source), n) for n, p in parameters.items()}
+    shapes = source.shapes
+    check_shapes({name: shapes[stored] for name, stored in names.items() if stored in shapes}, parameters)
+    picks = {name: _picks.to_device(masks.picks(name), "cpu") for name in parameters}
+    return _streaming.gather(source, {n: p.detach() for n, p in parameters.items()}, picks, names)
 
 
 def matching(model: nn.Module, masks: MaskSet) -> dict[str, nn.Parameter]:
@@ -352,42 +374,19 @@ def matching(model: nn.Module, masks: MaskSet) -> dict[str, nn.Parameter]:
     return {name: have[name] for name in masks.shapes}
 
 
-def _groups(
-    scores: Mapping[str, Tensor],
-    rate: float | None,
-    k: int | None,
-    scope: Scope,
-    exclude: Sequence[str] | None,
-) -> list[tuple[list[str], int]]:
-    """Which parameters compete with one another, and for how many places."""
-    names = [name for name in scores if not _first_match(name, exclude or ())]
-    if isinstance(scope, Mapping):
-        if rate is not None or k is not None:
-            raise ValueError("scope={pattern: rate} holds the rates; rate and k must not be given beside it")
-        pattern_of = {name: _first_match(name, list(scope)) for name in names}
-        return [
-            ([name], _count(scope[pattern], scores[name].numel())) for name, pattern in pattern_of.items() if pattern
-        ]
-    if (rate is None) == (k is None):
-        raise ValueError(f"either rate or k must be given; got rate={rate}, k={k}")
-    if scope == "layer":
-        if rate is None:
-            raise ValueError("scope 'layer' takes a rate; got k")
-        return [([name], _count(rate, scores[name].numel())) for name in names]
-    if scope != "global":
-        raise ValueError(f"scope must be 'global', 'layer' or a mapping {{pattern: rate}}; got {scope!r}")
-    numel = sum(scores[name].numel() for name in names)
-    return [(names, _count(rate, numel) if k is None else k)]  # type: ignore[arg-type]
+def _select_group(
+    scores: Mapping[str, Tensor] | Checkpoint, names: list[str], k: int, nan: str, backend: str
+) -> tuple[Sequence[Bits], float]:
+    if isinstance(scores, Checkpoint):
+        return _streaming.select_topk(scores, names, k, nan)
+    selection = ops.select_topk([scores[name] for name in names], k, nan=nan, backend=backend)
+    return selection.bits, selection.threshold
 
 
-def _first_match(name: str, patterns: Sequence[str]) -> str | None:
-    return next((pattern for pattern in patterns if fnmatch.fnmatchcase(name, pattern)), None)
-
-
-def _count(rate: float, numel: int) -> int:
-    if not 0 <= rate <= 1:
-        raise ValueError(f"rate must lie between 0 and 1; got {rate}")
-    return int(Fraction(str(rate)) * numel)  # the decimal that was written: 0.29 of 100 is 29
+def _positive(scores: Mapping[str, Tensor] | Checkpoint, names: list[str]) -> int:
+    if isinstance(scores, Checkpoint):
+        return _streaming.positive(scores, names)
+    return sum(int((scores[name] > 0).sum()) for name in names)
 
 
 def _layer_of(name: str) -> str:
