@@ -2,10 +2,13 @@
 from cwfast import checkpoint as checkpoint
 from cwfast import data as data
 from cwfast import defense as defense
+from cwfast import distributed as distributed
 from cwfast import errors as errors
+from cwfast import integrations as integrations
 from cwfast import layers as layers
 from cwfast import mia as mia
 from cwfast import ops as ops
+from cwfast import optim as optim
 from cwfast import reference as reference
 from cwfast import report as report
 from cwfast import testing as testing

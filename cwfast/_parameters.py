@@ -7,6 +7,8 @@ from typing import TypeAlias
 import torch
 from torch import Tensor, nn
 
+from cwfast.checkpoint import Checkpoint
+
 Initial: TypeAlias = nn.Module | Mapping[str, Tensor] | str | os.PathLike[str]
 
 
@@ -19,7 +21,8 @@ def initial_values(initial: Initial, expected: Mapping[str, Tensor]) -> dict[str
     """The tensors of ``initial`` under the names of ``expected``, in its order.
 
     Args:
-        initial: a module of the same architecture, a mapping (a ``state_dict``), or a safetensors file.
+        initial: a module of the same architecture, a mapping (a ``state_dict``), or a safetensors file or folder, of
+            which the expected tensors are read.
         expected: what must be there, with these shapes.
 
     Raises:
@@ -31,21 +34,31 @@ def initial_values(initial: Initial, expected: Mapping[str, Tensor]) -> dict[str
     elif isinstance(initial, Mapping):
         found = initial
     elif isinstance(initial, str | os.PathLike):
-        from safetensors.torch import load_file
-
-        found = load_file(initial)
+        checkpoint = Checkpoint(initial)
+        check_shapes(checkpoint.shapes, expected)
+        found = {name: checkpoint.tensor(name) for name in expected}
     else:
-        raise TypeError(f"initial must be a module, a mapping or a safetensors file; got {type(initial).__name__}")
+        raise TypeError(
+            f"initial must be a module, a mapping, or a safetensors file or folder; got {type(initial).__name__}"
+        )
+    check_shapes({name: tuple(found[name].shape) for name in expected if name in found}, expected)
+    return {name: found[name].detach() for name in expected}
+
+
+def check_shapes(found: Mapping[str, tuple[int, ...]], expected: Mapping[str, Tensor]) -> None:
+    """Every expected name is there, with its shape.
+
+    Raises:
+        ValueError: not so; the message names it.
+    """
     missing = [name for name in expected if name not in found]
     if missing:
         raise ValueError(f"initial must hold every parameter; {len(missing)} missing, the first is {missing[0]!r}")
     for name, tensor in expected.items():
-        if found[name].shape != tensor.shape:
+        if found[name] != tuple(tensor.shape):
             raise ValueError(
-                f"initial[{name!r}] must have the shape of the parameter, {tuple(tensor.shape)}; "
-                f"got {tuple(found[name].shape)}"
+                f"initial[{name!r}] must have the shape of the parameter, {tuple(tensor.shape)}; got {found[name]}"
             )
-    return {name: found[name].detach() for name in expected}
 
 
 def snapshot(model: nn.Module) -> dict[str, Tensor]:

@@ -1,61 +1,65 @@
 """Sets of critical weights: selected from scores, combined, saved, and used to rewind a model."""
 
-import fnmatch
-import hashlib
-import json
+import math
 import os
 import warnings
-from collections.abc import Callable, Mapping, Sequence
-from fractions import Fraction
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-from cwfast import ops, reference
-from cwfast._parameters import Initial, initial_values
-from cwfast.checkpoint.files import atomic_write
-from cwfast.errors import CheckpointError
+from cwfast import _mask_files, _picks, _streaming, ops, reference
+from cwfast._parameters import Initial, check_shapes, initial_values
+from cwfast._scopes import Scope, groups_of
+from cwfast.checkpoint import Checkpoint
+from cwfast.ops.rewind import Bits
 from cwfast.ops.select import packed_bytes
 
-FORMAT = "cwfast-mask/1"
-Scope = str | Mapping[str, float]
+Scores = Mapping[str, Tensor] | str | os.PathLike[str]
+
+
+class Count(NamedTuple):
+    """Selected weights, and how many there are to select from."""
+
+    selected: int
+    numel: int
 
 
 class MaskSet:
     """Which weights are selected: per parameter, a set of entries of its flattened tensor (row-major).
 
-    ``masks[name]`` is a bool tensor of the parameter's shape. Sets of the same parameters combine by ``&``, ``|``,
-    ``-`` and ``^``. Selected entries are "on"; parameters of which none is selected are still named.
+    ``masks[name]`` is a bool tensor of the parameter's shape, ``masks.bits[name]`` packed bits, ``masks.picks(name)``
+    the smaller of packed bits and block list (2 bytes a selected weight); a form that was not given is made when first
+    asked for, and kept. Sets of the same parameters combine by ``&``, ``|``, ``-`` and ``^``. Selected entries are
+    "on"; parameters of which none is selected are still named.
 
     Args:
-        bits: ``{name: packed bits}`` as in ``cwfast.ops.Selection``, all on one device.
+        bits: ``{name: packed bits | (low, offset)}`` as ``cwfast.ops.rewind_`` takes them, all on one device.
         shapes: ``{name: shape}``, the same names.
         zero_score_selected: see ``select``.
 
     Raises:
-        ValueError: names, lengths or padding do not fit.
+        ValueError: names, lengths, padding, or a list's order do not fit.
     """
 
     def __init__(
-        self, bits: Mapping[str, Tensor], shapes: Mapping[str, Sequence[int]], *, zero_score_selected: int = 0
+        self, bits: Mapping[str, Bits], shapes: Mapping[str, Sequence[int]], *, zero_score_selected: int = 0
     ) -> None:
         if list(bits) != list(shapes):
             raise ValueError(
                 f"bits and shapes must have the same names; got {list(bits)[:3]}... and {list(shapes)[:3]}..."
             )
-        self.bits = dict(bits)
         self.shapes = {name: tuple(int(size) for size in shape) for name, shape in shapes.items()}
-        for name, packed in self.bits.items():
-            numel = int(np.prod(self.shapes[name], dtype=np.int64))
-            if packed.dtype != torch.uint8 or packed.shape != (packed_bytes(numel),):
-                raise ValueError(
-                    f"bits[{name!r}] must be uint8 of {packed_bytes(numel)} bytes for shape {self.shapes[name]}; "
-                    f"got {packed.dtype} of shape {tuple(packed.shape)}"
-                )
-            if reference.unpack(packed[-8:], 64)[numel - (packed_bytes(numel) * 8 - 64) :].any():
-                raise ValueError(f"bits[{name!r}] must be zero past the last of {numel} entries; some are set")
-        self.counts = {name: _popcount(packed) for name, packed in self.bits.items()}
+        self._numel = {name: math.prod(shape) for name, shape in self.shapes.items()}
+        for name, given in bits.items():
+            wrong = _picks.wrong(given, self._numel[name])
+            if wrong:
+                raise ValueError(f"bits[{name!r}] {wrong}, for shape {self.shapes[name]}")
+        self._packed = {name: given for name, given in bits.items() if not isinstance(given, tuple)}
+        self._lists = {name: given for name, given in bits.items() if isinstance(given, tuple)}
+        self.counts = {name: _picks.count(given) for name, given in bits.items()}
         self.zero_score_selected = zero_score_selected
 
     @classmethod
@@ -69,7 +73,23 @@ class MaskSet:
     @property
     def names(self) -> list[str]:
         """Parameter names, in order."""
-        return list(self.bits)
+        return list(self.shapes)
+
+    @property
+    def bits(self) -> Mapping[str, Tensor]:
+        """Packed bits by name, as in ``cwfast.ops.Selection``."""
+        return _PackedBits(self)
+
+    def picks(self, name: str) -> Bits:
+        """What ``cwfast.ops`` takes as bits, in the smaller form: a list below 1/16 of the entries, else packed."""
+        if self.counts[name] >= _picks.LIST_BELOW * self._numel[name]:
+            return self.bits[name]
+        if name not in self._lists:
+            self._lists[name] = _picks.to_list(self._packed[name], self._numel[name])
+        return self._lists[name]
+
+    def _given(self, name: str) -> Bits:
+        return self._packed[name] if name in self._packed else self._lists[name]
 
     @property
     def total(self) -> int:
@@ -79,26 +99,64 @@ class MaskSet:
     @property
     def numel(self) -> int:
         """How many weights there are to select from."""
-        return sum(int(np.prod(shape, dtype=np.int64)) for shape in self.shapes.values())
+        return sum(self._numel.values())
 
     def __getitem__(self, name: str) -> Tensor:
-        shape = self.shapes[name]
-        return reference.unpack(self.bits[name], int(np.prod(shape, dtype=np.int64))).reshape(shape)
+        packed = _picks.to_bits(self._given(name), self._numel[name])
+        return reference.unpack(packed, self._numel[name]).reshape(self.shapes[name])
 
     def __repr__(self) -> str:
         share = self.total / self.numel if self.numel else 0.0
-        return f"MaskSet({self.total:,} of {self.numel:,} weights, {share:.3%}, in {len(self.bits)} parameters)"
+        return f"MaskSet({self.total:,} of {self.numel:,} weights, {share:.3%}, in {len(self.shapes)} parameters)"
 
     def __eq__(self, other: object) -> bool:
         if not isinstance(other, MaskSet):
             return NotImplemented
-        return self.shapes == other.shapes and all(torch.equal(self.bits[n], other.bits[n]) for n in self.bits)
+        return (
+            list(self.shapes.items()) == list(other.shapes.items())
+            and self.counts == other.counts
+            and all(torch.equal(a, b) for a, b in self._pairs(other))
+        )
 
     __hash__ = None  # type: ignore[assignment]
 
     def indices(self, name: str) -> Tensor:
         """Selected flat indices of one parameter: int64, ascending."""
-        return self[name].reshape(-1).nonzero().reshape(-1)
+        return _picks.to_indices(self._given(name), self._numel[name])
+
+    def counts_by(self, group: str) -> dict[str, Count]:
+        """Selected and all weights by part of the model.
+
+        Args:
+            group: "layer": the name up to its first number ("model.layers.3"), or without its last part where there
+                is none ("head" of "head.weight"). "kind": the name with each number as ``*``
+                ("model.layers.*.mlp.up_proj.weight").
+
+        Raises:
+            ValueError: another group.
+        """
+        if group not in ("layer", "kind"):
+            raise ValueError(f"group must be 'layer' or 'kind'; got {group!r}")
+        found: dict[str, Count] = {}
+        for name, numel in self._numel.items():
+            key = _layer_of(name) if group == "layer" else _kind_of(name)
+            before = found.get(key, Count(0, 0))
+            found[key] = Count(before.selected + self.counts[name], before.numel + numel)
+        return found
+
+    def summary(self, group: str = "layer") -> str:
+        """A text table of ``counts_by``: selected, all, share, and share relative to the whole set's."""
+        rows = [*self.counts_by(group).items(), ("all", Count(self.total, self.numel))]
+        width = max(len(group), *(len(key) for key, _ in rows))
+        whole = self.total / self.numel if self.total else math.nan
+        lines = [f"{group:<{width}}  {'selected':>15}  {'weights':>17}  {'share':>9}  {'to all':>7}"]
+        for key, (selected, numel) in rows:
+            share = selected / numel if numel else 0.0
+            relative = f"{share / whole:.2f}" if self.total else "-"
+            lines.append(f"{key:<{width}}  {selected:>15,}  {numel:>17,}  {share:>9.4%}  {relative:>7}")
+        if self.zero_score_selected:
+            lines.append(f"{self.zero_score_selected:,} of the selected weights had score 0")
+        return "\n".join(lines)
 
     def _combine(self, other: "MaskSet", operation: Callable[[Tensor, Tensor], Tensor]) -> "MaskSet":
         if not isinstance(other, MaskSet):
@@ -111,7 +169,13 @@ class MaskSet:
                 f"mask sets must be of the same parameters; they differ at {name!r}: "
                 f"{self.shapes.get(name)} and {other.shapes.get(name)}"
             )
-        return MaskSet({n: operation(self.bits[n], other.bits[n]) for n in self.bits}, self.shapes)
+        names = list(self.shapes)
+        return MaskSet({n: operation(a, b) for n, (a, b) in zip(names, self._pairs(other), strict=True)}, self.shapes)
+
+    def _pairs(self, other: "MaskSet") -> Iterator[tuple[Tensor, Tensor]]:
+        """Packed bits of both, made one parameter at a time."""
+        for name, numel in self._numel.items():
+            yield _picks.to_bits(self._given(name), numel), _picks.to_bits(other._given(name), numel)
 
     def __and__(self, other: "MaskSet") -> "MaskSet":
         return self._combine(other, torch.bitwise_and)
@@ -134,45 +198,30 @@ class MaskSet:
         """As many weights in each parameter, drawn uniformly; the same for the same seed (numpy's PCG64)."""
         generator = np.random.default_rng(seed)
         bits = {}
-        for name, packed in self.bits.items():
-            numel = int(np.prod(self.shapes[name], dtype=np.int64))
+        for name, numel in self._numel.items():
             mask = torch.zeros(numel, dtype=torch.bool)
             mask[torch.from_numpy(generator.choice(numel, self.counts[name], replace=False, shuffle=False))] = True
-            bits[name] = reference.pack(mask).to(packed.device)
+            bits[name] = reference.pack(mask).to(_device(self._given(name)))
         return MaskSet(bits, self.shapes)
 
     def to(self, device: torch.device | str) -> "MaskSet":
         """The same set on another device."""
         return MaskSet(
-            {name: packed.to(device) for name, packed in self.bits.items()},
+            {name: _picks.to_device(self._given(name), device) for name in self.shapes},
             self.shapes,
             zero_score_selected=self.zero_score_selected,
         )
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write a safetensors file, whole or not at all: per parameter ``<name>/low`` uint16, the positions inside
-        blocks of 65,536 entries, and ``<name>/offset`` int64, where each block's begin (2 bytes a selected weight).
+        blocks of 65,536 entries, and ``<name>/offset`` int64, where each block's begin (2 bytes a selected weight);
+        from 1/16 of the entries on ``<name>/bits``, packed.
 
         Raises:
             OSError: the folder does not exist or cannot be written.
         """
-        from safetensors.torch import save
-
-        tensors = {}
-        for name in self.bits:
-            indices = self.indices(name).cpu()
-            blocks = -(-int(np.prod(self.shapes[name], dtype=np.int64)) // reference.BLOCK)
-            edges = torch.arange(blocks + 1, dtype=torch.int64) * reference.BLOCK
-            tensors[f"{name}/low"] = (indices % reference.BLOCK).to(torch.uint16)
-            tensors[f"{name}/offset"] = torch.searchsorted(indices, edges)
-        metadata = {
-            "format": FORMAT,
-            "shapes": json.dumps({name: list(shape) for name, shape in self.shapes.items()}),
-            "sha256": _digest(tensors),
-            "zero_score_selected": str(self.zero_score_selected),
-        }
-        with atomic_write(path) as temporary:
-            temporary.write_bytes(save(tensors, metadata=metadata))  # an OSError stays one, unlike from save_file
+        picks = {name: self._given(name) for name in self.shapes}
+        _mask_files.save(path, picks, self.shapes, self.zero_score_selected)
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> "MaskSet":
@@ -182,36 +231,31 @@ class MaskSet:
             FileNotFoundError: there is no such file.
             CheckpointError: it is not such a file, or broken; the message says where.
         """
-        from safetensors import SafetensorError, safe_open
+        picks, shapes, zeros = _mask_files.load(path)
+        return cls(picks, shapes, zero_score_selected=zeros)
 
-        try:
-            with safe_open(path, framework="pt") as file:
-                metadata = file.metadata() or {}
-                tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (not a dict)
-        except SafetensorError as error:
-            raise CheckpointError(f"{path} must be a safetensors file; {error}") from error
-        if metadata.get("format") != FORMAT:
-            raise CheckpointError(f"{path} must be a mask file of format {FORMAT}; got {metadata.get('format')!r}")
-        if metadata.get("sha256") != _digest(tensors):
-            raise CheckpointError(f"{path} must hold the data it was written with; its SHA-256 differs")
-        shapes = _read_shapes(path, metadata.get("shapes", ""))
-        expected = {f"{name}/{part}" for name in shapes for part in ("low", "offset")}
-        if set(tensors) != expected:
-            raise CheckpointError(
-                f"{path} must hold low and offset of each parameter; {sorted(expected ^ set(tensors))[:3]}"
-            )
-        bits = {}
-        for name, shape in shapes.items():
-            low, offset = tensors[f"{name}/low"], tensors[f"{name}/offset"]
-            bits[name] = _bits_of(path, name, int(np.prod(shape, dtype=np.int64)), low, offset)
-        zeros = metadata.get("zero_score_selected", "")
-        if not zeros.isdecimal() or len(zeros) > 19:
-            raise CheckpointError(f"{path} must state zero_score_selected as a number; got {zeros!r}")
-        return cls(bits, shapes, zero_score_selected=int(zeros))
+
+class _PackedBits(Mapping[str, Tensor]):
+    """A MaskSet's packed bits, made when asked for."""
+
+    def __init__(self, masks: MaskSet) -> None:
+        self._masks = masks
+
+    def __getitem__(self, name: str) -> Tensor:
+        masks = self._masks
+        if name not in masks._packed:
+            masks._packed[name] = _picks.to_bits(masks._lists[name], masks._numel[name])
+        return masks._packed[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._masks.shapes)
+
+    def __len__(self) -> int:
+        return len(self._masks.shapes)
 
 
 def select(
-    scores: Mapping[str, Tensor],
+    scores: Scores,
     *,
     rate: float | None = None,
     k: int | None = None,
@@ -223,7 +267,8 @@ def select(
     """The exactly ``k = floor(rate * N)`` weights with the largest scores; ties to the lowest (parameter, index).
 
     Args:
-        scores: ``{name: scores}``, as ``SaliencyScorer.scores`` gives them; at least 0.
+        scores: ``{name: scores}``, as ``SaliencyScorer.scores`` gives them; at least 0. Or a safetensors file or folder
+            of them, on the CPU: it is read in pieces, so that it may be larger than memory, and gives the same masks.
         rate: share of the N weights that ``exclude`` leaves, 0 to 1; exact (0.3 of 10 is 3). Or
         k: how many.
         scope: "global": the largest of all. "layer": the rate in each parameter. ``{pattern: rate}``: each parameter
@@ -239,25 +284,29 @@ def select(
     Raises:
         ValueError: rate and k do not fit scope or each other, or scores are NaN or negative.
     """
-    groups = _groups(scores, rate, k, scope, exclude)
-    shapes = {name: score.shape for name, score in scores.items()}
-    bits = {
-        name: torch.zeros(packed_bytes(s.numel()), dtype=torch.uint8, device=s.device) for name, s in scores.items()
-    }
-    zeros = 0
+    source = scores if isinstance(scores, Mapping) else Checkpoint(scores)
+    shapes = {n: tuple(s.shape) for n, s in source.items()} if isinstance(source, Mapping) else source.shapes
+    groups = groups_of({name: math.prod(shape) for name, shape in shapes.items()}, rate, k, scope, exclude)
+    picks: dict[str, Bits] = {}
+    zeros, poorest = 0, (math.inf, "", 0)  # share of positive scores, where, how many
     for names, count in groups:
-        chosen = [scores[name] for name in names]
-        selection = ops.select_topk(chosen, count, nan=nan, backend=backend)
-        bits.update(zip(names, selection.bits, strict=True))
-        if count and selection.threshold == 0:
-            zeros += count - sum(int((score > 0).sum()) for score in chosen)
-    masks = MaskSet(bits, shapes, zero_score_selected=zeros)
+        found, threshold = _select_group(source, names, count, nan, backend)
+        picks.update(zip(names, found, strict=True))
+        if count and threshold == 0:
+            useful = _positive(source, names)
+            zeros += count - useful
+            share = useful / sum(math.prod(shapes[name]) for name in names)
+            poorest = min(poorest, (share, f" of {names[0]!r}" if len(groups) > 1 else "", useful))
+    for name, shape in shapes.items():
+        if name not in picks:  # excluded, or no pattern matches
+            device = scores[name].device if isinstance(scores, Mapping) else "cpu"
+            picks[name] = torch.zeros(packed_bytes(math.prod(shape)), dtype=torch.uint8, device=device)
+    masks = MaskSet({name: picks[name] for name in shapes}, shapes, zero_score_selected=zeros)
     if zeros > 0.01 * masks.total:
-        competing = [scores[name] for names, _ in groups for name in names]
-        useful, numel = sum(int((score > 0).sum()) for score in competing), sum(score.numel() for score in competing)
+        share, where, useful = poorest
         warnings.warn(
-            f"{zeros} of {masks.total} selected weights have score 0, which ranks nothing; the largest useful rate is "
-            f"{useful / numel:.6f} ({useful} weights have a positive score)",
+            f"{zeros} of {masks.total} selected weights have score 0, which ranks nothing; the largest useful "
+            f"rate{where} is {share:.6f} ({useful} weights have a positive score)",
             stacklevel=2,
         )
     return masks
@@ -269,8 +318,8 @@ def rewind_(model: nn.Module, masks: MaskSet, initial: Initial, *, backend: str 
     Args:
         model: the trained model.
         masks: of this model.
-        initial: module, mapping (``state_dict``) or safetensors file with the initial weights; cast to the model's
-            dtype and device.
+        initial: module, mapping (``state_dict``), or safetensors file or folder with the initial weights (read once, in
+            pieces, of which the selected values are kept); cast to the model's dtype and device.
         backend: see ``cwfast.ops.rewind_``.
 
     Returns:
@@ -280,12 +329,32 @@ def rewind_(model: nn.Module, masks: MaskSet, initial: Initial, *, backend: str 
         ValueError: ``masks`` or ``initial`` is not of this model; nothing has been changed.
     """
     parameters = matching(model, masks)
-    values = initial_values(initial, parameters)
     weights = [parameter.detach() for parameter in parameters.values()]
-    before = [values[name].to(weight) for (name, weight) in zip(parameters, weights, strict=True)]
-    packed = [masks.bits[name].to(weight.device) for name, weight in zip(parameters, weights, strict=True)]
-    ops.rewind_(weights, before, packed, backend=backend)
+    picks = [
+        _picks.to_device(masks.picks(name), weight.device) for name, weight in zip(parameters, weights, strict=True)
+    ]
+    if isinstance(initial, str | os.PathLike):
+        values = _streamed(model, masks, parameters, Checkpoint(initial))
+        ops.scatter_(weights, picks, values, backend=backend)
+    else:
+        source = initial_values(initial, parameters)
+        before = [source[name].to(weight) for (name, weight) in zip(parameters, weights, strict=True)]
+        ops.rewind_(weights, before, picks, backend=backend)
     return model
+
+
+def _streamed(
+    model: nn.Module, masks: MaskSet, parameters: Mapping[str, nn.Parameter], source: Checkpoint
+) -> list[Tensor]:
+    """The initial values of the selected entries; a tied weight may have any of its names in the file."""
+    aliases: dict[int, list[str]] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        aliases.setdefault(id(parameter), []).append(name)
+    names = {n: next((a for a in aliases[id(p)] if a in source), n) for n, p in parameters.items()}
+    shapes = source.shapes
+    check_shapes({name: shapes[stored] for name, stored in names.items() if stored in shapes}, parameters)
+    picks = {name: _picks.to_device(masks.picks(name), "cpu") for name in parameters}
+    return _streaming.gather(source, {n: p.detach() for n, p in parameters.items()}, picks, names)
 
 
 def matching(model: nn.Module, masks: MaskSet) -> dict[str, nn.Parameter]:
@@ -305,89 +374,30 @@ def matching(model: nn.Module, masks: MaskSet) -> dict[str, nn.Parameter]:
     return {name: have[name] for name in masks.shapes}
 
 
-def _groups(
-    scores: Mapping[str, Tensor],
-    rate: float | None,
-    k: int | None,
-    scope: Scope,
-    exclude: Sequence[str] | None,
-) -> list[tuple[list[str], int]]:
-    """Which parameters compete with one another, and for how many places."""
-    names = [name for name in scores if not _first_match(name, exclude or ())]
-    if isinstance(scope, Mapping):
-        if rate is not None or k is not None:
-            raise ValueError("scope={pattern: rate} holds the rates; rate and k must not be given beside it")
-        pattern_of = {name: _first_match(name, list(scope)) for name in names}
-        return [
-            ([name], _count(scope[pattern], scores[name].numel())) for name, pattern in pattern_of.items() if pattern
-        ]
-    if (rate is None) == (k is None):
-        raise ValueError(f"either rate or k must be given; got rate={rate}, k={k}")
-    if scope == "layer":
-        if rate is None:
-            raise ValueError("scope 'layer' takes a rate; got k")
-        return [([name], _count(rate, scores[name].numel())) for name in names]
-    if scope != "global":
-        raise ValueError(f"scope must be 'global', 'layer' or a mapping {{pattern: rate}}; got {scope!r}")
-    numel = sum(scores[name].numel() for name in names)
-    return [(names, _count(rate, numel) if k is None else k)]  # type: ignore[arg-type]
+def _select_group(
+    scores: Mapping[str, Tensor] | Checkpoint, names: list[str], k: int, nan: str, backend: str
+) -> tuple[Sequence[Bits], float]:
+    if isinstance(scores, Checkpoint):
+        return _streaming.select_topk(scores, names, k, nan)
+    selection = ops.select_topk([scores[name] for name in names], k, nan=nan, backend=backend)
+    return selection.bits, selection.threshold
 
 
-def _first_match(name: str, patterns: Sequence[str]) -> str | None:
-    return next((pattern for pattern in patterns if fnmatch.fnmatchcase(name, pattern)), None)
+def _positive(scores: Mapping[str, Tensor] | Checkpoint, names: list[str]) -> int:
+    if isinstance(scores, Checkpoint):
+        return _streaming.positive(scores, names)
+    return sum(int((scores[name] > 0).sum()) for name in names)
 
 
-def _count(rate: float, numel: int) -> int:
-    if not 0 <= rate <= 1:
-        raise ValueError(f"rate must lie between 0 and 1; got {rate}")
-    return int(Fraction(str(rate)) * numel)  # the decimal that was written: 0.29 of 100 is 29
+def _layer_of(name: str) -> str:
+    parts = name.split(".")
+    numbers = [i for i, part in enumerate(parts) if part.isdecimal()]
+    return ".".join(parts[: numbers[0] + 1] if numbers else parts[:-1]) or name
 
 
-def _popcount(packed: Tensor) -> int:
-    counts = torch.tensor([i.bit_count() for i in range(256)], dtype=torch.int64, device=packed.device)
-    return int((torch.bincount(packed, minlength=256) * counts).sum()) if len(packed) else 0
+def _kind_of(name: str) -> str:
+    return ".".join("*" if part.isdecimal() else part for part in name.split("."))
 
 
-def _digest(tensors: Mapping[str, Tensor]) -> str:
-    digest = hashlib.sha256()
-    for key in sorted(tensors):
-        digest.update(key.encode())
-        digest.update(tensors[key].reshape(-1).view(torch.uint8).numpy().data)
-    return digest.hexdigest()
-
-
-def _read_shapes(path: str | os.PathLike[str], text: str) -> dict[str, tuple[int, ...]]:
-    try:
-        shapes = json.loads(text)
-        good = isinstance(shapes, dict) and all(
-            isinstance(shape, list) and all(type(size) is int and size >= 0 for size in shape)
-            for shape in shapes.values()
-        )
-    except (ValueError, RecursionError):  # also numbers of too many digits and brackets nested too deeply
-        good = False
-    if not good:
-        raise CheckpointError(f"{path} must state shapes as a JSON object of lists of sizes; got {text[:80]!r}")
-    for name, shape in shapes.items():
-        entries = 1
-        for size in shape:
-            entries *= max(size, 1)  # Python integers: no overflow, and none that a size 0 would hide
-        if entries >= 1 << 62:
-            raise CheckpointError(f"{path} must name tensors below 2**62 entries; {name!r} has shape {shape}")
-    return {name: tuple(shape) for name, shape in shapes.items()}
-
-
-def _bits_of(path: str | os.PathLike[str], name: str, numel: int, low: Tensor, offset: Tensor) -> Tensor:
-    """Packed bits of one parameter, from a file's low and offset, which are checked first."""
-    blocks = -(-numel // reference.BLOCK)
-    good = low.dtype == torch.uint16 and low.ndim == 1 and offset.dtype == torch.int64 and offset.shape == (blocks + 1,)
-    good = good and bool(offset[0] == 0 and offset[-1] == len(low) and (offset.diff() >= 0).all())
-    if good:
-        indices = reference.indices_of(low, offset, numel)
-        good = bool((indices.diff() > 0).all()) and (len(indices) == 0 or int(indices[-1]) < numel)
-    if not good:
-        raise CheckpointError(
-            f"{path} must list ascending indices below {numel} for {name!r}, by blocks of {reference.BLOCK}"
-        )
-    mask = torch.zeros(numel, dtype=torch.bool)
-    mask[indices] = True
-    return reference.pack(mask)
+def _device(bits: Bits) -> torch.device:
+    return bits[0].device if isinstance(bits, tuple) else bits.device

@@ -4,6 +4,7 @@ import copy
 import json
 from fractions import Fraction
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given
@@ -11,8 +12,9 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from cwfast import MaskSet, masks, rewind_, select
+from cwfast import MaskSet, _mask_files, _picks, rewind_, select
 from cwfast.errors import CheckpointError
+from cwfast.ops import gather
 
 SHAPES = {"a.weight": (7, 11), "a.bias": (7,), "scalar": (), "empty": (0, 3), "b": (70_001,)}
 
@@ -41,6 +43,72 @@ def test_content_in_every_form():
         assert found.counts[name] == int(mask.sum())
         assert torch.equal(found.indices(name), mask.reshape(-1).nonzero().reshape(-1))
     assert f"{found.total:,} of {NUMEL:,} weights" in repr(found)
+
+
+@pytest.mark.parametrize("share", [0.0, 0.001, 0.05, 0.0624, 0.0626, 0.5, 1.0])
+@pytest.mark.parametrize("numel", [0, 1, 63, 64, 65, 65_535, 65_536, 65_537, 200_003])
+def test_both_forms_hold_the_same_set(numel, share, monkeypatch):
+    monkeypatch.setattr(_picks, "_STRIDE", _picks.reference.BLOCK)  # several pieces also at this size
+    mask = torch.rand(numel, generator=torch.Generator().manual_seed(numel)) < share
+    expected = mask.nonzero().reshape(-1)
+    found = MaskSet.from_masks({"w": mask})
+    low, offset = _picks.to_list(found.bits["w"], numel)
+    assert low.dtype == torch.uint16
+    assert len(offset) == -(-numel // 65_536) + 1
+    again = MaskSet({"w": (low, offset)}, {"w": (numel,)})
+    for masks in (found, again):
+        assert masks.counts == {"w": len(expected)}
+        assert torch.equal(masks.indices("w"), expected)
+        assert torch.equal(masks["w"], mask)
+        is_list = isinstance(masks.picks("w"), tuple)
+        assert is_list == (len(expected) < numel / 16)
+        assert torch.equal(gather([torch.arange(numel)], [masks.picks("w")])[0], expected)
+    assert again == found
+    assert (again & found) == found
+    assert torch.equal(again.bits["w"], found.bits["w"])
+
+
+@given(data=st.data())
+def test_a_list_is_accepted_only_if_ascending_unique_and_in_range(data):
+    numel = data.draw(st.integers(0, 3 * 65_536))
+    blocks = -(-numel // 65_536)
+    values = data.draw(st.lists(st.integers(0, 65_535), max_size=6))
+    offset = data.draw(st.lists(st.integers(-1, 7), min_size=max(blocks, 0), max_size=blocks + 1))
+    offset = [0, *sorted(offset)] if data.draw(st.booleans()) else [0, *offset]
+    fits = len(offset) == blocks + 1 and offset[-1] == len(values) and all(np.diff(offset) >= 0)
+    indices = []
+    if fits:
+        for block in range(blocks):
+            indices += [block * 65_536 + v for v in values[offset[block] : offset[block + 1]]]
+        fits = len(set(indices)) == len(indices) and sorted(indices) == indices and all(i < numel for i in indices)
+    pair = (torch.tensor(values, dtype=torch.uint16), torch.tensor(offset, dtype=torch.int64))
+    if fits:
+        assert MaskSet({"w": pair}, {"w": (numel,)}).indices("w").tolist() == indices
+    else:
+        with pytest.raises(ValueError, match=r"bits\['w'\] must"):
+            MaskSet({"w": pair}, {"w": (numel,)})
+
+
+def test_counts_by_layer_and_kind():
+    names = ["embed.weight", "h.0.mlp.weight", "h.0.mlp.bias", "h.1.mlp.weight", "h.11.mlp.weight", "scale"]
+    masks = MaskSet.from_masks({name: torch.arange(10) < i for i, name in enumerate(names)})
+    layer, kind = masks.counts_by("layer"), masks.counts_by("kind")
+    assert layer == {"embed": (0, 10), "h.0": (3, 20), "h.1": (3, 10), "h.11": (4, 10), "scale": (5, 10)}
+    assert kind == {"embed.weight": (0, 10), "h.*.mlp.weight": (8, 30), "h.*.mlp.bias": (2, 10), "scale": (5, 10)}
+    lines = masks.summary().splitlines()
+    assert lines[2].split() == ["h.0", "3", "20", "15.0000%", "0.60"]
+    assert lines[-1].split() == ["all", "15", "60", "25.0000%", "1.00"]
+    assert (masks - masks).summary("kind").splitlines()[-1].split() == ["all", "0", "60", "0.0000%", "-"]
+    with pytest.raises(ValueError, match="'layer' or 'kind'"):
+        masks.counts_by("colour")
+
+
+def test_the_largest_useful_rate_is_that_of_the_poorest_layer():
+    s = {"a": torch.rand(100) + 0.1, "b": torch.zeros(100)}
+    s["b"][:10] = 1
+    with pytest.warns(UserWarning, match=r"largest useful rate of 'b' is 0\.100000"):
+        found = select(s, rate=0.2, scope="layer")
+    assert found.zero_score_selected == 10
 
 
 @pytest.mark.parametrize("operator", ["__and__", "__or__", "__sub__", "__xor__"])
@@ -177,13 +245,20 @@ def test_a_folder_that_is_not_there_leaves_nothing(tmp_path):
 
 def write(path, tensors, **metadata):
     """A mask file with these contents and a right hash, so that only the change is wrong."""
-    plain = {"format": masks.FORMAT, "shapes": json.dumps({n: list(s) for n, s in SHAPES.items()})}
-    plain |= {"sha256": masks._digest(tensors), "zero_score_selected": "0"}
+    plain = {"format": _mask_files.FORMAT, "shapes": json.dumps({n: list(s) for n, s in SHAPES.items()})}
+    plain |= {"sha256": _mask_files.digest(tensors), "zero_score_selected": "0"}
     save_file(tensors, path, metadata=plain | metadata)
 
 
 def low(values):
     return torch.tensor(values, dtype=torch.uint16)
+
+
+def sparse_masks():
+    """Lists for "b", "a.bias" and two empty ones; bits for "a.weight"."""
+    shares = {"a.weight": 0.3, "b": 0.03}
+    generator = torch.Generator().manual_seed(0)
+    return MaskSet.from_masks({n: torch.rand(s, generator=generator) < shares.get(n, 0) for n, s in SHAPES.items()})
 
 
 BROKEN = {
@@ -204,6 +279,14 @@ BROKEN = {
     "offset end": lambda t: ({**t, "a.bias/low": low([1, 3]), "a.bias/offset": torch.tensor([0, 9])}, {}),
     "offset falls": lambda t: ({**t, "b/offset": torch.tensor([0, -5, len(t["b/low"])])}, {}),
     "offset length": lambda t: ({**t, "b/offset": torch.tensor([0, len(t["b/low"])])}, {}),
+    "both forms": lambda t: ({**t, "b/bits": torch.zeros(8752, dtype=torch.uint8)}, {}),
+    "bits length": lambda t: ({**t, "a.weight/bits": torch.zeros(8, dtype=torch.uint8)}, {}),
+    "bits padding": lambda t: ({**t, "a.weight/bits": torch.full((16,), 255, dtype=torch.uint8)}, {}),
+    "bits dtype": lambda t: ({**t, "a.weight/bits": t["a.weight/bits"].to(torch.int8)}, {}),
+    "across blocks": lambda t: (
+        {**t, "b/low": low([5, 4_464, 4_465]), "b/offset": torch.tensor([0, 1, 3])},
+        {},
+    ),
     "dtype": lambda t: ({**t, "b/low": t["b/low"].to(torch.int32)}, {}),
 }
 
@@ -211,7 +294,7 @@ BROKEN = {
 @pytest.mark.parametrize("broken", BROKEN)
 def test_a_broken_file_is_refused(tmp_path, broken):
     path = tmp_path / "m.safetensors"
-    random_masks().save(path)
+    sparse_masks().save(path)
     tensors, metadata = BROKEN[broken](load_file(path))
     write(path, tensors, **metadata)
     with pytest.raises(CheckpointError, match=r"m\.safetensors must"):
@@ -219,9 +302,9 @@ def test_a_broken_file_is_refused(tmp_path, broken):
 
 
 def test_the_broken_files_differ_by_their_break_alone(tmp_path):
-    random_masks().save(tmp_path / "m.safetensors")
+    sparse_masks().save(tmp_path / "m.safetensors")
     write(tmp_path / "same.safetensors", load_file(tmp_path / "m.safetensors"))
-    assert MaskSet.load(tmp_path / "same.safetensors") == random_masks()
+    assert MaskSet.load(tmp_path / "same.safetensors") == sparse_masks()
 
 
 @pytest.mark.parametrize("content", [b"", b"not safetensors", b"\xff" * 64])

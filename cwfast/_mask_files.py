@@ -1,0 +1,106 @@
+"""Mask files: safetensors, written whole or not at all; everything that is read is checked."""
+
+import hashlib
+import json
+import math
+import os
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from cwfast import _picks
+from cwfast.checkpoint.files import atomic_write
+from cwfast.errors import CheckpointError
+from cwfast.ops.rewind import Bits
+
+FORMAT = "cwfast-mask/1"
+Shapes = dict[str, tuple[int, ...]]
+MAX_NUMEL = 1 << 62
+
+
+def save(path: str | os.PathLike[str], picks: Mapping[str, Bits], shapes: Shapes, zero_score_selected: int) -> None:
+    """Per parameter ``<name>/low`` and ``<name>/offset``, or ``<name>/bits``: the smaller of the two forms."""
+    from safetensors.torch import save as serialize
+
+    tensors: dict[str, Tensor] = {}
+    for name, bits in picks.items():
+        bits = _picks.to_device(_picks.compact(bits, math.prod(shapes[name])), "cpu")
+        parts = {"low": bits[0], "offset": bits[1]} if isinstance(bits, tuple) else {"bits": bits}
+        tensors |= {f"{name}/{part}": tensor.contiguous() for part, tensor in parts.items()}
+    metadata = {
+        "format": FORMAT,
+        "shapes": json.dumps({name: list(shape) for name, shape in shapes.items()}),
+        "sha256": digest(tensors),
+        "zero_score_selected": str(zero_score_selected),
+    }
+    with atomic_write(path) as temporary:
+        temporary.write_bytes(serialize(tensors, metadata=metadata))  # an OSError stays one, unlike from save_file
+
+
+def load(path: str | os.PathLike[str]) -> tuple[dict[str, Bits], Shapes, int]:
+    """What ``save`` was given.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        CheckpointError: it is not such a file, or broken; the message says where.
+    """
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(path, framework="pt") as file:
+            metadata = file.metadata() or {}
+            tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (not a dict)
+    except SafetensorError as error:
+        raise CheckpointError(f"{path} must be a safetensors file; {error}") from error
+    if metadata.get("format") != FORMAT:
+        raise CheckpointError(f"{path} must be a mask file of format {FORMAT}; got {metadata.get('format')!r}")
+    if metadata.get("sha256") != digest(tensors):
+        raise CheckpointError(f"{path} must hold the data it was written with; its SHA-256 differs")
+    shapes = _read_shapes(path, metadata.get("shapes", ""))
+    expected: set[str] = set()
+    picks: dict[str, Bits] = {}
+    for name in shapes:
+        parts = ("bits",) if f"{name}/bits" in tensors else ("low", "offset")
+        expected |= {f"{name}/{part}" for part in parts}
+    if set(tensors) != expected:
+        raise CheckpointError(
+            f"{path} must hold bits, or low and offset, of each parameter; {sorted(expected ^ set(tensors))[:3]}"
+        )
+    for name, shape in shapes.items():
+        dense = tensors.get(f"{name}/bits")
+        bits: Bits = (tensors[f"{name}/low"], tensors[f"{name}/offset"]) if dense is None else dense
+        wrong = _picks.wrong(bits, math.prod(shape))
+        if wrong:
+            raise CheckpointError(f"{path} {wrong}; that is, for {name!r}")
+        picks[name] = bits
+    zeros = metadata.get("zero_score_selected", "")
+    if not (zeros.isascii() and zeros.isdecimal() and len(zeros) <= 19):
+        raise CheckpointError(f"{path} must state zero_score_selected as a number; got {zeros!r}")
+    return picks, shapes, int(zeros)
+
+
+def digest(tensors: Mapping[str, Tensor]) -> str:
+    """SHA-256 of names and bytes."""
+    found = hashlib.sha256()
+    for key in sorted(tensors):
+        found.update(key.encode())
+        found.update(tensors[key].reshape(-1).view(torch.uint8).numpy().data)
+    return found.hexdigest()
+
+
+def _read_shapes(path: str | os.PathLike[str], text: str) -> Shapes:
+    try:
+        shapes = json.loads(text)
+        good = isinstance(shapes, dict) and all(
+            isinstance(shape, list) and all(type(size) is int and size >= 0 for size in shape)
+            for shape in shapes.values()
+        )
+    except (ValueError, RecursionError):  # also numbers of too many digits and brackets nested too deeply
+        good = False
+    if not good:
+        raise CheckpointError(f"{path} must state shapes as a JSON object of lists of sizes; got {text[:80]!r}")
+    for name, shape in shapes.items():
+        if math.prod(max(size, 1) for size in shape) >= MAX_NUMEL:  # Python integers: none that a size 0 would hide
+            raise CheckpointError(f"{path} must name tensors below 2**62 entries; {name!r} has shape {shape}")
+    return {name: tuple(shape) for name, shape in shapes.items()}

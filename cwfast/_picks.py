@@ -1,0 +1,127 @@
+"""The two forms of a set of selected entries of one tensor, and the ways between them.
+
+Packed bits (N / 8 bytes) cost the same at any density. Lists hold ``low`` uint16, the positions inside blocks of
+65,536 entries, and ``offset`` int64, where each block begins in ``low``: 2 bytes a selected entry, so the smaller form
+below 1/16 of the entries.
+"""
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from cwfast import reference
+from cwfast.ops.rewind import Bits
+from cwfast.ops.select import packed_bytes
+
+LIST_BELOW = 1 / 16  # density at which 2 bytes an entry meet 1/8 byte a weight
+_STRIDE = 1 << 25  # entries converted at a time: a multiple of BLOCK, and the temporaries stay below 300 MB
+
+
+def compact(bits: Bits, numel: int) -> Bits:
+    """The smaller of the two forms."""
+    return to_list(bits, numel) if count(bits) < LIST_BELOW * numel else to_bits(bits, numel)
+
+
+def to_list(bits: Bits, numel: int) -> tuple[Tensor, Tensor]:
+    """``(low, offset)``; a list is returned as it is."""
+    if isinstance(bits, tuple):
+        return bits
+    lows, ends = [], [torch.zeros(1, dtype=torch.int64, device=bits.device)]
+    total = 0
+    for begin in range(0, numel, _STRIDE):
+        part = min(_STRIDE, numel - begin)
+        found = _indices(bits[begin // 8 : packed_bytes(begin + part)])
+        edges = torch.arange(1, -(-part // reference.BLOCK) + 1, device=bits.device) * reference.BLOCK
+        ends.append(torch.searchsorted(found, edges) + total)
+        lows.append((found % reference.BLOCK).to(torch.uint16))
+        total += len(found)
+    low = torch.cat(lows) if lows else torch.empty(0, dtype=torch.uint16, device=bits.device)
+    offset = torch.cat(ends)
+    return low, offset
+
+
+def to_bits(bits: Bits, numel: int) -> Tensor:
+    """Packed bits; those are returned as they are. A list must have been checked."""
+    if not isinstance(bits, tuple):
+        return bits
+    packed = torch.zeros(packed_bytes(numel), dtype=torch.uint8, device=bits[0].device)
+    for indices in _list_parts(bits):
+        one = (1 << (indices & 7)).to(torch.uint8)
+        packed.scatter_add_(0, indices >> 3, one)  # each entry comes once: a sum of different bits is their union
+    return packed
+
+
+def to_indices(bits: Bits, numel: int) -> Tensor:
+    """Flat indices, int64, ascending: 8 bytes a selected entry."""
+    if isinstance(bits, tuple):
+        parts = list(_list_parts(bits))
+    else:
+        starts = range(0, numel, _STRIDE)
+        parts = [_indices(bits[s // 8 : packed_bytes(min(s + _STRIDE, numel))]) + s for s in starts]
+    device = bits[0].device if isinstance(bits, tuple) else bits.device
+    return torch.cat(parts) if parts else torch.empty(0, dtype=torch.int64, device=device)
+
+
+def part(bits: Bits, begin: int, end: int) -> Bits:
+    """Those of the entries from ``begin`` to ``end``: multiples of 65,536, or ``end`` the number of entries."""
+    if not isinstance(bits, tuple):
+        return bits[begin // 8 : packed_bytes(end)]
+    low, offset = bits
+    edges = offset[begin // reference.BLOCK : -(-end // reference.BLOCK) + 1]
+    return low[int(edges[0]) : int(edges[-1])], edges - edges[0]
+
+
+def count(bits: Bits) -> int:
+    """How many entries are selected."""
+    if isinstance(bits, tuple):
+        return len(bits[0])
+    table = torch.tensor([i.bit_count() for i in range(256)], dtype=torch.uint8, device=bits.device)
+    return sum(int(table[part.to(torch.int32)].sum(dtype=torch.int64)) for part in bits.split(_STRIDE // 8))
+
+
+def to_device(bits: Bits, device: torch.device | str) -> Bits:
+    """The same form on another device."""
+    return tuple(part.to(device) for part in bits) if isinstance(bits, tuple) else bits.to(device)  # type: ignore[return-value]
+
+
+def wrong(bits: Bits, numel: int) -> str:
+    """Empty where ``bits`` names entries below ``numel``, each once, in a legal form; else what is wrong."""
+    if not isinstance(bits, tuple):
+        if bits.dtype != torch.uint8 or bits.shape != (packed_bytes(numel),):
+            return f"must be uint8 of {packed_bytes(numel)} bytes; got {bits.dtype} of shape {tuple(bits.shape)}"
+        used = numel - max(packed_bytes(numel) * 8 - 64, 0)
+        if reference.unpack(bits[-8:], 64)[used:].any():
+            return f"must be zero past the last of {numel} entries; some are set"
+        return ""
+    low, offset = bits
+    blocks = -(-numel // reference.BLOCK)
+    if low.dtype != torch.uint16 or low.ndim != 1 or offset.dtype != torch.int64 or offset.shape != (blocks + 1,):
+        return f"must be low uint16 [k] and offset int64 [{blocks + 1}]; got {low.dtype} {tuple(low.shape)} and " + (
+            f"{offset.dtype} {tuple(offset.shape)}"
+        )
+    if offset[0] != 0 or offset[-1] != len(low) or (offset[1:] < offset[:-1]).any():
+        return f"must have offsets from 0 to {len(low)} that do not decrease"
+    last = -1
+    for indices in _list_parts(bits):
+        if len(indices) and (indices[0] <= last or (indices.diff() <= 0).any() or indices[-1] >= numel):
+            return f"must list ascending indices below {numel}, each once"
+        last = int(indices[-1]) if len(indices) else last
+    return ""
+
+
+def _indices(packed: Tensor) -> Tensor:
+    """Set bits of a piece; only the bytes that are not zero are looked into."""
+    filled = packed.nonzero().reshape(-1)
+    where = reference.unpack(packed[filled], len(filled) * 8).nonzero().reshape(-1)
+    return filled[where >> 3] * 8 + (where & 7)
+
+
+def _list_parts(bits: tuple[Tensor, Tensor]) -> Iterator[Tensor]:
+    """Flat indices of a list, some blocks at a time. Offsets must not decrease."""
+    low, offset = bits
+    step = _STRIDE // reference.BLOCK
+    for first in range(0, len(offset) - 1, step):
+        edges = offset[first : first + step + 1]
+        block = torch.repeat_interleave(torch.arange(len(edges) - 1, device=low.device) + first, edges.diff())
+        yield block * reference.BLOCK + low[int(edges[0]) : int(edges[-1])].to(torch.int64)

@@ -1,0 +1,1 @@
+"""The answers of one process, from scores that are spread over ranks."""

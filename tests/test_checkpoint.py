@@ -1,0 +1,264 @@
+"""The checkpoint reader, and what is selected and rewound from files in pieces."""
+
+import contextlib
+import json
+import os
+import struct
+import warnings
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from safetensors.torch import save_file
+from torch import nn
+
+from cwfast import MaskSet, freeze, rewind_, select
+from cwfast.checkpoint import Checkpoint, reader
+from cwfast.errors import CheckpointError
+from cwfast.testing import HOSTILE, hostile_scores
+
+INDEX = reader.INDEX
+
+
+def write_folder(folder, tensors, shards=3):
+    """Round-robin over ``shards`` files, with an index."""
+    folder.mkdir(exist_ok=True)
+    names = list(tensors)
+    files = {name: f"model-{i % shards}.safetensors" for i, name in enumerate(names)}
+    for file in set(files.values()):
+        save_file({n: tensors[n].contiguous() for n in names if files[n] == file}, folder / file)
+    (folder / INDEX).write_text(json.dumps({"metadata": {}, "weight_map": files}))
+    return folder
+
+
+TENSORS = {
+    "a": torch.arange(200_003, dtype=torch.float32),
+    "b": torch.randn(3, 5).bfloat16(),
+    "c": torch.tensor(7, dtype=torch.int64),
+    "d": torch.empty(0, 4),
+    "e": torch.randn(130, 1000).half(),
+}
+
+
+@pytest.fixture
+def small_pieces(monkeypatch):
+    monkeypatch.setattr(reader.Checkpoint.pieces, "__defaults__", (65_536,))
+
+
+@pytest.mark.parametrize("form", ["file", "index", "folder", "symlinks"])
+def test_reads_what_was_written(tmp_path, form):
+    if form == "file":
+        path = tmp_path / "x.safetensors"
+        save_file(TENSORS, path)
+    else:
+        path = write_folder(tmp_path / "folder", TENSORS)
+        if form == "folder":
+            (path / INDEX).unlink()
+        elif form == "symlinks":
+            (tmp_path / "blobs").mkdir()
+            for i, file in enumerate(sorted(path.glob("*"))):
+                file.rename(tmp_path / "blobs" / str(i))
+                file.symlink_to(tmp_path / "blobs" / str(i))
+    found = Checkpoint(path)
+    assert set(found.entries) == set(TENSORS)
+    for name, tensor in TENSORS.items():
+        assert name in found
+        assert found.shapes[name] == tuple(tensor.shape)
+        assert found.tensor(name).dtype == tensor.dtype
+        assert torch.equal(found.tensor(name), tensor)
+        parts = list(found.pieces(name, 65_536))
+        assert [len(p) for p in parts[:-1]] == [65_536] * (len(parts) - 1)
+        assert torch.equal(torch.cat([torch.empty(0, dtype=tensor.dtype), *parts]), tensor.reshape(-1))
+
+
+def test_tied_names_of_the_metadata_stand_for_their_tensor(tmp_path):
+    save_file({"embed": torch.ones(3)}, tmp_path / "x.safetensors", metadata={"head": "embed", "format": "pt"})
+    found = Checkpoint(tmp_path / "x.safetensors")
+    assert set(found.entries) == {"embed", "head"}
+    assert torch.equal(found.tensor("head"), torch.ones(3))
+
+
+@pytest.mark.parametrize(
+    "file",
+    ["../x.safetensors", "/etc/x.safetensors", "sub/x.safetensors", "..", "", ".x.safetensors", "x.bin",
+    "C:x.safetensors",
+     "sub\\x.safetensors", "x\0.safetensors", "missing.safetensors", 3, None, ["x.safetensors"]],
+    ids=repr,
+)  # fmt: skip
+def test_an_index_that_leaves_its_folder_is_refused(tmp_path, file):
+    folder = tmp_path / "folder"
+    (folder / "sub").mkdir(parents=True)
+    for place in (tmp_path, folder / "sub", folder):
+        save_file({"a": torch.ones(1)}, place / "x.safetensors")
+    save_file({"a": torch.ones(1)}, folder / ".x.safetensors")
+    (folder / INDEX).write_text(json.dumps({"weight_map": {"a": file}}))
+    with pytest.raises(CheckpointError, match="must name"):
+        Checkpoint(folder)
+
+
+@pytest.mark.parametrize(
+    "text", ["", "{", "[]", "3", '{"weight_map": []}', '{"weight_map": {}}', "{}", "[" * 10**5, "\xff"]
+)
+def test_a_broken_index_is_refused(tmp_path, text):
+    write_folder(tmp_path / "folder", TENSORS)
+    (tmp_path / "folder" / INDEX).write_text(text, encoding="latin-1")
+    with pytest.raises(CheckpointError, match="must"):
+        Checkpoint(tmp_path / "folder")
+
+
+def test_index_and_shards_must_agree(tmp_path):
+    folder = write_folder(tmp_path / "folder", TENSORS)
+    index = json.loads((folder / INDEX).read_text())
+    index["weight_map"]["z"] = "model-0.safetensors"
+    (folder / INDEX).write_text(json.dumps(index))
+    with pytest.raises(CheckpointError, match=r"model-0\.safetensors must hold 'z'"):
+        Checkpoint(folder)
+    (folder / INDEX).unlink()
+    save_file({"a": torch.ones(1)}, folder / "more.safetensors")
+    with pytest.raises(CheckpointError, match="'a' is in several files"):
+        Checkpoint(folder)
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(CheckpointError, match="holds neither"):
+        Checkpoint(tmp_path / "empty")
+    with pytest.raises(FileNotFoundError):
+        Checkpoint(tmp_path / "nowhere.safetensors")
+
+
+def test_a_huge_index_is_refused_unread(tmp_path):
+    folder = write_folder(tmp_path / "folder", TENSORS)
+    with open(folder / INDEX, "wb") as file:
+        file.truncate(1 << 40)  # sparse
+    with pytest.raises(CheckpointError, match="must be at most"):
+        Checkpoint(folder)
+
+
+@given(data=st.data())
+def test_mutated_files_give_errors_or_the_right_sizes(tmp_path, data):
+    path = tmp_path / "x.safetensors"
+    save_file({"a": torch.arange(10.0), "b": torch.ones(3, 5).half()}, path)
+    content = bytearray(path.read_bytes())
+    for _ in range(data.draw(st.integers(1, 4))):
+        content[data.draw(st.integers(0, len(content) - 1))] = data.draw(st.integers(0, 255))
+    path.write_bytes(content[: data.draw(st.integers(0, len(content)))] if data.draw(st.booleans()) else content)
+    try:
+        found = Checkpoint(path)
+    except CheckpointError:
+        return
+    for name in found.entries:
+        assert found.tensor(name).shape == found.shapes[name]
+
+
+def test_a_name_twice_in_the_header_cannot_claim_other_bytes(tmp_path):
+    path = tmp_path / "x.safetensors"
+    one = '"a":{"dtype":"F32","shape":[2],"data_offsets":[0,8]}'
+    two = one.replace("[2]", "[1000000000000]")
+    for first, second in ((one, two), (two, one)):
+        header = f"{{{first},{second}}}".encode()
+        path.write_bytes(struct.pack("<Q", len(header)) + header + bytes(8))
+        with contextlib.suppress(CheckpointError):
+            assert Checkpoint(path).shapes == {"a": (2,)}
+
+
+def test_a_file_that_shrinks_while_it_is_read(tmp_path):
+    path = tmp_path / "x.safetensors"
+    save_file({"a": torch.ones(1000)}, path)
+    found = Checkpoint(path)
+    os.truncate(path, path.stat().st_size - 8)
+    with pytest.raises(CheckpointError, match="must hold all of 'a'"):
+        found.tensor("a")
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
+@pytest.mark.parametrize("kind", HOSTILE)
+def test_streamed_selection_equals_the_one_in_memory(tmp_path, small_pieces, kind, dtype):
+    scores = {str(i): s.contiguous() for i, s in enumerate(hostile_scores(kind, dtype, 150_000))}
+    folder = write_folder(tmp_path / "scores", scores)
+    scores = {name: scores[name] for name in Checkpoint(folder).entries}  # ties go by the index's order
+    numel = sum(s.numel() for s in scores.values())
+    for k in (0, 1, 70, numel // 100, numel // 2, numel):
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # about selected zeros, which have their own test
+            a, b = select(folder, k=k), select(scores, k=k)
+        assert a == b
+        assert a.total == k
+        assert a.zero_score_selected == b.zero_score_selected
+
+
+def test_streamed_selection_by_scope_and_with_nan(tmp_path, small_pieces):
+    torch.manual_seed(0)
+    scores = {"a.w": torch.rand(100_000), "a.b": torch.rand(70), "c.w": torch.rand(50, 3) + 0.5}
+    folder = write_folder(tmp_path / "scores", scores)
+    for options in (
+        {"scope": "layer", "rate": 0.1},
+        {"scope": {"a.*": 0.01, "*": 0.5}},
+        {"rate": 0.2, "exclude": ["c*"]},
+    ):
+        assert select(folder, **options) == select(scores, **options)
+    scores["a.w"][[3, 70_000]] = torch.nan
+    write_folder(folder, scores)
+    with pytest.raises(ValueError, match=r"2 NaN and 0 negative in 'a\.w'"):
+        select(folder, rate=0.1)
+    assert select(folder, rate=0.1, nan="skip") == select(scores, rate=0.1, nan="skip")
+    numel = 100_000 + 70 + 150
+    assert select(folder, k=numel - 2, nan="skip") == select(scores, k=numel - 2, nan="skip")
+    with pytest.raises(ValueError, match=f"k must be at most {numel - 2}"):
+        select(folder, k=numel - 1, nan="skip")
+    scores["a.w"][3] = -1
+    write_folder(folder, scores)
+    with pytest.raises(ValueError, match="1 NaN and 1 negative"):
+        select(folder, rate=0.1, nan="skip")
+    write_folder(folder, {"a": torch.ones(3), "b": torch.ones(3).half()})
+    with pytest.raises(TypeError, match="one dtype"):
+        select(folder, rate=0.1)
+
+
+class Tied(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.embed, self.middle, self.head = (
+            nn.Embedding(700, 100),
+            nn.Linear(100, 100),
+            nn.Linear(100, 700, bias=False),
+        )
+        self.head.weight = self.embed.weight
+
+
+@pytest.mark.parametrize("stored", ["embed.weight", "head.weight"])
+@pytest.mark.parametrize("share", [0.01, 0.5])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_rewinding_from_a_folder(tmp_path, small_pieces, stored, share, dtype, backend):
+    torch.manual_seed(0)
+    model, initial = Tied(), Tied().to(dtype)
+    state = initial.state_dict()
+    del state["head.weight" if stored == "embed.weight" else "embed.weight"]
+    folder = write_folder(tmp_path / "w0", state)
+    masks = MaskSet.from_masks({n: torch.rand(p.shape) < share for n, p in model.named_parameters()})
+    before = {n: p.detach().clone() for n, p in model.named_parameters()}
+    rewind_(model, masks, folder, backend=backend)
+    for name, parameter in model.named_parameters():
+        expected = dict(initial.named_parameters())[name].float()
+        assert torch.equal(parameter, torch.where(masks[name], expected, before[name]))
+
+
+def test_a_checkpoint_of_another_model_changes_nothing(tmp_path):
+    model = Tied()
+    before = {n: p.detach().clone() for n, p in model.named_parameters()}
+    masks = MaskSet.from_masks({n: torch.ones_like(p).bool() for n, p in model.named_parameters()})
+    state = {"embed.weight": torch.ones(700, 100), "middle.weight": torch.ones(100, 100), "middle.bias": torch.ones(99)}
+    with pytest.raises(ValueError, match=r"initial\['middle.bias'\] must have"):
+        rewind_(model, masks, write_folder(tmp_path / "w0", state))
+    del state["middle.bias"]
+    with pytest.raises(ValueError, match=r"1 missing, the first is 'middle\.bias'"):
+        rewind_(model, masks, write_folder(tmp_path / "w1", state))
+    assert all(torch.equal(p, before[n]) for n, p in model.named_parameters())
+
+
+def test_freezing_at_the_values_of_a_folder(tmp_path):
+    model, initial = nn.Linear(9, 9), nn.Linear(9, 9)
+    folder = write_folder(tmp_path / "w0", initial.state_dict())
+    masks = select({n: torch.rand_like(p) for n, p in model.named_parameters()}, rate=0.3)
+    with freeze(model, torch.optim.SGD(model.parameters(), 0.1), masks, initial=folder):
+        pass
+    for (name, parameter), value in zip(model.named_parameters(), initial.parameters(), strict=True):
+        assert torch.equal(parameter[masks[name]], value[masks[name]])
