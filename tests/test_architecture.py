@@ -16,7 +16,7 @@ LEVELS = [
     {"errors", "_checks", "_backends", "_parameters", "reference", "testing", "checkpoint"},
     {"ops"},
     {"layers"},
-    {"masks", "scoring", "freezing", "data"},
+    {"masks", "_tracking", "scoring", "freezing", "data"},
     {"training"},
     {"defense", "mia"},
     {"report"},
