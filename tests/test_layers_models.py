@@ -2,9 +2,12 @@
 
 import pytest
 import torch
-from layer_truth import check
+from layer_truth import assert_equal, check, truth
 from torch import nn
 from torch.nn import functional
+
+from cwfast import SaliencyScorer
+from cwfast.errors import UnsupportedLayer
 
 transformers = pytest.importorskip("transformers")
 import_utils = transformers.utils.import_utils
@@ -54,37 +57,50 @@ LANGUAGE = {
     "llama": lambda: language("Llama", num_key_value_heads=2, **SMALL),
     "llama tied": lambda: language("Llama", num_key_value_heads=2, tie_word_embeddings=True, **SMALL),
     "gemma": lambda: language("Gemma", num_key_value_heads=2, head_dim=4, pad_token_id=0, **SMALL),
-    "qwen3 moe": lambda: language(
-        "Qwen3Moe",
-        num_key_value_heads=2,
-        head_dim=4,
-        moe_intermediate_size=6,
-        num_experts=4,
-        num_experts_per_tok=2,
-        **SMALL,
-    ),
-    "qwen3 moe eager": lambda: language(
-        "Qwen3Moe",
-        num_key_value_heads=2,
-        head_dim=4,
-        moe_intermediate_size=6,
-        num_experts=4,
-        num_experts_per_tok=2,
-        experts_implementation="eager",
-        **SMALL,
-    ),
+    "qwen3 moe": lambda: qwen3_moe("eager"),
 }
+
+
+def next_token(model):
+    def losses(x):
+        logits = model(input_ids=x).logits[:, :-1]
+        return functional.cross_entropy(logits.transpose(1, 2), x[:, 1:], reduction="none").sum(dim=1)
+
+    return losses
 
 
 @pytest.mark.parametrize("name", LANGUAGE)
 def test_language_models(name):
     model = LANGUAGE[name]()
+    rtol = 1e-6 if name == "gemma" else 1e-10  # its norms compute in float32, whatever the model's dtype
+    check(model, next_token(model), [torch.randint(1, V, (B, T))], rtol=rtol)
 
-    def losses(x):
-        logits = model(input_ids=x).logits[:, :-1]
-        return functional.cross_entropy(logits.transpose(1, 2), x[:, 1:], reduction="none").sum(dim=1)
 
-    check(model, losses, [torch.randint(1, V, (B, T))])
+def test_experts_in_one_grouped_product():
+    """What transformers does by default; it knows no float64."""
+    model = qwen3_moe("grouped_mm").float()
+    double = qwen3_moe("eager")
+    double.load_state_dict(model.state_dict())
+    x = torch.randint(1, V, (B, T))
+    scores, norms, _ = truth(double, next_token(double), [x])
+    scorer = SaliencyScorer(model, reduction="sum", norms=True)
+    with scorer:
+        next_token(model)(x).sum().backward()
+    assert_equal(scorer.scores(), scores, 1e-4)
+    assert_equal({"norms": scorer.norms()}, {"norms": norms}, 1e-4)
+
+
+def qwen3_moe(experts):
+    return language(
+        "Qwen3Moe",
+        num_key_value_heads=2,
+        head_dim=4,
+        moe_intermediate_size=6,
+        num_experts=4,
+        num_experts_per_tok=2,
+        experts_implementation=experts,
+        **SMALL,
+    )
 
 
 def images(model):
@@ -116,22 +132,27 @@ def test_vit():
     check(model, images(model), [torch.randn(B, 3, 8, 8, dtype=torch.float64), torch.randint(3, (B,))])
 
 
-@pytest.mark.parametrize("name", ["gpt2", "llama"])
-def test_gradient_checkpointing(name):
-    model = LANGUAGE[name]()
+def checkpointed(model):
+    model.train()
     for module in model.modules():
         if isinstance(module, nn.Dropout):
             module.p = 0.0
+        if hasattr(module, "attention_dropout"):
+            module.attention_dropout = 0.0
     model.config.use_cache = False
-    model.train()
-    for p in (model.config,):
-        for key in ("attn_pdrop", "embd_pdrop", "resid_pdrop"):
-            if hasattr(p, key):
-                setattr(p, key, 0.0)
     model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    return model
 
-    def losses(x):
-        logits = model(input_ids=x).logits[:, :-1]
-        return functional.cross_entropy(logits.transpose(1, 2), x[:, 1:], reduction="none").sum(dim=1)
 
-    check(model, losses, [torch.randint(1, V, (B, T))])
+@pytest.mark.filterwarnings("ignore:.*gradient_checkpointing_enable.*:FutureWarning")
+@pytest.mark.parametrize("name", ["gpt2", "llama"])
+def test_activation_checkpointing(name):
+    model = checkpointed(LANGUAGE[name]())
+    check(model, next_token(model), [torch.randint(1, V, (B, T))])
+
+
+@pytest.mark.filterwarnings("ignore:.*gradient_checkpointing_enable.*:FutureWarning")
+def test_experts_under_activation_checkpointing_are_refused():
+    model = checkpointed(LANGUAGE["qwen3 moe"]())
+    with SaliencyScorer(model), pytest.raises(UnsupportedLayer, match="activation checkpointing"):
+        model(input_ids=torch.randint(1, V, (B, T)))

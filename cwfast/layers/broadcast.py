@@ -110,6 +110,8 @@ def repeat(tracker: Tracker, input: Tensor, *sizes: Any) -> Any:
 
 
 def _expanded(tracker: Tracker, input: Tensor, shape: tuple[int, ...], repeat: bool) -> Any:
+    if len(shape) <= tracker.dim or shape[tracker.dim] != tracker.batch_now.size:
+        return NotImplemented
     return scored(tracker, lambda _, w: w.repeat(shape) if repeat else w.expand(shape), None, (input,), (added,))
 
 

@@ -5,6 +5,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from cwfast.errors import UnsupportedLayer
+
 
 class Batch:
     """The samples of one or several forward passes."""
@@ -133,6 +135,7 @@ def _walk(node: object, samples: int) -> Tensor | None:
         sizes: tuple[int, ...] = tuple(getattr(node, "_saved_self_sym_sizes", ()))
         kind = type(node).__name__
         if kind in ("IndexBackward0", "IndexSelectBackward0"):
+            _refuse_checkpointing()
             return _picked(node, sizes, samples)
         if "View" in kind and len(sizes) > 2:
             return None  # flattened: the shapes tell
@@ -140,6 +143,16 @@ def _walk(node: object, samples: int) -> Tensor | None:
         following.sort(key=lambda item: type(item).__name__ == "AccumulateGrad")  # stable: weights last
         node = following[0] if following else None
     return None
+
+
+def _refuse_checkpointing() -> None:
+    """Inside a checkpointed region the graph holds no indices: asking for them would run the region again."""
+    hooks = torch._C._autograd._top_saved_tensors_default_hooks(False)
+    if hooks is not None and "_checkpoint_hook" in getattr(hooks[0], "__qualname__", ""):
+        raise UnsupportedLayer(
+            "rows that an index picks (experts) cannot be traced to their samples inside a region with activation "
+            "checkpointing; turn it off for layers with experts"
+        )
 
 
 def _picked(node: object, sizes: tuple[int, ...], samples: int) -> Tensor | None:

@@ -72,8 +72,8 @@ class _Scored(torch.autograd.Function):
     @staticmethod
     @once_differentiable  # a gradient of the gradient would miss what the kernels computed
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        x, *weights = ctx.saved_tensors  # here checkpointed layers run again, and are tracked
         with torch._C.DisableTorchFunctionSubclass():  # the saved weights are tracked: our own products are not
-            x, *weights = ctx.saved_tensors
             call = ctx.call
             grad_x = None
             if ctx.needs_input_grad[1]:
