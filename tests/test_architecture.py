@@ -16,7 +16,7 @@ LEVELS = [
     {"errors", "_checks", "_backends", "_parameters", "_scopes", "reference", "testing", "checkpoint"},
     {"ops"},
     {"layers", "_picks", "_radix", "_streaming", "_mask_files"},
-    {"masks", "scoring", "freezing", "optim", "distributed", "data"},
+    {"masks", "_tracking", "scoring", "freezing", "optim", "distributed", "data"},
     {"training"},
     {"defense", "mia"},
     {"integrations"},
