@@ -10,7 +10,7 @@ from hypothesis import HealthCheck, settings
 
 from cwfast import _backends
 
-ISAS = ("scalar", "avx2")  # all that csrc/cpu has kernels for
+ISAS = ("scalar", "avx2", "avx512")  # all that csrc/cpu has kernels for
 PATHS = ("reference", *(f"cpu-{isa}" for isa in ISAS))
 
 settings.register_profile(

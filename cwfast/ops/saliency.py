@@ -9,7 +9,6 @@ from cwfast.ops._library import register, written
 
 BACKENDS = ("reference", "cpu", "cuda")
 CUDA_DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}  # CwfastDtype of csrc/cuda/launchers.h
-TILE_BYTES = 1 << 20  # of a row tile of products that waits for its factor: product and factor stay in the cache
 
 
 def accumulate_saliency_(
@@ -119,42 +118,14 @@ def _run(
     backend: str,
 ) -> None:
     scale = abs(scale) ** power
-    one_row_each = len(row_offsets) == len(inputs) + 1 and bool((row_offsets.diff() == 1).all())
     backend = _backends.resolve(backend, out.device, BACKENDS)  # here, where torch.compile does not look
     if backend == "reference":
         reference.accumulate_saliency_(out, inputs, grad_outputs, row_offsets.tolist(), power, scale, factor, grad)
     elif backend == "cuda":
+        one_row_each = len(row_offsets) == len(inputs) + 1 and bool((row_offsets.diff() == 1).all())
         _cuda(out, inputs, grad_outputs, None if one_row_each else row_offsets, power, scale, factor, grad)
-    elif one_row_each:
-        _one_row_each(out, inputs.to(out.dtype), grad_outputs.to(out.dtype), power, scale, factor, grad)
     else:
         _kernel(out, inputs.to(out.dtype), grad_outputs.to(out.dtype), row_offsets, power, scale, factor, grad)
-
-
-def _one_row_each(
-    out: Tensor,
-    inputs: Tensor,
-    grad_outputs: Tensor,
-    power: int,
-    scale: float,
-    factor: Tensor | None,
-    grad: Tensor | None,
-) -> None:
-    """T = 1: ``|D|^T |A|`` or ``(D^2)^T (A^2)``, a matrix product, which torch does best."""
-    if grad is not None:
-        grad.addmm_(grad_outputs.T, inputs)
-    a, d = (inputs.abs(), grad_outputs.abs()) if power == 1 else (inputs.square(), grad_outputs.square())
-    if factor is None:
-        out.addmm_(d.T, a, alpha=scale)
-        return
-    rows = max(1, min(len(out), TILE_BYTES // max(1, out.shape[1] * out.element_size())))
-    product, weight = (torch.empty((rows, out.shape[1]), dtype=out.dtype, device=out.device) for _ in range(2))
-    for top in range(0, len(out), rows):
-        count = min(rows, len(out) - top)
-        tile, p, w = slice(top, top + count), product[:count], weight[:count]
-        torch.mm(d[:, tile].T, a, out=p)
-        w.copy_(factor[tile])
-        out[tile].addcmul_(p, w.abs_() if power == 1 else w.square_(), value=scale)
 
 
 def _kernel(
