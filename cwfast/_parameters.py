@@ -61,6 +61,24 @@ def check_shapes(found: Mapping[str, tuple[int, ...]], expected: Mapping[str, Te
             )
 
 
+def check_apart(initial: Initial, parameters: Mapping[str, Tensor]) -> None:
+    """``initial`` does not lie in the memory of the parameters, as ``model.state_dict()`` does: training changed it.
+
+    Raises:
+        ValueError: it does.
+    """
+    if isinstance(initial, nn.Module):
+        initial = dict(initial.named_parameters(remove_duplicate=False))
+    if isinstance(initial, Mapping):
+        for name, parameter in parameters.items():
+            value = initial.get(name)
+            if value is not None and value.numel() and value.data_ptr() == parameter.data_ptr():
+                raise ValueError(
+                    f"initial must be a copy made before training (copy.deepcopy(model)); "
+                    f"initial[{name!r}] is the model's own memory"
+                )
+
+
 def snapshot(model: nn.Module) -> dict[str, Tensor]:
     """A copy of the ``state_dict``, on the same devices."""
     return {name: tensor.detach().clone() for name, tensor in model.state_dict().items() if torch.is_tensor(tensor)}

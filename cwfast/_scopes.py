@@ -3,6 +3,7 @@
 import fnmatch
 from collections.abc import Mapping, Sequence
 from fractions import Fraction
+from numbers import Real
 
 Scope = str | Mapping[str, float]
 
@@ -15,28 +16,36 @@ def groups_of(
     exclude: Sequence[str] | None,
 ) -> list[tuple[list[str], int]]:
     """Which parameters compete with one another, and for how many places."""
+    if isinstance(exclude, str):
+        raise TypeError(f"exclude must be a sequence of patterns, such as [{exclude!r}]; got a string")
     names = [name for name in numel if not _first_match(name, exclude or ())]
     if isinstance(scope, Mapping):
+        for pattern in scope:
+            if not any(fnmatch.fnmatchcase(name, pattern) for name in numel):
+                raise ValueError(f"each pattern of scope must match a parameter; {pattern!r} matches none")
         if rate is not None or k is not None:
             raise ValueError("scope={pattern: rate} holds the rates; rate and k must not be given beside it")
         pattern_of = {name: _first_match(name, list(scope)) for name in names}
-        return [([name], _count(scope[pattern], numel[name])) for name, pattern in pattern_of.items() if pattern]
+        return [([name], count(scope[pattern], numel[name])) for name, pattern in pattern_of.items() if pattern]
     if (rate is None) == (k is None):
         raise ValueError(f"either rate or k must be given; got rate={rate}, k={k}")
     if scope == "layer":
         if rate is None:
             raise ValueError("scope 'layer' takes a rate; got k")
-        return [([name], _count(rate, numel[name])) for name in names]
+        return [([name], count(rate, numel[name])) for name in names]
     if scope != "global":
         raise ValueError(f"scope must be 'global', 'layer' or a mapping {{pattern: rate}}; got {scope!r}")
-    return [(names, _count(rate, sum(numel[name] for name in names)) if k is None else k)]  # type: ignore[arg-type]
+    return [(names, count(rate, sum(numel[name] for name in names)) if k is None else k)]  # type: ignore[arg-type]
 
 
 def _first_match(name: str, patterns: Sequence[str]) -> str | None:
     return next((pattern for pattern in patterns if fnmatch.fnmatchcase(name, pattern)), None)
 
 
-def _count(rate: float, numel: int) -> int:
+def count(rate: float, numel: int) -> int:
+    """``floor(rate * numel)``, of the decimal that was written: 0.29 of 100 is 29."""
+    if isinstance(rate, bool) or not isinstance(rate, Real):
+        raise TypeError(f"rate must be a number; got {rate!r}")
     if not 0 <= rate <= 1:
         raise ValueError(f"rate must lie between 0 and 1; got {rate}")
-    return int(Fraction(str(rate)) * numel)  # the decimal that was written: 0.29 of 100 is 29
+    return int(Fraction(str(rate)) * numel)

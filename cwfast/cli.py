@@ -44,7 +44,7 @@ def _parser() -> argparse.ArgumentParser:
     demo = commands.add_parser(
         "demo",
         parents=[common],
-        help="attack, defend and attack again: networks on handwritten digits, about two minutes",
+        help="attack, defend and attack again: networks on handwritten digits, about two and a half minutes",
     )
     demo.add_argument(
         "--out", type=Path, default=Path("cwfast-demo"), help="folder of the report (default: %(default)s)"

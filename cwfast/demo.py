@@ -144,7 +144,7 @@ class _Demo:
             "rows": self.rows,
             "roc": self.roc,
             "layers": self.layers,
-            "reading": reading(self.rows),
+            "reading": reading(self.rows, quick=quick),
         }
 
     # -- the rows

@@ -38,12 +38,17 @@ def freeze(
         backend: see ``cwfast.ops.scatter_``.
 
     Raises:
-        ValueError: ``masks``, ``initial`` or a member of ``also`` is not of this model; nothing has been changed.
+        ValueError: ``masks``, ``initial`` or a member of ``also`` is not of this model, or the optimizer holds none of
+            their tensors; nothing has been changed.
     """
     parameters = {name: p for name, p in matching(model, masks).items() if masks.counts[name]}
     source: Mapping[str, Tensor] = parameters if initial is None else initial_values(initial, parameters)
     held = [_Held(parameters, source, masks, backend)]
     held += [_Held(initial_values(copy, parameters), source, masks, backend) for copy in also]
+    inner = getattr(optimizer, "optimizer", optimizer)
+    stepped = {p.untyped_storage().data_ptr() for group in inner.param_groups for p in group["params"]}
+    if parameters and not any(w.untyped_storage().data_ptr() in stepped for target in held for w in target.weights):
+        raise ValueError("optimizer must hold parameters of model or tensors of also; it holds others only")
     for target in held:
         target.restore()
     zeros = {name: torch.zeros_like(values) for name, values in zip(parameters, held[0].values, strict=True)}
@@ -63,7 +68,6 @@ def freeze(
         for name, parameter in parameters.items()
         if parameter.requires_grad
     ]
-    inner = getattr(optimizer, "optimizer", optimizer)
     hooks.append(inner.register_step_post_hook(restore_all))
     try:
         yield

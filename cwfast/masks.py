@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from cwfast import _mask_files, _picks, _streaming, ops, reference
-from cwfast._parameters import Initial, check_shapes, initial_values
+from cwfast._parameters import Initial, check_apart, check_shapes, initial_values
 from cwfast._scopes import Scope, groups_of
 from cwfast.checkpoint import Checkpoint
 from cwfast.ops.rewind import Bits
@@ -282,8 +282,11 @@ def select(
         exactly 0, which say nothing; above 1% of the selection there is a warning that names the largest useful rate.
 
     Raises:
-        ValueError: rate and k do not fit scope or each other, or scores are NaN or negative.
+        ValueError: rate and k do not fit scope or each other, a pattern of scope matches nothing, or scores are NaN or
+            negative.
     """
+    if not isinstance(scores, Mapping | str | os.PathLike):
+        raise TypeError(f"scores must be {{name: tensor}} or a safetensors file or folder; got {type(scores).__name__}")
     source = scores if isinstance(scores, Mapping) else Checkpoint(scores)
     shapes = {n: tuple(s.shape) for n, s in source.items()} if isinstance(source, Mapping) else source.shapes
     groups = groups_of({name: math.prod(shape) for name, shape in shapes.items()}, rate, k, scope, exclude)
@@ -326,7 +329,8 @@ def rewind_(model: nn.Module, masks: MaskSet, initial: Initial, *, backend: str 
         ``model``.
 
     Raises:
-        ValueError: ``masks`` or ``initial`` is not of this model; nothing has been changed.
+        ValueError: ``masks`` or ``initial`` is not of this model, or ``initial`` is the model's own memory; nothing has
+            been changed.
     """
     parameters = matching(model, masks)
     weights = [parameter.detach() for parameter in parameters.values()]
@@ -337,6 +341,7 @@ def rewind_(model: nn.Module, masks: MaskSet, initial: Initial, *, backend: str 
         values = _streamed(model, masks, parameters, Checkpoint(initial))
         ops.scatter_(weights, picks, values, backend=backend)
     else:
+        check_apart(initial, parameters)
         source = initial_values(initial, parameters)
         before = [source[name].to(weight) for (name, weight) in zip(parameters, weights, strict=True)]
         ops.rewind_(weights, before, picks, backend=backend)
@@ -361,8 +366,13 @@ def matching(model: nn.Module, masks: MaskSet) -> dict[str, nn.Parameter]:
     """The parameters that ``masks`` names, in its order.
 
     Raises:
+        TypeError: ``masks`` is no MaskSet.
         ValueError: the model has no such parameter, or of another shape.
     """
+    if not isinstance(masks, MaskSet):
+        raise TypeError(
+            f"masks must be a MaskSet (select, MaskSet.load, MaskSet.from_masks); got {type(masks).__name__}"
+        )
     have = dict(model.named_parameters())
     for name, shape in masks.shapes.items():
         if name not in have:

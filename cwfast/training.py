@@ -182,7 +182,7 @@ def train_many(
     objectives = torch.func.vmap(objective, in_dims=(0, 0, 0, None))
     samples = torch.stack(list(ids))
     steps = epochs * -(-samples.shape[1] // recipe.batch_size)
-    optimizer = _optimizer(fleet.parameters(), recipe)
+    optimizer = _optimizer([p for p in fleet.parameters() if p.requires_grad], recipe)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: _factor(recipe, step, steps))
     generators = [torch.Generator().manual_seed(seed) for seed in seeds]
     with ExitStack() as stack:
@@ -226,29 +226,34 @@ def fit_from_scratch(
 def _check_stackable(
     models: Sequence[nn.Module], ids: Sequence[Tensor], seeds: Sequence[int], masks: Sequence[MaskSet] | None
 ) -> None:
-    lengths = {"models": len(models), "ids": len(ids), "seeds": len(seeds)} | ({"masks": len(masks)} if masks else {})
+    lengths = {"models": len(models), "ids": len(ids), "seeds": len(seeds)} | (
+        {} if masks is None else {"masks": len(masks)}
+    )
     if not models or len(set(lengths.values())) != 1:
         raise ValueError(f"there must be as many ids, seeds and masks as models, at least one; got {lengths}")
     if len({len(x) for x in ids}) != 1:
         raise ValueError(f"models of one fleet must train on equally many samples; got {sorted({len(x) for x in ids})}")
     for model in models:
-        shapes = {name: parameter.shape for name, parameter in model.named_parameters()}
-        if shapes != {name: parameter.shape for name, parameter in models[0].named_parameters()}:
-            raise ValueError("models of one fleet must have parameters of the same names and shapes")
+        if _signature(model) != _signature(models[0]):
+            raise ValueError("models of one fleet must have parameters of the same names, shapes and requires_grad")
     stateful = [name for name, _ in models[0].named_buffers()]
     stateful += [name for name, m in models[0].named_modules() if isinstance(m, nn.modules.dropout._DropoutNd)]
     if stateful:
         raise ValueError(f"models of one fleet must have no buffers and no dropout; got {stateful[0]!r}")
 
 
+def _signature(model: nn.Module) -> dict[str, tuple[torch.Size, bool]]:
+    return {name: (parameter.shape, parameter.requires_grad) for name, parameter in model.named_parameters()}
+
+
 def _stack(models: Sequence[nn.Module]) -> tuple[nn.Module, list[str]]:
     """A module of the same structure whose parameters are ``[models, *shape]``, under their usual names."""
     fleet = copy.deepcopy(models[0])
     names = []
-    for name, _ in list(fleet.named_parameters()):
+    for name, parameter in list(fleet.named_parameters()):
         path, _, leaf = name.rpartition(".")
         stacked = torch.stack([dict(model.named_parameters())[name].detach() for model in models])
-        fleet.get_submodule(path)._parameters[leaf] = nn.Parameter(stacked)
+        fleet.get_submodule(path)._parameters[leaf] = nn.Parameter(stacked, requires_grad=parameter.requires_grad)
         names.append(name)
     return fleet, names
 

@@ -118,7 +118,8 @@ def test_halves_put_each_sample_in_half_the_models():
 
 def test_reading_counts_what_the_rows_say(report):
     sentences = report[0]["reading"]
-    assert sentences[0].startswith("Undefended: test accuracy")
+    assert sentences[0].startswith("A quick run")
+    assert sentences[1].startswith("Undefended: test accuracy")
     assert sum("at equal rate, loss and steps" in s for s in sentences) == 4
 
 

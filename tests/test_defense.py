@@ -2,6 +2,7 @@
 
 import copy
 import math
+import re
 
 import pytest
 import torch
@@ -231,10 +232,60 @@ def test_gap_refuses_to_rewind_weights_that_narrow_the_gap():
     shares = gap_shares(model, initial, members, reference)
     positive = sum(int((s > 0).sum()) for s in shares.values())
     numel = sum(s.numel() for s in shares.values())
-    with pytest.raises(ValueError, match=rf"rate must be at most {positive / numel:.6f}"):
+    with pytest.raises(ValueError, match=r"rate must be at most [0-9.]+ here") as refused:
         cwrf_(model, initial, members, reference, rate=1.0, criterion="gap")
+    largest = float(re.search(r"at most ([0-9.]+) here", str(refused.value))[1])
+    assert positive / numel - 1e-9 < largest <= positive / numel
     clamped = {name: s.clamp(min=0) for name, s in shares.items()}
-    assert critical_masks(clamped, positive / numel - 1 / numel, criterion="gap").zero_score_selected == 0
+    assert critical_masks(clamped, largest, criterion="gap").zero_score_selected == 0
+
+
+def test_the_limit_of_gap_counts_as_select_does():
+    score = torch.zeros(100)
+    score[:28] = 1  # 0.29 * 100 is 28.999999999999996 in floating point
+    with pytest.raises(ValueError, match=r"rate must be at most 0\.28 here"):
+        critical_masks({"w": score}, 0.29, criterion="gap")
+    assert critical_masks({"w": score}, 0.28, criterion="gap").total == 28
+
+
+@pytest.mark.parametrize("criterion", ["taylor", "gap"])
+@pytest.mark.parametrize(
+    ("given", "error", "message"),
+    [
+        ({"epochs": 1.5}, ValueError, "epochs must be a whole number"),
+        ({"epochs": -1}, ValueError, "epochs must be a whole number"),
+        ({"lr": -1.0, "epochs": 1}, ValueError, "learning rate"),
+        ({"optimizer": 3}, TypeError, "optimizer must be called"),
+        ({"rate": 1.5}, ValueError, "rate must lie between 0 and 1"),
+        ({"members": "generator"}, TypeError, "members must be iterable more than once"),
+        ({"reference": "generator"}, TypeError, "reference must be iterable more than once"),
+        ({"initial": "own"}, ValueError, "the model's own memory"),
+    ],
+)
+def test_cwrf_refuses_before_it_changes_anything(criterion, given, error, message):
+    model, initial, members, reference = trained_pair()
+    before = copy.deepcopy(model.state_dict())
+    sets = {"members": members, "reference": reference, "initial": initial}
+    for name, value in given.items():
+        if value == "generator":
+            sets[name] = (batch for batch in sets[name])
+        if value == "own":
+            sets[name] = model.state_dict()
+    options = {"rate": 0.1} | {name: value for name, value in given.items() if name not in sets}
+    with pytest.raises(error, match=message):
+        cwrf_(model, **sets, criterion=criterion, **options)
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+
+
+def test_cwrf_fine_tunes_in_training_mode_and_gives_the_mode_back():
+    model, initial, members, reference = trained_pair()
+    model.eval()
+    modes = []
+    model.register_forward_pre_hook(lambda module, _: modes.append(module.training) if module is model else None)
+    cwrf_(model, initial, members, reference, rate=0.1, epochs=1, steps=1)
+    assert modes
+    assert all(modes)
+    assert not model.training
 
 
 def test_unknown_criterion_names_the_known_ones():

@@ -183,3 +183,10 @@ def test_what_is_of_another_model_is_refused_before_anything_changes(what):
         pass
     assert all(torch.equal(p, before[name]) for name, p in model.named_parameters())
     train(model, optimizer, steps=1)
+
+
+def test_an_optimizer_of_another_model_is_refused():
+    model, masks = setup()
+    other = torch.optim.SGD(nn.Linear(2, 2).parameters(), 0.1)
+    with pytest.raises(ValueError, match="optimizer must hold parameters of model"), freeze(model, other, masks):
+        pass

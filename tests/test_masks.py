@@ -370,3 +370,34 @@ def test_what_is_of_another_model_changes_nothing():
     with pytest.raises(TypeError, match="initial must be a module"):
         rewind_(model, chosen, 3)
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+
+
+@pytest.mark.parametrize(
+    ("given", "error", "message"),
+    [
+        ({"exclude": "*.bias"}, TypeError, r"exclude must be a sequence of patterns, such as \['\*\.bias'\]"),
+        ({"rate": None, "scope": {"wieght": 0.5}}, ValueError, "'wieght' matches none"),
+        ({"rate": True}, TypeError, "rate must be a number; got True"),
+        ({"rate": "a"}, TypeError, "rate must be a number; got 'a'"),
+    ],
+)
+def test_slips_in_select_are_named(given, error, message):
+    with pytest.raises(error, match=message):
+        select({"weight": torch.rand(8), "0.bias": torch.rand(2)}, **({"rate": 0.5} | given))
+
+
+def test_scores_and_masks_of_other_types_are_named():
+    with pytest.raises(TypeError, match="scores must be"):
+        select([torch.rand(3)], rate=0.5)
+    model, initial = model_pair()
+    with pytest.raises(TypeError, match="masks must be a MaskSet"):
+        rewind_(model, {"0.weight": torch.ones(6, 5).bool()}, initial)
+
+
+def test_initial_weights_in_the_models_own_memory_are_refused():
+    model, _ = model_pair()
+    chosen = select({n: torch.rand_like(p) for n, p in model.named_parameters()}, rate=0.5)
+    with pytest.raises(ValueError, match="copy made before training"):
+        rewind_(model, chosen, model.state_dict())
+    with pytest.raises(ValueError, match="copy made before training"):
+        rewind_(model, chosen, model)

@@ -1,5 +1,7 @@
 """Stacked training equals training one by one; frozen weights stay; data splits hold what they promise."""
 
+import copy
+
 import pytest
 import torch
 from torch import nn
@@ -112,7 +114,7 @@ def test_fitted_predicts_in_evaluation_mode_without_a_graph():
     [
         ({"ids": ids_of(3)}, "as many ids"),
         ({"ids": [torch.arange(5), torch.arange(6)]}, "equally many samples"),
-        ({"models": [nn.Linear(6, 3), nn.Linear(6, 4)]}, "same names and shapes"),
+        ({"models": [nn.Linear(6, 3), nn.Linear(6, 4)]}, "same names, shapes"),
         ({"models": [nn.Sequential(nn.Linear(6, 3), nn.BatchNorm1d(3)) for _ in range(2)]}, "no buffers"),
         ({"models": [nn.Sequential(nn.Linear(6, 3), nn.Dropout()) for _ in range(2)]}, "no buffers and no dropout"),
         ({"models": [], "ids": [], "seeds": []}, "at least one"),
@@ -164,3 +166,19 @@ def test_batches_repeat_their_order_and_wrap_only_when_asked():
     wrapped = Batches(data, ids, 8, seed=1, wrap=True)
     assert [len(y) for _, y in wrapped] == [8, 8, 8]
     assert [len(y) for _, y in Batches(data, ids[:3], 8, seed=1, wrap=True)] == [8]
+
+
+def test_parameters_without_gradient_stay_as_they_are():
+    models = [network() for _ in range(2)]
+    for model in models:
+        next(model.parameters()).requires_grad_(False)
+    before = [copy.deepcopy(model.state_dict()) for model in models]
+    data = blobs()
+    train_many(models, data, ids_of(2), [0, 1], Recipe(lr=0.1, epochs=1, batch_size=8))
+    for model, start in zip(models, before, strict=True):
+        unchanged = [torch.equal(value, start[name]) for name, value in model.state_dict().items()]
+        assert unchanged[0]
+        assert not any(unchanged[1:])
+    models[1].requires_grad_(True)
+    with pytest.raises(ValueError, match="names, shapes and requires_grad"):
+        train_many(models, data, ids_of(2), [0, 1], Recipe(lr=0.1, epochs=1, batch_size=8))

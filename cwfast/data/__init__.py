@@ -1,6 +1,6 @@
 """Datasets with membership splits: a pool to draw members from, a reference set that no model trains on, a test set."""
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -30,6 +30,21 @@ class Dataset:
     test: Tensor
     randomised: Tensor
     note: str
+
+
+def check_reiterable(**sets: Iterable[object]) -> None:
+    """Each can be iterated as often as wanted: a list or a DataLoader, not a generator.
+
+    Raises:
+        TypeError: not so; the message names the first.
+    """
+    for name, batches in sets.items():
+        if not isinstance(batches, Iterable):
+            raise TypeError(f"{name} must be an iterable of batches (inputs, targets); got {type(batches).__name__}")
+        if isinstance(batches, Iterator):
+            raise TypeError(
+                f"{name} must be iterable more than once, such as a list or a DataLoader; got {type(batches).__name__}"
+            )
 
 
 class Batches:

@@ -2,14 +2,16 @@
 
 import copy
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
-from cwfast._parameters import Initial
-from cwfast.data import Batches
+from cwfast._parameters import Initial, check_apart
+from cwfast._scopes import count
+from cwfast.data import Batches, check_reiterable
 from cwfast.defense.gap import gap_shares
 from cwfast.defense.pve import vulnerability
 from cwfast.freezing import freeze
@@ -21,7 +23,7 @@ CRITERIA = (*TAYLOR_CRITERIA, "gap")
 Batch = tuple[Tensor, Tensor]
 
 
-@dataclass
+@dataclass(eq=False)
 class CWRFResult:
     """What ``cwrf_`` found: the rewound weights, their scores, and the mean loss of each fine-tuning epoch."""
 
@@ -60,10 +62,11 @@ def critical_masks(scores: Mapping[str, Tensor], rate: float, *, criterion: str 
     if criterion == "gap":
         positive = sum(int((score > 0).sum()) for score in scores.values())
         numel = sum(score.numel() for score in scores.values())
-        if math.floor(rate * numel) > positive:
+        if count(rate, numel) > positive:
+            largest = positive * 10**9 // numel / 10**9  # rounded down
             raise ValueError(
-                f"rate must be at most {positive / numel:.6f} here: {positive} of {numel} weights have a positive "
-                f"share of the gap, and rewinding the others would widen it; got {rate}"
+                f"rate must be at most {largest} here: {positive} of {numel} weights have a positive share of the gap, "
+                f"and rewinding the others would widen it; got {rate}"
             )
     return select(scores, rate=rate)
 
@@ -101,14 +104,23 @@ def cwrf_(
         update: see ``vulnerability``.
         lr: the initial learning rate of training: estimation takes a tenth of it, fine-tuning starts from it.
         optimizer: parameters -> a fresh optimizer for fine-tuning; None: SGD at ``lr`` with momentum 0.9.
-        epochs: of fine-tuning, by a cosine schedule; 0: none, do it in your own loop inside ``cwfast.freeze``.
+        epochs: of fine-tuning, in training mode, by a cosine schedule over epochs; 0: none, the rewound model is yours
+            to fine-tune inside ``cwfast.freeze``.
 
     Raises:
-        ValueError: an argument is out of range or not of this model; the model has not been changed.
+        TypeError: ``members`` or ``reference`` can be iterated only once, or ``optimizer`` cannot be called.
+        ValueError: an argument is out of range or not of this model, or ``initial`` is the model's own memory. In all
+            these cases the model has not been changed.
 
     Source:
         Fang & Kim, "Learnability and Privacy Vulnerability Are Entangled in a Few Critical Weights", ICLR 2026.
     """
+    if not isinstance(epochs, int) or epochs < 0:
+        raise ValueError(f"epochs must be a whole number, at least 0; got {epochs!r}")
+    if optimizer is not None and not callable(optimizer):
+        raise TypeError(f"optimizer must be called with parameters and return one; got {type(optimizer).__name__}")
+    check_reiterable(members=members, reference=reference)
+    check_apart(initial, dict(model.named_parameters()))
     scores = critical_scores(
         model,
         initial,
@@ -122,17 +134,30 @@ def cwrf_(
         ),
     )
     masks = critical_masks(scores, rate, criterion=criterion)
+    if epochs:  # built before the model changes: this may refuse lr
+        parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+        fresh = optimizer(parameters) if optimizer else torch.optim.SGD(parameters, lr, momentum=0.9)
     rewind_(model, masks, initial)
     history = []
     if epochs:
-        parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
-        fresh = optimizer(parameters) if optimizer else torch.optim.SGD(parameters, lr, momentum=0.9)
         schedule = torch.optim.lr_scheduler.CosineAnnealingLR(fresh, epochs)
-        with freeze(model, fresh, masks):
+        with _training(model), freeze(model, fresh, masks):
             for epoch in range(epochs):
                 history.append(_train_epoch(model, members, fresh, loss or cross_entropy, epoch))
                 schedule.step()
     return CWRFResult(masks, scores, history)
+
+
+@contextmanager
+def _training(model: nn.Module) -> Iterator[None]:
+    """Training mode; each module's own mode comes back afterwards."""
+    modes = [(module, module.training) for module in model.modules()]
+    model.train()
+    try:
+        yield
+    finally:
+        for module, mode in modes:
+            module.training = mode
 
 
 def _train_epoch(

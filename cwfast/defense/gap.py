@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from cwfast._parameters import Initial, initial_values, trainable
+from cwfast.data import check_reiterable
 from cwfast.training import Loss, cross_entropy
 
 Batch = tuple[Tensor, Tensor]
@@ -39,6 +40,7 @@ def gap_shares(
         ``{name: signed shares}`` of the parameters that require a gradient, in the loss's unit (nats).
 
     Raises:
+        TypeError: ``members`` or ``reference`` can be iterated only once.
         ValueError: ``points`` is below 1, a set is empty, or ``initial`` is not of this model.
 
     Source:
@@ -47,6 +49,7 @@ def gap_shares(
     """
     if points < 1:
         raise ValueError(f"points must be at least 1; got {points}")
+    check_reiterable(members=members, reference=reference)
     loss = loss or cross_entropy
     work = copy.deepcopy(model).eval()
     parameters = trainable(work)

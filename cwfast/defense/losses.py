@@ -15,7 +15,7 @@ class RelaxLoss:
     q, as in the authors' code.
 
     Args:
-        alpha: target of the mean loss, above 0.
+        alpha: target of the mean loss, at least 0.
         upper: largest probability that a soft target gives the label, in (0, 1].
 
     Source:

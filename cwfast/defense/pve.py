@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from cwfast._parameters import Initial, initial_values
+from cwfast.data import check_reiterable
 from cwfast.scoring import SaliencyScorer
 
 Batch = tuple[Tensor, Tensor]
@@ -53,6 +54,7 @@ def vulnerability(
         ``{name: scores}``, at least 0.
 
     Raises:
+        TypeError: ``members`` or ``reference`` can be iterated only once.
         ValueError: ``lam`` or ``steps`` is out of range, a set is empty, or ``initial`` is not of this model.
 
     Source:
@@ -62,6 +64,7 @@ def vulnerability(
         raise ValueError(f"lam must lie between 0 and 1; got {lam}")
     if steps is not None and steps < 1:
         raise ValueError(f"steps must be at least 1; got {steps}")
+    check_reiterable(members=members, reference=reference)
     work = copy.deepcopy(model).train()
     teacher = copy.deepcopy(model).eval()
     with torch.no_grad():

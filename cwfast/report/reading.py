@@ -10,17 +10,19 @@ CONTROLS = {"random": "random masks of the same counts", "distance": "interpolat
 GROUPS = {"cwrf": "CWRF", "baseline": "the baselines", "control": "the controls"}
 
 
-def reading(rows: Sequence[Row]) -> list[str]:
+def reading(rows: Sequence[Row], *, quick: bool = False) -> list[str]:
     """Sentences on a demo's rows.
 
     The best row of each group that keeps the undefended accuracy (found by looking, and said so); how many rows of
     other groups beat CWRF's on both counts; and how each criterion fares against its paired controls.
 
     Args:
+        quick: say first that the run was too small for conclusions.
         rows: of the report; the ids of a CWRF row's controls differ from its own in the first word only.
     """
     undefended = next(row for row in rows if row["id"] == "undefended")
-    sentences = [f"Undefended: {_text(undefended)}. An AUC of 0.5 is a coin toss."]
+    sentences = ["A quick run, for a first look: no conclusions from it; a full one may say the opposite."] * quick
+    sentences += [f"Undefended: {_text(undefended)}. An AUC of 0.5 is a coin toss."]
     for group, name in GROUPS.items():
         useful = [row for row in _of(rows, group) if row["test_accuracy"] >= undefended["test_accuracy"]]
         useful = [row for row in useful if row is not undefended]
