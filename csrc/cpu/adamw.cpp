@@ -17,9 +17,21 @@ constexpr int64_t kBlock = 1 << 16;
 constexpr int kChunk = 128;  // entries gathered, updated and scattered together: their lines stay in the first cache
 constexpr int kAhead = 64;   // list entries between prefetch and use
 
-struct Block {
+constexpr int64_t kRun = 8;  // blocks of one piece of work: prefetching runs on from one block into the next
+
+struct Run {
   size_t tensor;
-  int64_t index;  // inside the tensor
+  int64_t first, last;  // blocks [first, last)
+};
+
+// Goes through the flat indices of a list, from the first of a block on.
+struct Cursor {
+  const Picks& picks;
+  int64_t block, at = picks.offset[block];
+  int64_t next() {  // requires that an entry is left
+    while (at == picks.offset[block + 1]) ++block;
+    return block * kBlock + picks.low[at++];
+  }
 };
 
 struct Factors {  // of one tensor, in the precision of the update
@@ -53,28 +65,29 @@ void update(float* __restrict weight, const float* __restrict grad, float* __res
   }
 }
 
-void update_block(const AdamwTensor& t, const Picks& p, int64_t block, const Factors& f) {
+void update_run(const AdamwTensor& t, const Picks& p, const Run& run, const Factors& f) {
   float weight[kChunk], grad[kChunk];
-  float* w = t.weight + block * kBlock;
-  const float* g = t.grad + block * kBlock;
-  const int64_t end = p.offset[block + 1];
-  for (int64_t i = p.offset[block]; i < std::min(end, p.offset[block] + kAhead); ++i) {
-    __builtin_prefetch(w + p.low[i], 1);
-    __builtin_prefetch(g + p.low[i]);
-  }
-  for (int64_t begin = p.offset[block]; begin < end; begin += kChunk) {
+  int64_t flat[kChunk];
+  const int64_t end = p.offset[run.last];
+  Cursor cursor{p, run.first}, ahead{p, run.first};
+  const auto prefetch = [&] {
+    if (ahead.at == end) return;
+    const int64_t index = ahead.next();
+    __builtin_prefetch(t.weight + index, 1);
+    __builtin_prefetch(t.grad + index);
+  };
+  for (int i = 0; i < kAhead; ++i) prefetch();
+  while (cursor.at < end) {
+    const int64_t begin = cursor.at;
     const int n = static_cast<int>(std::min<int64_t>(kChunk, end - begin));
-    const uint16_t* low = p.low + begin;
     for (int i = 0; i < n; ++i) {
-      if (begin + i + kAhead < end) {
-        __builtin_prefetch(w + low[i + kAhead], 1);
-        __builtin_prefetch(g + low[i + kAhead]);
-      }
-      weight[i] = w[low[i]];
-      grad[i] = g[low[i]];
+      prefetch();
+      flat[i] = cursor.next();
+      weight[i] = t.weight[flat[i]];
+      grad[i] = t.grad[flat[i]];
     }
     update(weight, grad, t.exp_avg + begin, t.exp_avg_sq + begin, n, f);
-    for (int i = 0; i < n; ++i) w[low[i]] = weight[i];
+    for (int i = 0; i < n; ++i) t.weight[flat[i]] = weight[i];
   }
 }
 
@@ -82,17 +95,18 @@ void update_block(const AdamwTensor& t, const Picks& p, int64_t block, const Fac
 
 void selected_adamw(const std::vector<AdamwTensor>& tensors, const std::vector<Picks>& picks,
                     const AdamwOptions& options) {
-  std::vector<Block> blocks;
+  std::vector<Run> runs;
   std::vector<Factors> factors;
   for (size_t t = 0; t < tensors.size(); ++t) {
     factors.push_back(factors_of(tensors[t], options));
-    for (int64_t b = 0; b * kBlock < picks[t].numel; ++b) blocks.push_back({t, b});
+    const int64_t blocks = (picks[t].numel + kBlock - 1) / kBlock;
+    for (int64_t b = 0; b < blocks; b += kRun) runs.push_back({t, b, std::min(b + kRun, blocks)});
   }
   Region region;
-#pragma omp parallel for schedule(dynamic, 4) num_threads(threads())
-  for (int64_t i = 0; i < static_cast<int64_t>(blocks.size()); ++i) {
-    const Block b = blocks[static_cast<size_t>(i)];
-    region.run([&] { update_block(tensors[b.tensor], picks[b.tensor], b.index, factors[b.tensor]); });
+#pragma omp parallel for schedule(dynamic) num_threads(threads())
+  for (int64_t i = 0; i < static_cast<int64_t>(runs.size()); ++i) {
+    const Run& run = runs[static_cast<size_t>(i)];
+    region.run([&] { update_run(tensors[run.tensor], picks[run.tensor], run, factors[run.tensor]); });
   }
   region.finish();
 }

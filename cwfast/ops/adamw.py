@@ -52,14 +52,22 @@ def selected_adamw_(
     resolved = _backends.resolve(backend, weights[0].device, BACKENDS)
     fits = [_fits(w, g, b) if resolved == "cpu" else False for w, g, b in zip(weights, grads, bits, strict=True)]
     options: dict[str, Any] = {"eps": eps, "weight_decay": weight_decay, "maximize": maximize}
-    lists = (weights, grads, bits, exp_avgs, exp_avg_sqs, steps)
-    one = [i for i, fit in enumerate(fits) if fit]
+    one, rest = ([i for i, fit in enumerate(fits) if fit is wanted] for wanted in (True, False))
     if one:
-        w, g, b, m, v, t = ([items[i] for i in one] for items in lists)
-        _fused(w, g, b, m, v, t, float(lr), betas, options)
-    rest = [i for i, fit in enumerate(fits) if not fit]
+        _fused(
+            [weights[i] for i in one],
+            [grads[i] for i in one],
+            [bits[i] for i in one],
+            [exp_avgs[i] for i in one],
+            [exp_avg_sqs[i] for i in one],
+            [steps[i] for i in one],
+            float(lr),
+            betas,
+            options,
+        )
     if rest:
-        w, g, b, m, v, t = ([items[i] for i in rest] for items in lists)
+        w, g, b = [weights[i] for i in rest], [grads[i] for i in rest], [bits[i] for i in rest]
+        m, v, t = [exp_avgs[i] for i in rest], [exp_avg_sqs[i] for i in rest], [steps[i] for i in rest]
         values, compact = gather(w, b, backend=backend), gather(g, b, backend=backend)
         updated = [value.to(moment.dtype) for value, moment in zip(values, m, strict=True)]
         compact = [grad.to(moment.dtype) for grad, moment in zip(compact, m, strict=True)]
@@ -77,7 +85,7 @@ def _fits(weight: Tensor, grad: Tensor, bits: Bits) -> bool:
 def _fused(
     weights: list[Tensor],
     grads: list[Tensor],
-    bits: list[tuple[Tensor, Tensor]],
+    bits: list[Bits],
     exp_avgs: list[Tensor],
     exp_avg_sqs: list[Tensor],
     steps: list[Tensor],
@@ -85,7 +93,8 @@ def _fused(
     betas: tuple[float, float],
     options: dict[str, Any],
 ) -> None:
-    lows, offsets = [low for low, _ in bits], [offset for _, offset in bits]
+    lows = [item[0] for item in bits]
+    offsets: list[Tensor | None] = [item[1] for item in bits]
     wrong = _wrong_picks(weights, lows, offsets, "cpu")
     if wrong:
         raise ValueError(wrong)
