@@ -106,7 +106,7 @@ def select_topk(
 
     def pieces() -> Iterator[Tensor]:
         for flat in flats:
-            yield from (_radix.keys(piece, absolute).cpu() for piece in flat.split(_PIECE))
+            yield from (_radix.keys(piece).cpu() for piece in flat.split(_PIECE))
 
     def summed(histogram: Tensor) -> Tensor:
         histogram = histogram.to(_device(group))
@@ -115,10 +115,10 @@ def select_topk(
 
     key, ties = _radix.threshold(pieces, dtype.itemsize, k, summed)
     bits = []
-    for flat, quota in zip(flats, _quotas(shards, flats, key, ties, absolute, group), strict=True):
+    for flat, quota in zip(flats, _quotas(shards, flats, key, ties, group), strict=True):
         parts = [torch.empty(0, dtype=torch.uint8, device=flat.device)]
         for piece in flat.split(_PIECE):
-            part, quota = _radix.mark(_radix.keys(piece, absolute), key, quota)
+            part, quota = _radix.mark(_radix.keys(piece), key, quota)
             parts.append(part)
         bits.append(torch.cat(parts))
     return Selection(bits, [_picks.count(b) for b in bits], _radix.score_of(key, dtype), k)
@@ -184,13 +184,12 @@ def _quotas(
     flats: list[Tensor],
     key: int,
     ties: int,
-    absolute: bool,
     group: dist.ProcessGroup | None,
 ) -> list[int]:
     """How many of its entries at the threshold each shard selects: the lowest (tensor, flat index) of all ranks'."""
     rows = []
     for shard, flat in zip(shards, flats, strict=True):
-        equal = sum(int((_radix.keys(piece, absolute) == key).sum()) for piece in flat.split(_PIECE))
+        equal = sum(int((_radix.keys(piece) == key).sum()) for piece in flat.split(_PIECE))
         rows.append([shard.tensor, shard.offset, equal])
     quota: dict[tuple[int, int], int] = {}
     for tensor, offset, equal in sorted(row for row in _gather_rows(rows, group, columns=3) if row[2]):
