@@ -145,7 +145,7 @@ def peak_memory(function: Callable[..., Iterator[None]], *args: Any) -> int | No
     """
     if not _STATUS.exists():
         return None
-    command = [sys.executable, "-m", __name__, inspect.getfile(function), function.__name__, json.dumps(args)]
+    command = [sys.executable, "-P", "-m", __name__, inspect.getfile(function), function.__name__, json.dumps(args)]
     environment = {**os.environ, "OMP_NUM_THREADS": str(torch.get_num_threads())}
     child = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
     if child.returncode != 0:

@@ -4,6 +4,7 @@
 
 #include <cstdlib>
 #include <stdexcept>
+#include <string>
 #include <tuple>
 
 #include "adamw.h"
@@ -11,6 +12,9 @@
 #include "runtime.h"
 #include "saliency.h"
 #include "select.h"
+#ifdef CWFAST_WITH_CUDA
+#include "cuda/launchers.h"
+#endif
 
 namespace py = pybind11;
 
@@ -157,14 +161,49 @@ void bind_adamw(py::module_& m) {
   });
 }
 
+#ifdef CWFAST_WITH_CUDA
+void check_cuda(int error, const char* what) {
+  if (error)
+    throw std::runtime_error(std::string(what) + " failed: CUDA error " + std::to_string(error) + ", " +
+                             cwfast_cuda_error(error));
+}
+
+std::string cuda_unavailable() {
+  int count = 0;
+  if (const int error = cwfast_cuda_device_count(&count))
+    return "no usable CUDA device: error " + std::to_string(error) + ", " + cwfast_cuda_error(error);
+  return count ? "" : "no CUDA device";
+}
+
+void cuda_saliency(uintptr_t out, uintptr_t inputs, int64_t input_stride, uintptr_t grad_outputs, int64_t grad_stride,
+                   uintptr_t row_offsets, int64_t samples, int64_t rows, int64_t out_features, int64_t in_features,
+                   int dtype, int power, float scale, uintptr_t factor, int factor_dtype, uintptr_t grad, int device,
+                   uintptr_t stream) {
+  const int error = cwfast_cuda_saliency(
+      pointer<float>(out), pointer<const void>(inputs), input_stride, pointer<const void>(grad_outputs), grad_stride,
+      pointer<const int64_t>(row_offsets), samples, rows, out_features, in_features, dtype, power, scale,
+      pointer<const void>(factor), factor_dtype, pointer<float>(grad), device, pointer<void>(stream));
+  check_cuda(error, "accumulate_saliency_");
+}
+
+void bind_cuda(py::module_& m) {
+  m.def("cuda_unavailable", cuda_unavailable, "Why no CUDA device can be used; empty where one can.");
+  m.def("cuda_saliency", cuda_saliency);
+}
+#endif
+
 }  // namespace
 }  // namespace cwfast
 
 PYBIND11_MODULE(_C, m) {
-  m.doc() = "cwfast's CPU kernels: raw pointers in, checked by cwfast.ops.";
+  m.doc() = "cwfast's kernels: raw pointers in, checked by cwfast.ops.";
   cwfast::bind_runtime(m);
   cwfast::bind_saliency(m);
   cwfast::bind_select(m);
   cwfast::bind_rewind(m);
   cwfast::bind_adamw(m);
+=======
+#ifdef CWFAST_WITH_CUDA
+  cwfast::bind_cuda(m);
+#endif
 }

@@ -9,7 +9,7 @@
 
 namespace cwfast {
 
-enum class Isa { scalar, avx2 };
+enum class Isa { scalar, avx2, avx512 };  // each runs what the ones before it run
 
 std::vector<std::string> supported_isas();  // what this processor runs, best last
 std::string current_isa();

@@ -3,6 +3,7 @@
 import functools
 import importlib
 import warnings
+from pathlib import Path
 from types import ModuleType
 from typing import NamedTuple
 
@@ -26,6 +27,9 @@ def extension() -> ModuleType | str:
     try:
         return importlib.import_module("cwfast._C")
     except ModuleNotFoundError:
+        folder = Path(__file__).parent
+        if (folder.parent / "setup.py").is_file():  # Python run in a clone finds this folder before the installed one
+            return f"cwfast._C is not built in {folder}, a source tree: run Python elsewhere or with -P"
         return "cwfast._C is not built: install cwfast with a C++17 compiler and without CWFAST_NO_EXT=1"
     except ImportError as error:  # built, and broken: say how
         return f"cwfast._C cannot be loaded: {error}"
@@ -43,6 +47,17 @@ def native() -> ModuleType:
     return module
 
 
+@functools.cache
+def _cuda() -> Backend:
+    module = extension()
+    if isinstance(module, str):
+        return Backend(False, module)
+    if not hasattr(module, "cuda_unavailable"):
+        return Backend(False, "cwfast._C has no CUDA kernels: no nvcc was found when it was built, or CWFAST_CUDA=0")
+    reason = module.cuda_unavailable()
+    return Backend(not reason, reason)
+
+
 def backends() -> dict[str, Backend]:
     """What this machine has: ``{name: (available, reason)}``; ``reason`` is empty where the backend runs.
 
@@ -53,7 +68,7 @@ def backends() -> dict[str, Backend]:
         "reference": Backend(True, ""),
         "cpu": Backend(False, module) if isinstance(module, str) else Backend(True, ""),
         "triton": Backend(False, "this version of cwfast has no Triton kernels yet"),
-        "cuda": Backend(False, "this version of cwfast has no CUDA kernels yet"),
+        "cuda": _cuda(),
     }
 
 
@@ -76,8 +91,8 @@ def resolve(backend: str, device: torch.device, supported: tuple[str, ...]) -> s
         raise BackendUnavailable(f"backend {backend!r} is not available: {reason}")
     if backend not in supported:
         raise BackendUnavailable(f"backend {backend!r} does not have this op; it has {supported}")
-    if backend == "cpu" and device.type != "cpu":
-        raise BackendUnavailable(f"backend 'cpu' needs CPU tensors; got tensors on {device}")
+    if backend in ("cpu", "cuda") and device.type != backend:
+        raise BackendUnavailable(f"backend {backend!r} needs {backend.upper()} tensors; got tensors on {device}")
     return backend
 
 
@@ -98,3 +113,8 @@ def _auto(device_type: str, supported: tuple[str, ...]) -> str:
         warnings.warn(f"cwfast runs in plain PyTorch, which is slow: {have['cpu'].reason}", stacklevel=3)
         return "reference"
     return "cpu"
+
+
+def cuda_stream(device: torch.device) -> int:
+    """The stream that torch uses on this device now: kernels join it."""
+    return torch.cuda.current_stream(device).cuda_stream

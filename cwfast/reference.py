@@ -49,6 +49,27 @@ def accumulate_saliency_(
     out += scale * total
 
 
+def accumulate_embedding_saliency_(
+    out: Tensor,
+    owner: Tensor,
+    indices: Tensor,
+    grad_outputs: Tensor,
+    power: int,
+    scale: float,
+    factor: Tensor | None,
+) -> None:
+    """One sample after the other: the tokens with ``owner == b`` belong to sample ``b``."""
+    total = torch.zeros_like(out)
+    for sample in owner.unique().tolist():
+        mine = owner == sample
+        gradient = torch.zeros_like(out)
+        gradient.index_put_((indices[mine],), grad_outputs[mine].to(out.dtype), accumulate=True)
+        total += gradient.abs().pow(power)
+    if factor is not None:
+        total *= factor.to(out.dtype).abs().pow(power)
+    out += scale * total
+
+
 def select_topk(scores: Sequence[Tensor], k: int) -> tuple[list[Tensor], float]:
     """A stable sort of everything. Scores are valid, and NaN (never selected) stands for itself.
 

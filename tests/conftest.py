@@ -10,7 +10,7 @@ from hypothesis import HealthCheck, settings
 
 from cwfast import _backends
 
-ISAS = ("scalar", "avx2")  # all that csrc/cpu has kernels for
+ISAS = ("scalar", "avx2", "avx512")  # all that csrc/cpu has kernels for
 PATHS = ("reference", *(f"cpu-{isa}" for isa in ISAS))
 
 settings.register_profile(
@@ -83,7 +83,7 @@ def python():
 
     def run(code: str, **env: str) -> subprocess.CompletedProcess:
         done = subprocess.run(
-            [sys.executable, "-c", code], capture_output=True, text=True, timeout=120, env={**os.environ, **env}
+            [sys.executable, "-P", "-c", code], capture_output=True, text=True, timeout=120, env={**os.environ, **env}
         )
         assert done.returncode == 0, done.stdout + done.stderr
         return done

@@ -16,7 +16,7 @@ LEVELS = [
     {"errors", "_checks", "_backends", "_parameters", "_scopes", "reference", "testing", "checkpoint"},
     {"ops"},
     {"layers", "_picks", "_radix", "_streaming", "_mask_files"},
-    {"masks", "scoring", "freezing", "optim", "distributed", "data"},
+    {"masks", "_tracking", "scoring", "freezing", "optim", "distributed", "data"},
     {"training"},
     {"defense", "mia"},
     {"integrations"},
@@ -68,7 +68,7 @@ def test_the_check_sees_a_wrong_arrow(tmp_path):
 
 
 def python(code: str) -> str:
-    return subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True).stdout
+    return subprocess.run([sys.executable, "-P", "-c", code], check=True, capture_output=True, text=True).stdout
 
 
 @pytest.mark.parametrize(

@@ -140,7 +140,7 @@ def test_every_primitive_has_benchmarks():
 @pytest.mark.parametrize("name", command.NAMES)
 def test_tiny_run_writes_a_line_per_case(name, tmp_path):
     out = tmp_path / "results.jsonl"
-    arguments = [sys.executable, "-m", "cwfast.benchmarks", name, "--out", str(out)]
+    arguments = [sys.executable, "-P", "-m", "cwfast.benchmarks", name, "--out", str(out)]
     done = subprocess.run(arguments, capture_output=True, text=True, check=False, cwd=tmp_path)
     assert done.returncode == 0, done.stdout + done.stderr
     lines = [json.loads(line) for line in out.read_text().splitlines()]

@@ -184,7 +184,7 @@ def test_json_output_is_one_document(tmp_path, monkeypatch, capsys):
 
 @pytest.mark.slow
 def test_installed_command_runs_the_quick_demo(tmp_path):
-    command = [sys.executable, "-m", "cwfast.cli", "demo", "--quick", "--json", "--out", str(tmp_path)]
+    command = [sys.executable, "-P", "-m", "cwfast.cli", "demo", "--quick", "--json", "--out", str(tmp_path)]
     done = subprocess.run(command, check=True, capture_output=True, text=True)
     assert json.loads(done.stdout)["quick"] is True
     assert (tmp_path / "report.html").stat().st_size > 100_000

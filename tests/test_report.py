@@ -139,7 +139,10 @@ def test_missing_extra_names_the_remedy(report, tmp_path, monkeypatch, name):
 
 def test_import_is_light():
     code = "import sys, cwfast.report, cwfast.report.page; print({'matplotlib', 'jinja2', 'torch'} & set(sys.modules))"
-    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "set()\n"
+    assert (
+        subprocess.run([sys.executable, "-P", "-c", code], capture_output=True, text=True, check=True).stdout
+        == "set()\n"
+    )
 
 
 def test_table_has_one_line_per_row(report):

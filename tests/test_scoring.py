@@ -313,14 +313,15 @@ class Odd(nn.Module):
 @pytest.mark.parametrize(
     "model",
     [
-        nn.Sequential(nn.Unflatten(1, (1, F)), nn.Conv1d(1, 1, 3)),
-        nn.LayerNorm(F),
-        Odd(lambda x, w: x @ w.t()),
         Odd(lambda x, w: functional.linear(x, 2 * w)),
-        Odd(lambda x, w: torch.einsum("bi,oi->bo", x, w)),
+        Odd(lambda x, w: functional.linear(x, w * w)),
+        Odd(lambda x, w: functional.linear(x, w * torch.ones(F, F))),
+        Odd(lambda x, w: functional.linear(x, w.expand(2, F, F)[0])),
+        Odd(lambda x, w: torch.einsum("bi,oi->b", x, w)),
+        Odd(lambda x, w: functional.bilinear(x, x, w[None])),
         nn.LSTM(F, 3),
     ],
-    ids=["conv", "layernorm", "transposed", "scaled", "einsum", "lstm"],
+    ids=["scaled", "squared", "masked", "expanded", "einsum", "bilinear", "lstm"],
 )
 def test_a_use_without_a_rule_names_the_parameter(model):
     name = next(name for name, _ in model.named_parameters())

@@ -13,7 +13,7 @@ namespace {
 std::atomic<bool> forked{false};
 const int fork_watch = pthread_atfork(nullptr, nullptr, [] { forked = true; });
 
-const char* name_of(Isa value) { return value == Isa::avx2 ? "avx2" : "scalar"; }
+const char* name_of(Isa value) { return value == Isa::avx512 ? "avx512" : value == Isa::avx2 ? "avx2" : "scalar"; }
 
 std::vector<Isa> detect() {
   std::vector<Isa> found{Isa::scalar};
@@ -21,6 +21,8 @@ std::vector<Isa> detect() {
   __builtin_cpu_init();
   if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c"))
     found.push_back(Isa::avx2);
+  if (found.back() == Isa::avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512dq"))
+    found.push_back(Isa::avx512);
 #endif
   return found;
 }

@@ -1,70 +1,92 @@
 // accumulate_saliency_ on the CPU: output tiles in cache, a loop over samples inside, folded by |.| or square.
-// Reference: cwfast.reference.accumulate_saliency_. Called by cwfast/ops/saliency.py for sequences (T > 1; T = 1 is one
-// GEMM there). Arithmetic: that of the weight gradient, plus one add per sample and weight. Each entry of out is summed
-// by one thread in sample order: the same bits for any number of threads.
+// Reference: cwfast.reference.accumulate_saliency_. Called by cwfast/ops/saliency.py. Arithmetic: that of the weight
+// gradient, plus one add per sample and weight. Where each sample is one row, sum_b |d a| is sum_b |d| |a|: one product
+// of absolute values, and a second one for grad. Each entry of out is summed by one thread in sample order: the same
+// bits for any number of threads.
 #include "saliency.h"
 
 #include <omp.h>
+#include <string.h>
 
 #include <algorithm>
-#include <cmath>
+#include <memory>
+#include <new>
+#include <vector>
 
-#include "cpu/saliency_tile.h"
+#include "cpu/saliency_step.h"
 #include "runtime.h"
 
 namespace cwfast {
 namespace {
 
-constexpr int64_t kTileRows = 96, kTileColumns = 256;  // three float tiles of 96 KB and the panels: second-level cache
+constexpr int64_t kTileRows = 224, kTileColumns = 384;  // with the panels 1.0 MB, of a second-level cache of 2 MB
 constexpr int64_t kDepth = 256;  // rows packed at once; longer samples take several rounds, each summed by itself
 
+// Sixteen bytes by the compiler's own vectors: whatever the processor has.
 template <class T>
-void step_scalar(const TileStep<T>& s) {
-  constexpr int rows = 4, columns = 8;
-  T g[rows][columns] = {};
-  for (int64_t t = 0; t < s.depth; ++t)
-    for (int r = 0; r < rows; ++r)
-      for (int c = 0; c < columns; ++c) g[r][c] += s.d[t * rows + r] * s.a[t * columns + c];
-  for (int r = 0; r < rows; ++r)
-    for (int c = 0; c < columns; ++c) {
-      const int64_t at = r * s.stride + c;
-      const T value = s.first ? g[r][c] : s.partial[at] + g[r][c];
-      if (!s.last) {
-        s.partial[at] = value;
-        continue;
-      }
-      s.sum[at] += s.power == 1 ? std::abs(value) : value * value;
-      if (s.total) s.total[at] += value;
-    }
-}
+struct Portable {
+  using Scalar = T;
+  static constexpr int kWidth = 16 / sizeof(T);
+  typedef T Vec __attribute__((vector_size(16)));
+  static Vec zero() { return Vec{}; }
+  static Vec set(T x) { return x - Vec{}; }
+  static Vec load(const T* p) { return load_n(p, kWidth); }
+  static Vec load_n(const T* p, int n) {
+    Vec v{};
+    memcpy(&v, p, n * sizeof(T));
+    return v;
+  }
+  static void store(T* p, Vec v) { memcpy(p, &v, sizeof v); }
+  static void store_n(T* p, Vec v, int n) { memcpy(p, &v, n * sizeof(T)); }
+  static Vec broadcast(const T* p) { return set(*p); }
+  static Vec fma(Vec x, Vec y, Vec z) { return x * y + z; }
+  static Vec add(Vec x, Vec y) { return x + y; }
+  static Vec mul(Vec x, Vec y) { return x * y; }
+  static Vec abs(Vec x) {
+    for (int i = 0; i < kWidth; ++i) x[i] = __builtin_fabs(x[i]);
+    return x;
+  }
+};
 
 template <class T>
 TileKernel<T> tile_kernel() {
 #if defined(__x86_64__)
-  if (isa() == Isa::avx2) {
-    if constexpr (std::is_same_v<T, float>)
-      return tile_avx2_float;
-    else
-      return tile_avx2_double;
+  constexpr bool single = std::is_same_v<T, float>;
+  if constexpr (single) {
+    if (isa() == Isa::avx512) return tile_avx512_float;
+    if (isa() == Isa::avx2) return tile_avx2_float;
+  } else {
+    if (isa() == Isa::avx512) return tile_avx512_double;
+    if (isa() == Isa::avx2) return tile_avx2_double;
   }
 #endif
-  return {4, 8, step_scalar<T>};
+  return tile_kernel_of<Portable<T>, 4, 2>();
 }
 
-int64_t round_up(int64_t n, int64_t multiple) { return (n + multiple - 1) / multiple * multiple; }
+int64_t divide_up(int64_t n, int64_t by) { return (n + by - 1) / by; }
+int64_t round_up(int64_t n, int64_t multiple) { return divide_up(n, multiple) * multiple; }
 
-// [depth, n] with row stride -> panels of `width` columns, each [depth, width], zero-padded.
+constexpr std::align_val_t kCacheLine{64};
+struct Free {
+  void operator()(void* p) const { ::operator delete(p, kCacheLine); }
+};
+
+// Rows that are packed at once: whole samples, or a part of a long one.
+struct Round {
+  int64_t begin, rows;     // in the batch
+  int64_t first, samples;  // in Accumulator::ends_
+  bool begins, complete;
+};
+
+// What one pass over the rows adds to.
 template <class T>
-void pack(const T* from, int64_t stride, int64_t depth, int64_t n, int64_t width, T* to) {
-  for (int64_t p = 0; p < n; p += width, to += depth * width) {
-    const int64_t real = std::min(width, n - p);
-    for (int64_t t = 0; t < depth; ++t) {
-      const T* row = from + t * stride + p;
-      std::copy(row, row + real, to + t * width);
-      std::fill(to + t * width + real, to + (t + 1) * width, T{0});
-    }
-  }
-}
+struct Pass {
+  Fold packed, folded;
+  T* out;
+  const T* factor;
+  T* grad;
+  T scale;
+};
 
 template <class T>
 class Accumulator {
@@ -75,74 +97,98 @@ class Accumulator {
     // Small layers: smaller tiles, so that every thread has some.
     while (tiles() < 2 * threads() && tile_columns_ > 2 * kernel_.columns)
       tile_columns_ = round_up(tile_columns_ / 2, kernel_.columns);
-    for (int64_t b = 0; b < x_.samples; ++b) longest_ = std::max(longest_, x_.row_offsets[b + 1] - x_.row_offsets[b]);
+    bool one_row_each = true;
+    for (int64_t b = 0; b < x_.samples; ++b) one_row_each &= x_.row_offsets[b + 1] - x_.row_offsets[b] <= 1;
+    const Fold fold = x_.power == 1 ? Fold::abs : Fold::square;
+    const T scale = static_cast<T>(x_.scale);
+    if (one_row_each) {
+      add_sample(0, x_.samples == 0 ? 0 : x_.row_offsets[x_.samples]);
+      passes_.push_back({fold, Fold::sum, x_.out, x_.factor, nullptr, scale});
+      if (x_.grad) passes_.push_back({Fold::sum, Fold::sum, x_.grad, nullptr, nullptr, T{1}});
+    } else {
+      for (int64_t b = 0; b < x_.samples; ++b) add_sample(x_.row_offsets[b], x_.row_offsets[b + 1]);
+      passes_.push_back({Fold::sum, fold, x_.out, x_.factor, x_.grad, scale});
+    }
+    if (rounds_.empty()) rounds_.push_back({0, 0, 0, 0, true, true});  // no rows: zeros are added
   }
 
   void run() {
     Region region;
 #pragma omp parallel num_threads(threads())
     {
-      std::vector<T> workspace;
-      region.run([&] { workspace.resize(static_cast<size_t>(workspace_size())); });
+      std::unique_ptr<T, Free> workspace;
+      region.run([&] {
+        workspace.reset(static_cast<T*>(::operator new(static_cast<size_t>(workspace_size()) * sizeof(T), kCacheLine)));
+      });
 #pragma omp for schedule(dynamic, 1)
       for (int64_t tile = 0; tile < tiles(); ++tile)
-        region.run([&, tile] { run_tile(tile, workspace.data(), region); });
+        for (const Pass<T>& pass : passes_) run_tile(tile, pass, workspace.get(), region);
     }
     region.finish();
   }
 
  private:
-  int64_t tiles_across() const { return (x_.in_features + tile_columns_ - 1) / tile_columns_; }
-  int64_t tiles() const { return (x_.out_features + tile_rows_ - 1) / tile_rows_ * tiles_across(); }
-  int64_t depth() const { return std::min(kDepth, longest_); }
+  int64_t tiles_across() const { return divide_up(x_.in_features, tile_columns_); }
+  int64_t tiles() const { return divide_up(x_.out_features, tile_rows_) * tiles_across(); }
   int64_t tile_size() const { return tile_rows_ * tile_columns_; }
-  int64_t workspace_size() const { return 3 * tile_size() + depth() * (tile_rows_ + tile_columns_); }
+  int64_t workspace_size() const { return 3 * tile_size() + depth_ * (tile_rows_ + tile_columns_) + 2 * kernel_.spare; }
 
-  void run_tile(int64_t tile, T* workspace, Region& region) {
+  // Appends to the last round as long as it has room.
+  void add_sample(int64_t begin, int64_t end) {
+    for (int64_t at = begin; at < end;) {
+      const int64_t rows = std::min(kDepth, end - at);
+      const bool whole = rows == end - begin;
+      if (!whole || rounds_.empty() || !rounds_.back().complete || rounds_.back().rows + rows > kDepth)
+        rounds_.push_back({at, 0, static_cast<int64_t>(ends_.size()), 0, at == begin, at + rows == end});
+      Round& round = rounds_.back();
+      round.rows += rows;
+      round.samples += 1;
+      ends_.push_back(round.rows);
+      depth_ = std::max(depth_, round.rows);
+      at += rows;
+    }
+  }
+
+  void run_tile(int64_t tile, const Pass<T>& pass, T* workspace, Region& region) {
     const int64_t row = tile / tiles_across() * tile_rows_, column = tile % tiles_across() * tile_columns_;
     const int64_t rows = std::min(tile_rows_, x_.out_features - row);
     const int64_t columns = std::min(tile_columns_, x_.in_features - column);
     T *sum = workspace, *total = sum + tile_size(), *partial = total + tile_size();
-    T *packed_d = partial + tile_size(), *packed_a = packed_d + depth() * tile_rows_;
-    std::fill(sum, partial, T{0});
-    for (int64_t b = 0; b < x_.samples; ++b) {
-      const int64_t begin = x_.row_offsets[b], end = x_.row_offsets[b + 1];
-      for (int64_t t = begin; t < end; t += kDepth)
-        region.run([&] {  // here too: one tile of a large batch, or of one long sample, may take seconds
-          const int64_t n = std::min(kDepth, end - t);
-          pack(x_.grad_outputs + t * x_.grad_stride + row, x_.grad_stride, n, rows, kernel_.rows, packed_d);
-          pack(x_.inputs + t * x_.input_stride + column, x_.input_stride, n, columns, kernel_.columns, packed_a);
-          TileStep<T> step{n,       nullptr,       nullptr,    nullptr,      nullptr,
-                           nullptr, tile_columns_, t == begin, t + n == end, x_.power};
-          for (int64_t c = 0; c < columns; c += kernel_.columns)
-            for (int64_t r = 0; r < rows; r += kernel_.rows) {
-              const int64_t at = r * tile_columns_ + c;
-              step.d = packed_d + r * n, step.a = packed_a + c * n;
-              step.partial = partial + at, step.sum = sum + at, step.total = x_.grad ? total + at : nullptr;
-              kernel_.step(step);
+    T *packed_a = partial + tile_size(), *packed_d = packed_a + depth_ * tile_columns_ + kernel_.spare;
+    for (size_t i = 0; i < rounds_.size(); ++i)
+      region.run([&] {  // here too: one tile of a large batch, or of one long sample, may take seconds
+        const Round& round = rounds_[i];
+        const int64_t t = round.begin, n = round.rows;
+        kernel_.pack_rows(x_.grad_outputs + t * x_.grad_stride + row, x_.grad_stride, n, rows, pass.packed, packed_d);
+        kernel_.pack_columns(x_.inputs + t * x_.input_stride + column, x_.input_stride, n, columns, pass.packed,
+                             packed_a);
+        TileStep<T> step{};
+        step.ends = ends_.data() + round.first, step.samples = round.samples;
+        step.begins = round.begins, step.complete = round.complete, step.fresh = i == 0;
+        step.fold = pass.folded, step.power = x_.power, step.scale = pass.scale, step.stride = x_.in_features;
+        const bool last = i + 1 == rounds_.size();
+        for (int64_t c = 0; c < columns; c += kernel_.columns)
+          for (int64_t r = 0; r < rows; r += kernel_.rows) {
+            const int64_t mine = c * tile_rows_ + r * kernel_.columns, at = (row + r) * x_.in_features + column + c;
+            step.d = packed_d + r * n, step.a = packed_a + c * n;
+            step.partial = partial + mine, step.sum = sum + mine, step.total = pass.grad ? total + mine : nullptr;
+            if (last) {
+              step.out = pass.out + at, step.factor = pass.factor ? pass.factor + at : nullptr;
+              step.grad = pass.grad ? pass.grad + at : nullptr;
+              step.rows = std::min(kernel_.rows, rows - r), step.columns = std::min(kernel_.columns, columns - c);
             }
-        });
-    }
-    for (int64_t r = 0; r < rows; ++r) {
-      const int64_t at = (row + r) * x_.in_features + column;
-      write_row(sum + r * tile_columns_, total + r * tile_columns_, at, columns);
-    }
-  }
-
-  void write_row(const T* sum, const T* total, int64_t at, int64_t columns) {
-    const T scale = static_cast<T>(x_.scale);
-    for (int64_t c = 0; c < columns; ++c) {
-      T value = sum[c] * scale;
-      if (x_.factor) value *= x_.power == 1 ? std::abs(x_.factor[at + c]) : x_.factor[at + c] * x_.factor[at + c];
-      x_.out[at + c] += value;
-    }
-    if (!x_.grad) return;
-    for (int64_t c = 0; c < columns; ++c) x_.grad[at + c] += total[c];
+            kernel_.step(step);
+          }
+      });
   }
 
   const SaliencyArgs<T>& x_;
   const TileKernel<T> kernel_;
-  int64_t tile_rows_ = 0, tile_columns_ = 0, longest_ = 0;
+  int64_t tile_rows_ = 0, tile_columns_ = 0;
+  int64_t depth_ = 0;  // the most rows of a round
+  std::vector<Round> rounds_;
+  std::vector<int64_t> ends_;  // of samples, in their round
+  std::vector<Pass<T>> passes_;
 };
 
 template <class T>

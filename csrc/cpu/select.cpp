@@ -69,7 +69,7 @@ Word scan_scalar(const void* p, uint64_t low, uint64_t high, bool abs) {
 template <class F>
 ScanWord scanner(Dtype dtype) {
 #if defined(__x86_64__)
-  if (isa() == Isa::avx2) {
+  if (isa() >= Isa::avx2) {
     switch (dtype) {
       case Dtype::float32:
         return scan_avx2_float32;

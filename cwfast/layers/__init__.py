@@ -1,7 +1,15 @@
 """Which use of a parameter is scored how: a registry of rules by torch function, one file per layer family.
 
-A rule is called in place of the function and returns its result. It asks ``tracker.use(parameter)`` for a handle at
-forward, and gives ``tracker.record(handle, inputs, grad_outputs)`` the two factors of the gradient at backward.
+A rule is called in place of the function and returns its result, or NotImplemented where it cannot score this call.
+What it has to say is how a sample's gradient follows from inputs, output gradients and weight. For a layer of your own,
+here a gate ``y = x * sigmoid(w)`` that your module calls as a function through ``torch.overrides``:
+
+    @register(gate)
+    def rule(tracker, x, weight):
+        def gradient(layout, x, grad, weight):
+            s = weight.sigmoid()
+            return PerSample(layout.sums(grad * x * s * (1 - s)))
+        return scored(tracker, gate, x, (weight,), (gradient,))
 """
 
 from collections.abc import Callable
@@ -9,26 +17,52 @@ from typing import Any, Protocol
 
 from torch import Tensor
 
+from cwfast.layers.pieces import Computed, Lookup, Outer, PerSample, Piece
+from cwfast.layers.samples import Batch, Layout
+
+__all__ = ["Computed", "Layout", "Lookup", "Outer", "PerSample", "Piece", "Tracker", "register", "rule_for", "scored"]
+
+
+class Use(Protocol):
+    """One use of a parameter in a forward pass."""
+
+    layout: Layout
+
 
 class Tracker(Protocol):
     """What a rule sees of the scorer."""
 
-    def use(self, parameter: Tensor | None) -> Any:
-        """A handle for one use of a parameter in this forward pass; None where it is not scored."""
+    batch_now: Batch  # the samples of the current forward pass
+    dim: int  # the dimension of a layer's tensors that holds the samples: 0, but inside multi-head attention 1
 
-    def record(self, use: Any, inputs: Tensor, grad_outputs: Tensor) -> Tensor | None:
-        """Score the gradient ``sum_t grad_outputs[b,t] x inputs[b,t]``; return its sum over b where one is wanted."""
+    def tracks(self, value: object) -> bool:
+        """Whether this is a parameter that is scored, or a view of one."""
+
+    def use(self, parameter: Tensor | None, owner: Tensor | None = None) -> Any:
+        """A handle (a Use) for one use of a parameter in this forward pass; None where it is not scored.
+
+        Args:
+            parameter: a parameter or a view of one.
+            owner: ``[rows]``, the sample of each row of the layer's 2-D tensors, where the shapes do not tell.
+        """
+
+    def record(self, use: Any, piece: Piece) -> Tensor | None:
+        """Score one use's gradient at backward; return its sum over the samples where one is wanted."""
+
+    def alias(self, result: Tensor, parameter: Tensor) -> Tensor:
+        """Mark the result as the parameter in another dtype or moved by a constant: its gradient is the parameter's."""
 
 
 Rule = Callable[..., Any]
 _RULES: dict[Callable[..., Any], Rule] = {}
 
 
-def register(function: Callable[..., Any]) -> Callable[[Rule], Rule]:
-    """Decorator: the rule ``rule(tracker, *args, **kwargs)`` scores calls of this torch function."""
+def register(*functions: Callable[..., Any]) -> Callable[[Rule], Rule]:
+    """Decorator: the rule ``rule(tracker, *args, **kwargs)`` scores calls of these torch functions."""
 
     def add(rule: Rule) -> Rule:
-        _RULES[function] = rule
+        for function in functions:
+            _RULES[function] = rule
         return rule
 
     return add
@@ -39,4 +73,5 @@ def rule_for(function: Callable[..., Any]) -> Rule | None:
     return _RULES.get(function)
 
 
-from cwfast.layers import linear  # noqa: E402, F401  (registers its rules)
+from cwfast.layers import attention, broadcast, conv, embedding, experts, linear, norms  # noqa: E402, F401  (rules)
+from cwfast.layers.scored import scored  # noqa: E402

@@ -1,45 +1,91 @@
-"""``y = x W^T + b``: per sample, the weight's gradient is a sum of outer products; the bias's has a constant input."""
+"""``y = x W^T + b`` and its kin: per sample, the weight's gradient is a sum of outer products."""
 
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 from torch.nn import functional
 
 from cwfast.layers import Tracker, register
+from cwfast.layers.pieces import Outer, PerSample, Piece
+from cwfast.layers.samples import Layout
+from cwfast.layers.scored import scored
 
 
-class _Linear(torch.autograd.Function):
-    """The ordinary linear layer, whose backward hands inputs and output gradients to the tracker."""
+def outer(layout: Layout, x: Tensor, grad: Tensor, weight: Tensor) -> Piece:
+    """Of W in ``y = x W^T``."""
+    (inputs, offsets), (grads, _) = layout.by_sample(x), layout.by_sample(grad)
+    return Outer(inputs, grads, offsets)
 
-    @staticmethod
-    def forward(
-        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, tracker: Tracker, weight_use: Any, bias_use: Any
-    ) -> Tensor:
-        ctx.save_for_backward(x, weight)
-        ctx.tracker, ctx.weight_use, ctx.bias_use = tracker, weight_use, bias_use
-        return functional.linear(x, weight, bias)
 
-    @staticmethod
-    @once_differentiable  # a gradient of the gradient would miss what the kernels computed
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        with torch._C.DisableTorchFunctionSubclass():  # the saved weight is tracked: our own products are not
-            x, weight = ctx.saved_tensors
-            # Under autocast the products run, and their gradients come, in a lower precision than the saved tensors.
-            grad_x = (grad @ weight.to(grad.dtype)).to(x.dtype) if ctx.needs_input_grad[0] else None
-            grad_weight = ctx.tracker.record(ctx.weight_use, x, grad) if ctx.weight_use else None
-            grad_bias = (
-                ctx.tracker.record(ctx.bias_use, x.new_ones(1).expand(*x.shape[:-1], 1), grad) if ctx.bias_use else None
-            )
-            if ctx.needs_input_grad[1] and not ctx.weight_use:  # trained, not scored
-                grad_weight = (grad.flatten(0, -2).T @ x.flatten(0, -2).to(grad.dtype)).to(weight.dtype)
-            if ctx.needs_input_grad[2] and not ctx.bias_use:
-                grad_bias = grad.flatten(0, -2).sum(dim=0)
-        return grad_x, grad_weight, grad_bias, None, None, None
+def turned(layout: Layout, x: Tensor, grad: Tensor, weight: Tensor) -> Piece:
+    """Of W in ``y = x W``."""
+    return outer(layout, grad, x, weight)
+
+
+def bias(layout: Layout, x: Tensor | None, grad: Tensor, weight: Tensor) -> Piece:
+    """Of b in ``y = ... + b``."""
+    return PerSample(layout.sums(grad))
+
+
+def _backward(x: Tensor, grad: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    return grad @ weight.to(grad.dtype)  # under autocast the gradient comes in a lower precision than the weight
+
+
+def _backward_turned(x: Tensor, grad: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    return grad @ weight.to(grad.dtype).T
 
 
 @register(functional.linear)
-def linear(tracker: Tracker, input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+def linear(
+    tracker: Tracker, input: Tensor, weight: Tensor, bias: Tensor | None = None, *, owner: Tensor | None = None
+) -> Any:
     """Scores ``torch.nn.functional.linear`` and so ``torch.nn.Linear``."""
-    return _Linear.apply(input, weight, bias, tracker, tracker.use(weight), tracker.use(bias))
+    return scored(
+        tracker, functional.linear, input, (weight, bias), (outer, _bias), input_gradient=_backward, owner=owner
+    )
+
+
+_bias = bias
+
+
+@register(torch.matmul, Tensor.matmul, Tensor.__matmul__, torch.mm, Tensor.mm)
+def matmul(tracker: Tracker, input: Tensor, other: Tensor, *, owner: Tensor | None = None) -> Any:
+    """Scores ``x @ W`` for a 2-D weight, as it is or transposed (``x @ w.t()``)."""
+    if tracker.tracks(input) or other.ndim != 2 or input.ndim < 2:
+        return NotImplemented
+    return scored(tracker, torch.matmul, input, (other,), (turned,), input_gradient=_backward_turned, owner=owner)
+
+
+@register(torch.addmm, Tensor.addmm)
+def addmm(tracker: Tracker, input: Tensor, mat1: Tensor, mat2: Tensor, *, beta: float = 1, alpha: float = 1) -> Any:
+    """Scores ``b + x W``, and so the Conv1D of transformers."""
+    if tracker.tracks(mat1) or input.ndim != 1 or beta != 1 or alpha != 1:
+        return NotImplemented
+    return scored(
+        tracker,
+        lambda x, weight, bias: torch.addmm(bias, x, weight),
+        mat1,
+        (mat2, input),
+        (turned, bias),
+        input_gradient=_backward_turned,
+    )
+
+
+@register(torch.einsum)
+def einsum(tracker: Tracker, equation: str, *operands: Tensor) -> Any:
+    """Scores ``einsum("...i,oi->...o", x, w)`` and the like: two operands, w 2-D with one summed and one kept index."""
+    if len(operands) == 1 and isinstance(operands[0], list | tuple):
+        operands = tuple(operands[0])
+    if len(operands) != 2 or "->" not in equation:
+        return NotImplemented
+    terms, result = equation.replace(" ", "").replace("...", ".").split("->")
+    named = list(zip(terms.split(","), operands, strict=True))
+    (x_term, x), (w_term, w) = named if tracker.tracks(operands[1]) else reversed(named)
+    if tracker.tracks(x) or len(w_term) != 2 or "." in w_term or not result:
+        return NotImplemented
+    kept = result[-1]
+    summed = w_term.replace(kept, "")
+    if len(summed) != 1 or x_term != result[:-1] + summed or kept in x_term or len(set(x_term)) != len(x_term):
+        return NotImplemented
+    return linear(tracker, x, w) if w_term == kept + summed else matmul(tracker, x, w)

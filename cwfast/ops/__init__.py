@@ -1,5 +1,7 @@
 """Tensors in, tensors out: schema, checks, choice of backend. Knows no model, no file, no MaskSet."""
 
+from cwfast.ops.embedding_saliency import accumulate_embedding_saliency_
+from cwfast.ops.grad_norms import per_sample_grad_norms
 from cwfast.ops.logit_stats import LogitStats, logit_stats
 from cwfast.ops.rewind import gather, rewind_, scatter_
 from cwfast.ops.saliency import accumulate_saliency_
@@ -8,9 +10,11 @@ from cwfast.ops.select import Selection, select_topk
 __all__ = [
     "LogitStats",
     "Selection",
+    "accumulate_embedding_saliency_",
     "accumulate_saliency_",
     "gather",
     "logit_stats",
+    "per_sample_grad_norms",
     "rewind_",
     "scatter_",
     "select_topk",

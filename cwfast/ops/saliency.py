@@ -4,10 +4,11 @@ import torch
 from torch import Tensor
 
 from cwfast import _backends, _checks, reference
+from cwfast.errors import BackendUnavailable
 from cwfast.ops._library import register, written
 
-BACKENDS = ("reference", "cpu")
-TILE_BYTES = 1 << 20  # of a row tile of products that waits for its factor: product and factor stay in the cache
+BACKENDS = ("reference", "cpu", "cuda")
+CUDA_DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}  # CwfastDtype of csrc/cuda/launchers.h
 
 
 def accumulate_saliency_(
@@ -39,7 +40,7 @@ def accumulate_saliency_(
             ``cu_seqlens[b]`` to ``cu_seqlens[b + 1]``.
         grad: ``[O, I]`` of the dtype of ``out``, contiguous: the same pass adds ``sum_b G_b`` (no scale, no factor).
         scale: multiplies every ``G_b`` (a mean loss over B samples has ``scale=B``).
-        backend: "reference", "cpu" or "auto".
+        backend: "reference", "cpu", "cuda" or "auto".
 
     Returns:
         ``out``.
@@ -117,38 +118,14 @@ def _run(
     backend: str,
 ) -> None:
     scale = abs(scale) ** power
-    if _backends.resolve(backend, out.device, BACKENDS) == "reference":  # here, where torch.compile does not look
+    backend = _backends.resolve(backend, out.device, BACKENDS)  # here, where torch.compile does not look
+    if backend == "reference":
         reference.accumulate_saliency_(out, inputs, grad_outputs, row_offsets.tolist(), power, scale, factor, grad)
-    elif len(row_offsets) == len(inputs) + 1 and bool((row_offsets.diff() == 1).all()):
-        _one_row_each(out, inputs.to(out.dtype), grad_outputs.to(out.dtype), power, scale, factor, grad)
+    elif backend == "cuda":
+        one_row_each = len(row_offsets) == len(inputs) + 1 and bool((row_offsets.diff() == 1).all())
+        _cuda(out, inputs, grad_outputs, None if one_row_each else row_offsets, power, scale, factor, grad)
     else:
         _kernel(out, inputs.to(out.dtype), grad_outputs.to(out.dtype), row_offsets, power, scale, factor, grad)
-
-
-def _one_row_each(
-    out: Tensor,
-    inputs: Tensor,
-    grad_outputs: Tensor,
-    power: int,
-    scale: float,
-    factor: Tensor | None,
-    grad: Tensor | None,
-) -> None:
-    """T = 1: ``|D|^T |A|`` or ``(D^2)^T (A^2)``, a matrix product, which torch does best."""
-    if grad is not None:
-        grad.addmm_(grad_outputs.T, inputs)
-    a, d = (inputs.abs(), grad_outputs.abs()) if power == 1 else (inputs.square(), grad_outputs.square())
-    if factor is None:
-        out.addmm_(d.T, a, alpha=scale)
-        return
-    rows = max(1, min(len(out), TILE_BYTES // max(1, out.shape[1] * out.element_size())))
-    product, weight = (torch.empty((rows, out.shape[1]), dtype=out.dtype, device=out.device) for _ in range(2))
-    for top in range(0, len(out), rows):
-        count = min(rows, len(out) - top)
-        tile, p, w = slice(top, top + count), product[:count], weight[:count]
-        torch.mm(d[:, tile].T, a, out=p)
-        w.copy_(factor[tile])
-        out[tile].addcmul_(p, w.abs_() if power == 1 else w.square_(), value=scale)
 
 
 def _kernel(
@@ -161,9 +138,7 @@ def _kernel(
     factor: Tensor | None,
     grad: Tensor | None,
 ) -> None:
-    inputs, grad_outputs = (
-        x if x.stride(1) == 1 or x.shape[1] == 1 else x.contiguous() for x in (inputs, grad_outputs)
-    )
+    inputs, grad_outputs = _dense_rows(inputs), _dense_rows(grad_outputs)
     factor = None if factor is None else factor.to(out.dtype).contiguous()
     native = _backends.native()
     run = native.accumulate_saliency_float64 if out.dtype == torch.float64 else native.accumulate_saliency_float32
@@ -181,6 +156,50 @@ def _kernel(
         scale,
         0 if factor is None else factor.data_ptr(),
         0 if grad is None else grad.data_ptr(),
+    )
+    written([out] if grad is None else [out, grad])
+
+
+def _dense_rows(rows: Tensor) -> Tensor:
+    """Rows that may lie any distance apart, each without gaps."""
+    return rows if rows.stride(1) == 1 or rows.shape[1] == 1 else rows.contiguous()
+
+
+def _cuda(
+    out: Tensor,
+    inputs: Tensor,
+    grad_outputs: Tensor,
+    row_offsets: Tensor | None,
+    power: int,
+    scale: float,
+    factor: Tensor | None,
+    grad: Tensor | None,
+) -> None:
+    """``row_offsets`` None: every row is a sample."""
+    if out.dtype == torch.float64:
+        raise BackendUnavailable("backend 'cuda' needs float32, bfloat16 or float16; got float64: use 'reference'")
+    inputs, grad_outputs = _dense_rows(inputs), _dense_rows(grad_outputs)
+    if factor is not None:
+        factor = (factor if factor.dtype in CUDA_DTYPES else factor.float()).contiguous()
+    offsets = None if row_offsets is None else row_offsets.to(out.device)
+    _backends.native().cuda_saliency(
+        out.data_ptr(),
+        inputs.data_ptr(),
+        inputs.stride(0),
+        grad_outputs.data_ptr(),
+        grad_outputs.stride(0),
+        0 if offsets is None else offsets.data_ptr(),
+        0 if offsets is None else len(offsets) - 1,
+        len(inputs),
+        *out.shape,
+        CUDA_DTYPES[inputs.dtype],
+        power,
+        scale,
+        0 if factor is None else factor.data_ptr(),
+        0 if factor is None else CUDA_DTYPES[factor.dtype],
+        0 if grad is None else grad.data_ptr(),
+        out.device.index or 0,
+        _backends.cuda_stream(out.device),
     )
     written([out] if grad is None else [out, grad])
 

@@ -1,0 +1,23 @@
+// The CUDA kernels as bindings.cpp and the tests see them: raw pointers to device memory, checked by cwfast/ops.
+// Every launcher returns a cudaError_t (0: launched) and does not wait for the kernel.
+#pragma once
+#include <cstdint>
+
+extern "C" {
+
+enum CwfastDtype { kFloat32 = 0, kBfloat16 = 1, kFloat16 = 2 };
+
+// Devices that this process can use; an error (35: no driver) where there are none.
+int cwfast_cuda_device_count(int* count);
+const char* cwfast_cuda_error(int error);
+
+// out += scale * |factor|^power * sum_b |G_b|^power, grad += sum_b G_b; see csrc/saliency.h.
+int cwfast_cuda_saliency(float* out,                                     // [O, I]
+                         const void* inputs, int64_t input_stride,       // [rows, I] of dtype, rows input_stride apart
+                         const void* grad_outputs, int64_t grad_stride,  // [rows, O] of dtype, rows grad_stride apart
+                         const int64_t* row_offsets,                     // [samples + 1]; null: every row is a sample
+                         int64_t samples, int64_t rows, int64_t out_features, int64_t in_features, int dtype, int power,
+                         float scale, const void* factor, int factor_dtype,  // [O, I] contiguous, or null
+                         float* grad,                                        // [O, I], or null
+                         int device, void* stream);
+}

@@ -1,0 +1,128 @@
+"""Convolutions: the weight's gradient is computed one sample at a time into a buffer of the weight's size."""
+
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from cwfast.layers import Tracker, register
+from cwfast.layers.broadcast import reduced
+from cwfast.layers.pieces import Computed, PerSample, Piece
+from cwfast.layers.samples import Layout
+from cwfast.layers.scored import scored
+
+_backward = torch.ops.aten.convolution_backward.default
+
+
+def _of_weight(
+    arguments: tuple[Any, ...], pad: Sequence[int], layout: Layout, x: Tensor, grad: Tensor, weight: Tensor
+) -> Piece:
+    dtype = torch.promote_types(x.dtype, grad.dtype)
+    images, grads = layout.images(functional.pad(x, pad) if any(pad) else x), layout.images(grad)
+
+    def compute(sample: int | None) -> Tensor:
+        a, d = (t.flatten(0, 1) if sample is None else t[sample] for t in (images, grads))
+        found: Tensor = _backward(
+            d.to(dtype), a.to(dtype), weight.detach().to(dtype), None, *arguments, (False, True, False)
+        )[1]
+        return found
+
+    return Computed(layout.samples, compute)
+
+
+def _of_bias(layout: Layout, x: Tensor, grad: Tensor, bias: Tensor) -> Piece:
+    found = reduced(layout, grad, torch.Size([len(bias), *[1] * (grad.ndim - 2)])).gradients
+    return PerSample(found.flatten(1))
+
+
+def _scored(
+    tracker: Tracker,
+    function: Callable[..., Tensor],
+    tensors: tuple[Tensor, Tensor, Tensor | None],
+    arguments: tuple[Any, ...],
+    pad: Sequence[int] = (),
+) -> Tensor:
+    input, weight, bias = tensors
+
+    def input_gradient(x: Tensor, grad: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        padded = functional.pad(x, pad) if any(pad) else x
+        found: Tensor = _backward(
+            grad, padded.to(grad.dtype), weight.to(grad.dtype), None, *arguments, (True, False, False)
+        )[0]
+        for dim in range(len(pad) // 2):
+            found = found.narrow(-1 - dim, pad[2 * dim], x.shape[-1 - dim])
+        return found
+
+    of_weight = functools.partial(_of_weight, arguments, pad)
+    return scored(tracker, function, input, (weight, bias), (of_weight, _of_bias), input_gradient=input_gradient)
+
+
+def _each(value: int | Sequence[int], dims: int) -> list[int]:
+    values = [value] if isinstance(value, int) else list(value)
+    return values * dims if len(values) == 1 else values
+
+
+def _conv(
+    function: Callable[..., Tensor],
+    dims: int,
+    tracker: Tracker,
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    stride: int | Sequence[int] = 1,
+    padding: int | str | Sequence[int] = 0,
+    dilation: int | Sequence[int] = 1,
+    groups: int = 1,
+) -> Any:
+    """Scores conv1d to conv3d; other padding modes than zeros pad before the call."""
+    if input.ndim != dims + 2:
+        return NotImplemented  # a single sample without its dimension
+    around: list[int] = [0] * dims
+    pad: list[int] = []
+    spread = _each(dilation, dims)
+    if padding == "same":
+        for size, step in zip(reversed(weight.shape[2:]), reversed(spread), strict=True):
+            total = step * (size - 1)
+            pad += [total // 2, total - total // 2]
+    elif padding != "valid":
+        around = _each(padding, dims)  # type: ignore[arg-type]
+    arguments = (_each(stride, dims), around, spread, False, [0] * dims, groups)
+
+    def run(x: Tensor, w: Tensor, b: Tensor | None) -> Tensor:
+        return function(x, w, b, stride, padding, dilation, groups)
+
+    return _scored(tracker, run, (input, weight, bias), arguments, pad)
+
+
+def _conv_transpose(
+    function: Callable[..., Tensor],
+    dims: int,
+    tracker: Tracker,
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    stride: int | Sequence[int] = 1,
+    padding: int | Sequence[int] = 0,
+    output_padding: int | Sequence[int] = 0,
+    groups: int = 1,
+    dilation: int | Sequence[int] = 1,
+) -> Any:
+    """Scores conv_transpose1d to conv_transpose3d."""
+    if input.ndim != dims + 2:
+        return NotImplemented
+    lists = [_each(value, dims) for value in (stride, padding, dilation, output_padding)]
+    arguments = (lists[0], lists[1], lists[2], True, lists[3], groups)
+
+    def run(x: Tensor, w: Tensor, b: Tensor | None) -> Tensor:
+        return function(x, w, b, stride, padding, output_padding, groups, dilation)
+
+    return _scored(tracker, run, (input, weight, bias), arguments)
+
+
+for _dims in (1, 2, 3):
+    for _rule, _name in ((_conv, f"conv{_dims}d"), (_conv_transpose, f"conv_transpose{_dims}d")):
+        _function = getattr(functional, _name)
+        register(_function)(functools.partial(_rule, _function, _dims))

@@ -1,0 +1,131 @@
+"""Per-sample gradient saliency of an embedding, accumulated: a sample's uses of a token sum before the absolute."""
+
+import torch
+from torch import Tensor
+
+from cwfast import _backends, _checks, reference
+from cwfast.ops._library import register
+
+BACKENDS = ("reference", "cpu")
+
+
+def accumulate_embedding_saliency_(
+    out: Tensor,
+    indices: Tensor,
+    grad_outputs: Tensor,
+    *,
+    power: int = 1,
+    factor: Tensor | None = None,
+    padding_idx: int | None = None,
+    cu_seqlens: Tensor | None = None,
+    scale: float = 1.0,
+    backend: str = "auto",
+) -> Tensor:
+    """Add ``|scale * factor|**power * sum_b |G_b|**power`` to ``out``, ``G_b[v] = sum_{t: indices[b,t] = v}
+    grad_outputs[b,t]``.
+
+    Work and memory follow the tokens, not the vocabulary. Sums in float32 (float64 for float64 ``out``), in the order
+    of the tokens: same bits on every run. NaN and infinity propagate into the rows that they belong to.
+
+    Args:
+        out: ``[V, D]`` float32 or float64; changed in place; any strides.
+        indices: ``[B]`` (one token a sample), ``[B, T]``, or ``[tokens]`` with ``cu_seqlens``; int32 or int64, from 0
+            to V - 1.
+        grad_outputs: the gradient of the loss at the lookup's result: the shape of indices, and D; float32, bfloat16,
+            float16 or float64.
+        power: 1 or 2.
+        factor: ``[V, D]`` or None for 1.
+        padding_idx: a row that is left as it is, or None.
+        cu_seqlens: ``[B + 1]``, see ``accumulate_saliency_``.
+        scale: multiplies every ``G_b``.
+        backend: "reference", "cpu" or "auto".
+
+    Returns:
+        ``out``.
+
+    Raises:
+        TypeError, ValueError: an argument does not hold what is written above.
+        BackendUnavailable: the named backend cannot run here.
+    """
+    _checks.tensor("out", out, dtypes=(torch.float32, torch.float64), ndim=(2,))
+    _checks.tensor(
+        "indices", indices, dtypes=(torch.int32, torch.int64), ndim=(1,) if cu_seqlens is not None else (1, 2)
+    )
+    _checks.tensor("grad_outputs", grad_outputs, dtypes=_checks.FLOATS)
+    _checks.shape("grad_outputs", grad_outputs, (*indices.shape, out.shape[1]), "indices, then D of out")
+    if power not in (1, 2):
+        raise ValueError(f"power must be 1 or 2; got {power!r}")
+    if factor is not None:
+        _checks.tensor("factor", factor, dtypes=_checks.FLOATS)
+        _checks.shape("factor", factor, out.shape, "that of out")
+    _checks.same_device(out.device, indices=indices, grad_outputs=grad_outputs, factor=factor)
+    if padding_idx is not None and not 0 <= padding_idx < len(out):
+        raise ValueError(f"padding_idx must be a row of out, 0 to {len(out) - 1}; got {padding_idx}")
+    if indices.numel() and not (int(indices.min()) >= 0 and int(indices.max()) < len(out)):
+        raise ValueError(
+            f"indices must be rows of out, 0 to {len(out) - 1}; got {int(indices.min())} to {int(indices.max())}"
+        )
+    owner = _owner(indices, cu_seqlens)
+    torch.ops.cwfast.accumulate_embedding_saliency_(
+        out.detach(),
+        owner,
+        indices.reshape(-1).to(torch.int64),
+        grad_outputs.detach().reshape(-1, out.shape[1]),
+        power,
+        float(scale),
+        None if factor is None else factor.detach(),
+        -1 if padding_idx is None else padding_idx,
+        backend,
+    )
+    return out
+
+
+def _owner(indices: Tensor, cu_seqlens: Tensor | None) -> Tensor:
+    """The sample of each token, int64, ascending."""
+    if cu_seqlens is None:
+        samples = torch.arange(len(indices), device=indices.device)
+        return samples if indices.ndim == 1 else samples.repeat_interleave(indices.shape[1])
+    _checks.tensor("cu_seqlens", cu_seqlens, dtypes=(torch.int32, torch.int64), ndim=(1,))
+    ends = cu_seqlens.to(indices.device, torch.int64)
+    good = len(ends) > 0 and int(ends[0]) == 0 and int(ends[-1]) == len(indices) and bool((ends.diff() >= 0).all())
+    if not good:
+        raise ValueError(
+            f"cu_seqlens must run from 0 to {len(indices)} (the tokens) without decreasing; got {ends[:8].tolist()}..."
+        )
+    return torch.repeat_interleave(torch.arange(len(ends) - 1, device=ends.device), ends.diff())
+
+
+def _run(
+    out: Tensor,
+    owner: Tensor,
+    indices: Tensor,
+    grad_outputs: Tensor,
+    power: int,
+    scale: float,
+    factor: Tensor | None,
+    padding_idx: int,
+    backend: str,
+) -> None:
+    scale = abs(scale) ** power
+    if padding_idx >= 0:
+        kept = indices != padding_idx
+        owner, indices, grad_outputs = owner[kept], indices[kept], grad_outputs[kept]
+    if _backends.resolve(backend, out.device, BACKENDS) == "reference":
+        reference.accumulate_embedding_saliency_(out, owner, indices, grad_outputs, power, scale, factor)
+        return
+    # Each (sample, token) is one segment; index_add_ on CPU tensors adds in order.
+    pairs, segment = (owner * len(out) + indices).unique(return_inverse=True)
+    sums = grad_outputs.new_zeros((len(pairs), out.shape[1]), dtype=out.dtype)
+    sums.index_add_(0, segment, grad_outputs.to(out.dtype))
+    tokens = pairs % max(1, len(out))
+    if factor is not None:
+        sums *= factor[tokens]
+    out.index_add_(0, tokens, sums.abs_() if power == 1 else sums.square_(), alpha=scale)
+
+
+register(
+    "accumulate_embedding_saliency_(Tensor(a!) out, Tensor owner, Tensor indices, Tensor grad_outputs, int power, "
+    "float scale, Tensor? factor, int padding_idx, str backend) -> ()",
+    _run,
+    lambda *args: None,
+)
