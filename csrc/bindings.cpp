@@ -202,7 +202,6 @@ PYBIND11_MODULE(_C, m) {
   cwfast::bind_select(m);
   cwfast::bind_rewind(m);
   cwfast::bind_adamw(m);
-=======
 #ifdef CWFAST_WITH_CUDA
   cwfast::bind_cuda(m);
 #endif
