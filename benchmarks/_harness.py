@@ -5,6 +5,7 @@ median over rounds of two times that lie next to each other, and limits (a read,
 """
 
 import gc
+import importlib
 import inspect
 import json
 import math
@@ -19,6 +20,7 @@ from collections.abc import Callable, Iterator, Mapping
 from datetime import UTC, datetime
 from functools import cache
 from pathlib import Path
+from types import ModuleType
 from typing import Any, TypeVar
 
 import torch
@@ -30,6 +32,7 @@ from cwfast import _backends
 T = TypeVar("T")
 SIZES = ("tiny", "full")
 SUMMARY: list[str] = []  # a readable line per case, printed when pytest ends
+SKIPPED: dict[str, str] = {}  # peers that are not installed, and why they could not be imported
 _STATUS = Path("/proc/self/status")
 
 
@@ -44,6 +47,15 @@ def size() -> str:
 def by_size(*, tiny: T, full: T) -> T:
     """The value for this run's size."""
     return full if size() == "full" else tiny
+
+
+def peer(module: str) -> ModuleType | None:
+    """A library to compare with, or None where it is not installed, which every result of the run then says."""
+    try:
+        return importlib.import_module(module)
+    except ImportError as error:
+        SKIPPED[module] = str(error)
+        return None
 
 
 def interleaved(
@@ -233,6 +245,7 @@ def report(
         "fastest_seconds": {name: min(values) for name, values in times.items()},
         "rounds": {name: len(values) for name, values in times.items()},
         "ratios": dict(ratios),
+        "skipped_peers": sorted(SKIPPED),
         **facts,
     }
     benchmark.extra_info.update(result)

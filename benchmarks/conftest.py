@@ -20,3 +20,5 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
         terminalreporter.section(f"cwfast benchmarks, size {_harness.size()}")
         for line in _harness.SUMMARY:
             terminalreporter.write_line(line)
+        if _harness.SKIPPED:
+            terminalreporter.write_line(f"peers not installed, skipped: {', '.join(sorted(_harness.SKIPPED))}")

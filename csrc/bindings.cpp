@@ -7,6 +7,7 @@
 #include <string>
 #include <tuple>
 
+#include "adamw.h"
 #include "rewind.h"
 #include "runtime.h"
 #include "saliency.h"
@@ -146,6 +147,20 @@ void bind_rewind(py::module_& m) {
   });
 }
 
+void bind_adamw(py::module_& m) {
+  // weight, grad, exp_avg, exp_avg_sq, 1 - beta1^step, sqrt(1 - beta2^step)
+  using Item = std::tuple<uintptr_t, uintptr_t, uintptr_t, uintptr_t, double, double>;
+  m.def("selected_adamw", [](const std::vector<Item>& items, const std::vector<PickItem>& picks, double lr,
+                             double beta1, double beta2, double eps, double weight_decay, bool maximize) {
+    std::vector<AdamwTensor> tensors;
+    for (const auto& [weight, grad, exp_avg, exp_avg_sq, correction, sqrt_correction] : items)
+      tensors.push_back({pointer<float>(weight), pointer<const float>(grad), pointer<float>(exp_avg),
+                         pointer<float>(exp_avg_sq), correction, sqrt_correction});
+    const AdamwOptions options{lr, beta1, beta2, eps, weight_decay, maximize};
+    unlocked([&, list = picks_of(picks)] { selected_adamw(tensors, list, options); });
+  });
+}
+
 #ifdef CWFAST_WITH_CUDA
 void check_cuda(int error, const char* what) {
   if (error)
@@ -186,6 +201,7 @@ PYBIND11_MODULE(_C, m) {
   cwfast::bind_saliency(m);
   cwfast::bind_select(m);
   cwfast::bind_rewind(m);
+  cwfast::bind_adamw(m);
 #ifdef CWFAST_WITH_CUDA
   cwfast::bind_cuda(m);
 #endif

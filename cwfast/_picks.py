@@ -7,6 +7,7 @@ below 1/16 of the entries.
 
 from collections.abc import Iterator
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -108,6 +109,16 @@ def wrong(bits: Bits, numel: int) -> str:
             return f"must list ascending indices below {numel}, each once"
         last = int(indices[-1]) if len(indices) else last
     return ""
+
+
+def pack(mask: Tensor) -> Tensor:
+    """``reference.pack`` of a flat mask; on the CPU by numpy, which is faster."""
+    if mask.device.type != "cpu":
+        return reference.pack(mask)
+    packed = torch.zeros(packed_bytes(len(mask)), dtype=torch.uint8)
+    bits = torch.from_numpy(np.packbits(mask.numpy(), bitorder="little"))
+    packed[: len(bits)] = bits
+    return packed
 
 
 def _indices(packed: Tensor) -> Tensor:

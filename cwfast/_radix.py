@@ -10,7 +10,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from cwfast import reference
+from cwfast import _picks
 
 _DIGIT = 16
 _INT = {2: torch.int16, 4: torch.int32, 8: torch.int64}
@@ -26,15 +26,18 @@ class Threshold(NamedTuple):
 
 def check(scores: Tensor, absolute: bool) -> Tensor:
     """``[NaN, negative]`` counts, int64."""
+    if scores.numel() == 0 or (not absolute and bool(scores.amin() >= 0)):  # a NaN would be the minimum
+        return torch.zeros(2, dtype=torch.int64, device=scores.device)
     bad = torch.stack([scores.isnan().sum(), (scores < 0).sum()])
-    return bad * torch.tensor([1, 0]) if absolute else bad
+    return bad * torch.tensor([1, 0], device=bad.device) if absolute else bad
 
 
-def keys(scores: Tensor, absolute: bool) -> Tensor:
-    """Keys of flat scores; -1 for NaN, which no threshold selects. ``-0.0`` is 0. Negative scores were refused."""
-    scores = scores.abs() if absolute else scores + 0.0
-    bits = scores.view(_INT[scores.element_size()])
-    return torch.where(scores.isnan(), -1, bits)
+def keys(scores: Tensor) -> Tensor:
+    """Keys of the absolute values of flat scores; -1 for NaN, which no threshold selects. ``-0.0`` is 0."""
+    item = scores.element_size()
+    found = scores.view(_INT[item]) & _above(item)  # without the sign
+    infinity = int(torch.tensor(torch.inf, dtype=scores.dtype).view(_INT[item]))
+    return found.masked_fill_(found > infinity, -1) if len(found) and int(found.amax()) > infinity else found
 
 
 def threshold(pieces: Callable[[], Iterable[Tensor]], item_size: int, k: int, reduce: Reduce) -> Threshold:
@@ -52,9 +55,10 @@ def threshold(pieces: Callable[[], Iterable[Tensor]], item_size: int, k: int, re
     for shift in range(8 * item_size - _DIGIT, -1, -_DIGIT):
         histogram = torch.zeros(1 << _DIGIT, dtype=torch.int64)
         for piece in pieces():
-            rest = piece[piece >= 0].to(torch.int64)
             if shift + _DIGIT < 8 * item_size:
-                rest = rest[rest >> (shift + _DIGIT) == prefix]
+                rest = piece[piece >> (shift + _DIGIT) == prefix]
+            else:
+                rest = piece[piece >= 0] if len(piece) and int(piece.amin()) < 0 else piece
             histogram += torch.bincount((rest >> shift) & ((1 << _DIGIT) - 1), minlength=1 << _DIGIT)
         from_top = reduce(histogram).flip(0).cumsum(0)
         place = int(torch.searchsorted(from_top, remaining))
@@ -69,7 +73,7 @@ def mark(piece: Tensor, key: int, ties: int) -> tuple[Tensor, int]:
     count = int(equal.sum())
     if count and ties:
         mask |= equal if count <= ties else equal & (equal.cumsum(0) <= ties)
-    return reference.pack(mask), max(ties - count, 0)
+    return _picks.pack(mask), max(ties - count, 0)
 
 
 def score_of(key: int, dtype: torch.dtype) -> float:
@@ -80,5 +84,5 @@ def score_of(key: int, dtype: torch.dtype) -> float:
 
 
 def _above(item_size: int) -> int:
-    """Above the key of every score: a NaN's, whose own key is -1."""
+    """All bits but the sign: above the key of every score, as NaN's is -1."""
     return (1 << (8 * item_size - 1)) - 1

@@ -37,14 +37,14 @@ def select_topk(scores: Checkpoint, names: Sequence[str], k: int, nan: str) -> t
     def pieces() -> Iterator[Tensor]:
         for name in names:
             for piece in scores.pieces(name):
-                yield _radix.keys(piece, False)
+                yield _radix.keys(piece)
 
     found = _radix.threshold(pieces, dtype.itemsize, k, lambda histogram: histogram)
     ties, picks = found.ties, []
     for name in names:
         parts = [torch.empty(0, dtype=torch.uint8)]
         for piece in scores.pieces(name):
-            part, ties = _radix.mark(_radix.keys(piece, False), found.key, ties)
+            part, ties = _radix.mark(_radix.keys(piece), found.key, ties)
             parts.append(part)
         picks.append(_picks.compact(torch.cat(parts), numel[name]))
     return picks, _radix.score_of(found.key, dtype)

@@ -55,6 +55,19 @@ def _parser() -> argparse.ArgumentParser:
     )
     demo.set_defaults(run=_demo)
 
+    bench = commands.add_parser(
+        "bench", parents=[common], help="time the kernels against their peers and this machine's limits"
+    )
+    bench.add_argument("suites", nargs="*", metavar="SUITE", help="select, rewind, saliency...; default: all")
+    bench.add_argument(
+        "--size",
+        choices=("tiny", "full"),
+        default="tiny",
+        help="tiny: do they run; full: figures (default: %(default)s)",
+    )
+    bench.add_argument("--out", type=Path, help="append one JSON line per case to this file")
+    bench.set_defaults(run=_bench)
+
     env = commands.add_parser(
         "env", parents=[common], help="versions, backends with reasons for those missing, settings"
     )
@@ -75,6 +88,48 @@ def _demo(options: argparse.Namespace) -> tuple[dict[str, Any], str]:
     lines = [table(report), "", *report["reading"], "", f"Backends: {backends} ({report['machine']})", "Time:", stages]
     lines += ["", f"Report: {(options.out / 'report.html').resolve()}"]
     return report, "\n".join(lines)
+
+
+def _bench(options: argparse.Namespace) -> tuple[dict[str, Any], str]:
+    """Runs ``python -m cwfast.benchmarks`` in a process of its own, whose output goes to stderr."""
+    import subprocess
+    import tempfile
+
+    with tempfile.TemporaryDirectory() as folder:
+        lines = Path(folder) / "results.jsonl"
+        command = [sys.executable, "-m", "cwfast.benchmarks", *options.suites, "--size", options.size]
+        if options.out is not None:  # an unwritable one is found now, not after minutes
+            options.out.open("a").close()
+        done = subprocess.run([*command, "--out", str(lines)], stdout=sys.stderr, check=False)
+        written = lines.read_text(encoding="utf-8") if lines.exists() else ""
+    if options.out is not None:
+        with options.out.open("a", encoding="utf-8") as file:
+            file.write(written)
+    results = [json.loads(line) for line in written.splitlines()]
+    if done.returncode:
+        raise RuntimeError(
+            f"every benchmark must run; exit status {done.returncode} after {len(results)} cases, see above"
+        )
+    skipped = sorted({peer for result in results for peer in result.get("skipped_peers", ())})
+    document = {"size": options.size, "results": results, "skipped_peers": skipped}
+    text = _bench_table(results)
+    if skipped:
+        text += f"\n\nPeers not installed, skipped: {', '.join(skipped)}"
+    return document, text
+
+
+def _bench_table(results: list[dict[str, Any]]) -> str:
+    """A row per case: our time, what others take in units of it and what it takes in units of a limit, memory."""
+    rows = [("case", "time", "ratios", "memory")]
+    for result in results:
+        ratios = ", ".join(f"{name} {value:.3g}" for name, value in result["ratios"].items())
+        memory = [
+            f"{name} {count / 1e6:.1f} MB" for name, count in result.get("bytes", {}).items() if count is not None
+        ]
+        seconds = next(iter(result["seconds"].values()))
+        rows.append((result["case"], f"{seconds * 1e3:.3g} ms", ratios, ", ".join(memory)))
+    widths = [max(len(row[i]) for row in rows) for i in range(3)]
+    return "\n".join("  ".join([*(f"{c:<{w}}" for c, w in zip(r, widths, strict=False)), r[3]]).rstrip() for r in rows)
 
 
 def _env(options: argparse.Namespace) -> tuple[dict[str, Any], str]:

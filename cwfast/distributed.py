@@ -1,1 +1,220 @@
-"""The answers of one process, from scores that are spread over ranks."""
+"""One process's answers from scores that are spread over ranks: histograms are summed, scores stay where they are."""
+
+import itertools
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed.tensor import DTensor, Replicate
+from torch.distributed.tensor import Shard as ShardOf
+
+from cwfast import _checks, _picks, _radix
+from cwfast.ops.select import NAN_POLICIES, TRANSFORMS, Selection
+
+_PIECE = 1 << 22  # entries worked on at a time: a multiple of 64, so that packed pieces join
+
+
+class Shard(NamedTuple):
+    """A contiguous range of a flattened (row-major) tensor.
+
+    Attributes:
+        values: its entries, of any shape; they count in row-major order.
+        tensor: which tensor of the list, from 0.
+        offset: the flat index of the first entry.
+    """
+
+    values: Tensor
+    tensor: int
+    offset: int = 0
+
+
+def shard_of(value: DTensor, tensor: int) -> Shard:
+    """This rank's part of a DTensor sharded along its first dimension, as FSDP2 shards parameters.
+
+    Replicated mesh dimensions (HSDP) hold copies: give ``select_topk`` the group of the sharded dimension.
+
+    Raises:
+        TypeError: not a DTensor.
+        ValueError: sharded in another way, so that a part is no contiguous range.
+    """
+    if not isinstance(value, DTensor):
+        raise TypeError(f"value must be a DTensor; got {type(value).__name__}")
+    sharded = [i for i, placement in enumerate(value.placements) if not isinstance(placement, Replicate)]
+    by_rows = all(type(p) is ShardOf and p.dim == 0 for p in value.placements if not isinstance(p, Replicate))
+    if not by_rows or len(sharded) > 1:
+        raise ValueError(f"value must be sharded along dimension 0 of one mesh dimension; got {value.placements}")
+    offset = 0
+    if sharded:
+        ranks = value.device_mesh.size(sharded[0])
+        rows = -(-value.shape[0] // ranks)  # torch.chunk's size; the last ranks may have fewer rows, or none
+        first = min(value.device_mesh.get_local_rank(sharded[0]) * rows, value.shape[0])
+        offset = first * (value.numel() // value.shape[0] if value.shape[0] else 0)
+    return Shard(value.to_local(), tensor, offset)
+
+
+def select_topk(
+    shards: Sequence[Shard],
+    k: int,
+    *,
+    nan: str = "raise",
+    transform: str | None = None,
+    group: dist.ProcessGroup | None = None,
+) -> Selection:
+    """``cwfast.ops.select_topk`` of all ranks' scores; each rank gets the bits of its own shards.
+
+    The same bits as in one process that has everything, ties to the lowest (tensor, flat index) included. A rank sends
+    a histogram of 512 KB per 16 bits of the dtype, and 72 bytes per shard. All ranks of the group must call this.
+
+    Args:
+        shards: this rank's, in any order and number (also none); no entry belongs to two shards. One dtype on all
+            ranks (float32, bfloat16, float16 or float64); at least 0.
+        k: how many to select of all ranks' entries. k, nan and transform must be the same on all ranks.
+        nan: see ``cwfast.ops.select_topk``.
+        transform: likewise.
+        group: of ``torch.distributed``; None: all ranks.
+
+    Returns:
+        ``bits`` and ``counts`` of this rank's shards (entry i of a shard is bit i); ``threshold`` and ``k`` of all.
+
+    Raises:
+        TypeError, ValueError: an argument does not hold what is written above: on every rank, whosever it is.
+    """
+    refusal, dtype = _refusal(shards, k, nan, transform)
+    skip, absolute = nan == "skip", transform == "abs"
+    header = [refusal is not None, -1 if dtype is None else _checks.FLOATS.index(dtype)]
+    header += [0, 0, 0] if refusal else [k, skip, absolute]
+    headers = _gather_rows([header], group)
+    if refusal is not None:
+        raise refusal
+    if any(row[0] for row in headers):
+        raise ValueError(
+            f"rank {next(i for i, row in enumerate(headers) if row[0])} refused its arguments; its error says why"
+        )
+    for place, name in enumerate(("k", "nan", "transform"), start=2):
+        if len({row[place] for row in headers}) > 1:
+            raise ValueError(f"{name} must be the same on all ranks; got {[row[place] for row in headers]}")
+    dtypes = {row[1] for row in headers} - {-1}
+    if len(dtypes) > 1:
+        raise TypeError(
+            f"scores must have one dtype on all ranks; got {[str(_checks.FLOATS[i]) for i in sorted(dtypes)]}"
+        )
+    dtype = _checks.FLOATS[dtypes.pop()] if dtypes else torch.float32
+    flats = [shard.values.detach().reshape(-1) for shard in shards]
+    _check_shards(shards, flats, k, skip, absolute, group)
+
+    def pieces() -> Iterator[Tensor]:
+        for flat in flats:
+            yield from (_radix.keys(piece).cpu() for piece in flat.split(_PIECE))
+
+    def summed(histogram: Tensor) -> Tensor:
+        histogram = histogram.to(_device(group))
+        dist.all_reduce(histogram, group=group)
+        return histogram.cpu()
+
+    key, ties = _radix.threshold(pieces, dtype.itemsize, k, summed)
+    bits = []
+    for flat, quota in zip(flats, _quotas(shards, flats, key, ties, group), strict=True):
+        parts = [torch.empty(0, dtype=torch.uint8, device=flat.device)]
+        for piece in flat.split(_PIECE):
+            part, quota = _radix.mark(_radix.keys(piece), key, quota)
+            parts.append(part)
+        bits.append(torch.cat(parts))
+    return Selection(bits, [_picks.count(b) for b in bits], _radix.score_of(key, dtype), k)
+
+
+def _refusal(
+    shards: Sequence[Shard], k: int, nan: str, transform: str | None
+) -> tuple[TypeError | ValueError | None, torch.dtype | None]:
+    """What is wrong on this rank alone, and the dtype of its scores."""
+    try:
+        values = _checks.tensors("values of shards", [shard.values for shard in shards])
+        for i, shard in enumerate(shards):
+            _checks.tensor(f"values of shards[{i}]", shard.values, dtypes=(values[0].dtype,))
+            _checks.tensor(f"values of shards[{i}]", shard.values, dtypes=_checks.FLOATS)
+            if type(shard.tensor) is not int or type(shard.offset) is not int or shard.tensor < 0 or shard.offset < 0:
+                raise ValueError(
+                    f"tensor and offset must be ints of at least 0; got {shard.tensor!r}, {shard.offset!r}"
+                )
+        if type(k) is not int or k < 0:
+            raise ValueError(f"k must be an int of at least 0; got {k!r}")
+        if nan not in NAN_POLICIES or transform not in TRANSFORMS:
+            raise ValueError(f"nan must be of {NAN_POLICIES}, transform of {TRANSFORMS}; got {nan!r}, {transform!r}")
+    except (TypeError, ValueError) as error:
+        return error, None
+    return None, values[0].dtype if values else None
+
+
+def _check_shards(
+    shards: Sequence[Shard],
+    flats: list[Tensor],
+    k: int,
+    skip_nan: bool,
+    absolute: bool,
+    group: dist.ProcessGroup | None,
+) -> None:
+    """Every rank learns of every shard, and so every rank raises the same."""
+    rows = []
+    for shard, flat in zip(shards, flats, strict=True):
+        bad = torch.zeros(2, dtype=torch.int64, device=flat.device)
+        for piece in flat.split(_PIECE):
+            bad += _radix.check(piece, absolute)
+        rows.append([shard.tensor, shard.offset, len(flat), *bad.tolist()])
+    everyone = sorted(row for row in _gather_rows(rows, group, columns=5) if row[2])
+    for (tensor, offset, numel, *_), after in itertools.pairwise(everyone):
+        if tensor == after[0] and offset + numel > after[1]:
+            raise ValueError(
+                f"no entry may belong to two shards; those of tensor {tensor} from {offset} to {offset + numel} and "
+                f"from {after[1]} share some"
+            )
+    for tensor, offset, _, nans, negatives in everyone:
+        if negatives or (nans and not skip_nan):
+            raise ValueError(
+                f"scores must not be NaN or negative; got {nans} NaN and {negatives} negative in the shard of tensor "
+                f"{tensor} from {offset}"
+            )
+    selectable = sum(row[2] - row[3] for row in everyone)
+    if k > selectable:
+        raise ValueError(f"k must be at most {selectable}, the number of scores that are not NaN; got {k}")
+
+
+def _quotas(
+    shards: Sequence[Shard],
+    flats: list[Tensor],
+    key: int,
+    ties: int,
+    group: dist.ProcessGroup | None,
+) -> list[int]:
+    """How many of its entries at the threshold each shard selects: the lowest (tensor, flat index) of all ranks'."""
+    rows = []
+    for shard, flat in zip(shards, flats, strict=True):
+        equal = sum(int((_radix.keys(piece) == key).sum()) for piece in flat.split(_PIECE))
+        rows.append([shard.tensor, shard.offset, equal])
+    quota: dict[tuple[int, int], int] = {}
+    for tensor, offset, equal in sorted(row for row in _gather_rows(rows, group, columns=3) if row[2]):
+        quota[tensor, offset] = min(equal, ties)
+        ties -= quota[tensor, offset]
+    return [
+        quota.get((shard.tensor, shard.offset), 0) if len(flat) else 0
+        for shard, flat in zip(shards, flats, strict=True)
+    ]
+
+
+def _gather_rows(rows: Sequence[Sequence[int]], group: dist.ProcessGroup | None, columns: int = 5) -> list[list[int]]:
+    """The rows of int64 of all ranks, by rank."""
+    device, ranks = _device(group), dist.get_world_size(group)
+    sizes = [torch.zeros(1, dtype=torch.int64, device=device) for _ in range(ranks)]
+    dist.all_gather(sizes, torch.tensor([len(rows)], device=device), group=group)
+    longest = max(int(size) for size in sizes)
+    mine = torch.zeros(longest, columns, dtype=torch.int64, device=device)
+    if rows:
+        mine[: len(rows)] = torch.tensor(rows, dtype=torch.int64)
+    tables = [torch.empty_like(mine) for _ in range(ranks)]
+    dist.all_gather(tables, mine, group=group)
+    return [row for table, size in zip(tables, sizes, strict=True) for row in table[: int(size)].tolist()]
+
+
+def _device(group: dist.ProcessGroup | None) -> torch.device:
+    """Where this group's messages lie."""
+    return torch.device("cuda" if dist.get_backend(group) == "nccl" else "cpu")

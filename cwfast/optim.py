@@ -6,10 +6,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
-from torch.optim.adamw import adamw
 
-from cwfast import _picks, ops
+from cwfast import _picks
 from cwfast.masks import MaskSet, matching
+from cwfast.ops.adamw import selected_adamw_
 from cwfast.ops.rewind import Bits
 
 
@@ -20,8 +20,8 @@ class SelectedAdamW(Optimizer):
     ``w = (1 - lr wd) w - lr (m / (1 - b1^t)) / (sqrt(v / (1 - b2^t)) + eps)``: what ``torch.optim.AdamW`` computes.
 
     The state holds m and v in float32 for the selected weights alone: 8 bytes each, in flat order (float64 weights:
-    16 bytes). A step gathers weights and gradients, updates the compact vectors and scatters the result; weights of
-    16 bits are rounded to their dtype after each step. A parameter whose ``grad`` is None is left alone, as in AdamW.
+    16 bytes). Only selected entries of weights and gradients are read; weights of 16 bits are rounded to their dtype
+    after each step. A parameter whose ``grad`` is None is left alone, as in AdamW.
 
     Args:
         model: its parameters named by ``masks``; those of which nothing is selected do not train.
@@ -31,7 +31,7 @@ class SelectedAdamW(Optimizer):
         eps: added to the square root.
         weight_decay: decoupled, of the selected weights.
         maximize: ascend instead of descend.
-        backend: of ``cwfast.ops.gather`` and ``scatter_``.
+        backend: "reference", "cpu" or "auto".
 
     Raises:
         TypeError: a selected parameter is not of a floating dtype.
@@ -93,30 +93,21 @@ class SelectedAdamW(Optimizer):
         return loss
 
     def _update(self, parameters: list[Tensor], group: dict[str, Any]) -> None:
-        bits = [self._bits[p] for p in parameters]
-        weights = ops.gather(parameters, bits, backend=self._backend)
-        grads = ops.gather([p.grad for p in parameters if p.grad is not None], bits, backend=self._backend)
         states = [self._state_of(p) for p in parameters]
-        dtypes = [state["exp_avg"].dtype for state in states]
-        updated = [weight.to(dtype) for weight, dtype in zip(weights, dtypes, strict=True)]
-        adamw(
-            updated,
-            [grad.to(dtype) for grad, dtype in zip(grads, dtypes, strict=True)],
+        selected_adamw_(
+            parameters,
+            [p.grad for p in parameters if p.grad is not None],
+            [self._bits[p] for p in parameters],
             [state["exp_avg"] for state in states],
             [state["exp_avg_sq"] for state in states],
-            [],
             [state["step"] for state in states],
-            fused=True,
-            amsgrad=False,
-            beta1=group["betas"][0],
-            beta2=group["betas"][1],
             lr=group["lr"],
-            weight_decay=group["weight_decay"],
+            betas=group["betas"],
             eps=group["eps"],
+            weight_decay=group["weight_decay"],
             maximize=group["maximize"],
+            backend=self._backend,
         )
-        values = [value.to(p.dtype) for value, p in zip(updated, parameters, strict=True)]
-        ops.scatter_(parameters, bits, values, backend=self._backend)
 
     def _state_of(self, parameter: Tensor) -> dict[str, Any]:
         state = self.state[parameter]

@@ -80,6 +80,13 @@ def test_sizes(monkeypatch):
         _harness.size()
 
 
+def test_a_peer_that_is_not_installed_is_named(monkeypatch):
+    monkeypatch.setattr(_harness, "SKIPPED", {})
+    assert _harness.peer("json") is json
+    assert _harness.peer("no_such_peer") is None
+    assert list(_harness.SKIPPED) == ["no_such_peer"]
+
+
 def test_record_appends_json_lines(monkeypatch, tmp_path):
     out = tmp_path / "results.jsonl"
     monkeypatch.setenv("CWFAST_BENCH_OUT", str(out))

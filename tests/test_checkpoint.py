@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from safetensors.torch import save_file
 from torch import nn
 
-from cwfast import MaskSet, freeze, rewind_, select
+from cwfast import MaskSet, SaliencyScorer, freeze, rewind_, select
 from cwfast.checkpoint import Checkpoint, reader
 from cwfast.errors import CheckpointError
 from cwfast.testing import HOSTILE, hostile_scores
@@ -262,3 +262,16 @@ def test_freezing_at_the_values_of_a_folder(tmp_path):
         pass
     for (name, parameter), value in zip(model.named_parameters(), initial.parameters(), strict=True):
         assert torch.equal(parameter[masks[name]], value[masks[name]])
+
+
+def test_scoring_against_the_values_of_a_folder(tmp_path):
+    torch.manual_seed(0)
+    model, initial = nn.Linear(9, 4), nn.Linear(9, 4)
+    folder, found = write_folder(tmp_path / "w0", initial.state_dict()), []
+    for source in (folder, initial):
+        scorer = SaliencyScorer(model, criterion="taylor_delta", initial=source, reduction="sum")
+        with scorer:
+            model(torch.ones(3, 9)).square().sum().backward()
+        found.append(scorer.scores())
+    for name, score in found[0].items():
+        assert torch.equal(score, found[1][name])

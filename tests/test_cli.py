@@ -25,6 +25,59 @@ def test_env_is_readable(capsys):
     assert "backend cpu" in capsys.readouterr().out
 
 
+def run_benchmarks(monkeypatch, code):
+    """Instead of the benchmarks' process: ``code`` with their command line in ``command``."""
+
+    def run(command, **options):
+        assert command[1:3] == ["-m", "cwfast.benchmarks"]
+        assert options["stdout"] is sys.stderr
+        return subprocess.CompletedProcess(command, code(command[3:]))
+
+    monkeypatch.setattr(subprocess, "run", run)
+
+
+def write_results(command):
+    cases = [
+        {"case": "select a", "seconds": {"ours": 0.002, "peer": 1.0}, "ratios": {"times_peer": 500.0, "reads": 1.5}},
+        {"case": "rewind", "seconds": {"ours": 1.0}, "ratios": {}, "bytes": {"peak": 2 * 10**6, "no": None}},
+    ]
+    cases[1]["skipped_peers"] = ["opacus"]
+    with open(command[command.index("--out") + 1], "a") as file:
+        file.writelines(json.dumps(case) + "\n" for case in cases)
+    return 0
+
+
+def test_bench_prints_one_table_and_appends_lines(tmp_path, monkeypatch, capsys):
+    run_benchmarks(monkeypatch, write_results)
+    out = tmp_path / "results.jsonl"
+    out.write_text("{}\n")
+    assert main(["bench", "select", "rewind", "--out", str(out)]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0].split() == ["case", "time", "ratios", "memory"]
+    assert lines[1].split() == ["select", "a", "2", "ms", "times_peer", "500,", "reads", "1.5"]
+    assert lines[2].split() == ["rewind", "1e+03", "ms", "peak", "2.0", "MB"]
+    assert lines[-1] == "Peers not installed, skipped: opacus"
+    assert len(out.read_text().splitlines()) == 3
+    assert main(["bench", "--json", "--size", "full"]) == 0
+    document = json.loads(capsys.readouterr().out)
+    assert document["size"] == "full"
+    assert [result["case"] for result in document["results"]] == ["select a", "rewind"]
+
+
+def test_bench_that_fails_is_one_line(tmp_path, monkeypatch, capsys):
+    run_benchmarks(monkeypatch, lambda command: 2)
+    assert main(["bench", "nothing"]) == 1
+    assert capsys.readouterr().err.startswith("cwfast: error: every benchmark must run; exit status 2 after 0 cases")
+    run_benchmarks(monkeypatch, lambda command: pytest.fail("ran"))
+    assert main(["bench", "--out", str(tmp_path / "no" / "folder")]) == 1
+
+
+@pytest.mark.slow
+def test_bench_runs_the_benchmarks(capfd):
+    assert main(["bench", "prune", "--json"]) == 0
+    assert json.loads(capfd.readouterr().out)["results"]
+
+
 def test_wrong_usage_exits_with_2():
     with pytest.raises(SystemExit) as error:
         main(["demo", "--epochs"])

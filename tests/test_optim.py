@@ -8,7 +8,7 @@ from torch import nn
 
 from cwfast import MaskSet, select
 from cwfast.optim import SelectedAdamW
-from cwfast.testing import assert_no_worse
+from cwfast.testing import assert_no_worse, guarded
 
 OPTIONS = {"lr": 0.03, "betas": (0.8, 0.95), "eps": 1e-6, "weight_decay": 0.1}
 
@@ -18,7 +18,7 @@ class Net(nn.Module):
         super().__init__()
         torch.manual_seed(0)
         self.dense = nn.Linear(300, 301)
-        self.sparse = nn.Parameter(torch.randn(70_001))
+        self.sparse = nn.Parameter(torch.randn(600_001))
         self.scalar = nn.Parameter(torch.tensor(0.5))
         self.untouched = nn.Parameter(torch.randn(9))
         self.to(dtype)
@@ -69,6 +69,35 @@ def gradients_of(step):
     model = Net()
     set_gradients(model, step)
     return [parameter.grad.double() for parameter in model.parameters()]
+
+
+@pytest.mark.parametrize("numel", [1, 65_535, 65_536, 65_537, 20 * 65_536 + 3])
+def test_lists_with_empty_blocks_and_entries_at_their_edges(kernel, numel):
+    places = torch.tensor([0, 65_535, 65_536, 8 * 65_536 - 1, 8 * 65_536, 17 * 65_536 + 5, numel - 1])
+    mask = torch.zeros(numel, dtype=torch.bool)
+    mask[places[places < numel]] = True
+    model, plain = (nn.ParameterList([torch.arange(numel) / numel]) for _ in range(2))
+    for net in (model, plain):
+        net[0].grad = torch.linspace(-1, 1, numel)
+    memory, guard = guarded(model[0].grad)
+    model[0].grad = memory
+    SelectedAdamW(model, MaskSet.from_masks({"0": mask}), **OPTIONS, backend=kernel).step()
+    torch.optim.AdamW(plain.parameters(), **OPTIONS).step()
+    guard()
+    assert torch.equal(model[0][~mask], (torch.arange(numel) / numel)[~mask])
+    torch.testing.assert_close(model[0][mask], plain[0][mask], rtol=3e-7, atol=1e-7)
+
+
+def test_moments_that_do_not_fit_never_reach_the_kernel():
+    model = Net()
+    optimizer = SelectedAdamW(model, masks_of(model))
+    trained(model, optimizer, 1)
+    before = model.sparse.detach().clone()
+    state = optimizer.state[model.sparse]
+    state["exp_avg"] = state["exp_avg"][:-1]
+    with pytest.raises(ValueError, match=r"exp_avgs\[\d\] must be contiguous float32"):
+        optimizer.step()
+    assert torch.equal(model.sparse, before)
 
 
 def test_float64_weights_equal_adamw(backend):
