@@ -267,6 +267,7 @@ class SaliencyScorer:
         if torch.is_grad_enabled() and self.batch_now.size is not None:
             self._seen += self.batch_now.size
 
+    @torch._disable_dynamo  # in a compiled model, it runs between the compiled parts
     def call(self, function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Run a torch function that takes a tracked parameter: by its rule, or as it is if no gradient can follow."""
         with torch._C.DisableTorchFunctionSubclass():

@@ -4,9 +4,11 @@ import copy
 
 import pytest
 import torch
-from layer_truth import assert_equal, truth
+from layer_truth import assert_equal, check, truth
 from torch import nn
 from torch.nn import functional
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from cwfast import SaliencyScorer
 from cwfast.layers import PerSample, register, scored
@@ -56,8 +58,6 @@ def block():
 
 
 def test_everything_at_once(block):
-    from layer_truth import check
-
     model = block.double()
     check(model, double_losses(model), [torch.randint(V, (B, T))])
 
@@ -114,9 +114,9 @@ def test_coefficients_reach_every_kind_of_layer(block):
 
 
 class Packed(nn.Module):
-    def __init__(self):
+    def __init__(self, vocabulary=V):
         super().__init__()
-        self.tokens, self.norm, self.scale = nn.Embedding(V, D), nn.LayerNorm(D), nn.Parameter(torch.randn(D))
+        self.tokens, self.norm, self.scale = nn.Embedding(vocabulary, D), nn.LayerNorm(D), nn.Parameter(torch.randn(D))
 
     def forward(self, x):
         return functional.linear(self.norm(self.tokens(x)) * self.scale, self.tokens.weight)
@@ -151,6 +151,60 @@ def test_excluded_parameters_get_their_ordinary_gradient(block, excluded):
     assert_equal({name: p.grad for name, p in model.named_parameters()}, gradient)
     assert_equal(scorer.scores(), {name: scores[name] for name in scorer.scores()})
     assert 0 < len(scorer.scores()) < len(scores)
+
+
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")  # dynamo's, at graph breaks
+@pytest.mark.parametrize("earlier", [False, True], ids=["compiled inside", "compiled before"])
+def test_a_compiled_model_gives_the_same_scores(block, earlier):
+    model = block.double()
+    x = torch.randint(V, (B, T))
+    scores, _, gradient = truth(model, double_losses(model), [x])
+    torch._dynamo.reset()
+    compiled = torch.compile(model, backend="eager")
+    if earlier:
+        double_losses(compiled)(x).sum().backward()
+        model.zero_grad()
+    scorer = SaliencyScorer(model, reduction="sum")
+    with scorer, scorer.batch(size=B):
+        double_losses(compiled)(x).sum().backward()
+    assert_equal(scorer.scores(), scores)
+    assert_equal({name: p.grad for name, p in model.named_parameters()}, gradient)
+
+
+class Largest(TorchDispatchMode):
+    """Remembers the largest tensor that any operation made."""
+
+    entries = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        made = [x for x in tree_leaves(result) if isinstance(x, torch.Tensor)]
+        self.entries = max([self.entries, *(x.untyped_storage().nbytes() // x.element_size() for x in made)])
+        return result
+
+
+MANY = {
+    "conv": (lambda: nn.Conv2d(48, 48, 3), lambda: torch.randn(16, 48, 3, 3)),
+    "linear": (lambda: nn.Linear(160, 160), lambda: torch.randn(16, 4, 160)),
+    "embedding": (lambda: nn.Embedding(2000, 16), lambda: torch.randint(2000, (16, 9))),
+    "tied": (lambda: Packed(2000), lambda: torch.randint(2000, (16, 1))),
+}
+
+
+@pytest.mark.parametrize("norms", [False, True])
+@pytest.mark.parametrize("case", MANY, ids=str)
+def test_no_tensor_is_as_large_as_batch_times_weights(case, norms):
+    make, data = MANY[case]
+    model, x = make(), data()
+    weights = max(p.numel() for p in model.parameters())
+    scorer = SaliencyScorer(model, norms=norms)
+    with scorer:
+        loss = model(x).square().mean()
+        largest = Largest()
+        with largest:
+            loss.backward()
+    assert scorer.scores()
+    assert weights <= largest.entries <= 2 * weights
 
 
 def gate(x, weight):

@@ -302,6 +302,8 @@ class Place:
 
 def merged(placed: Sequence[tuple[Place, Piece]]) -> list[tuple[Place | None, Piece]]:
     """The same gradients as pieces that touch no entry in common; place None: the whole weight, in its own shape."""
+    if len(placed) == 1:
+        return [*placed]
     groups: dict[tuple[object, ...], tuple[Place, list[Piece]]] = {}
     for place, piece in placed:
         groups.setdefault(place.key, (place, []))[1].append(piece)

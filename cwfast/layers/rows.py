@@ -20,8 +20,8 @@ def owner_of(x: Tensor, samples: int) -> Tensor | None:
 # Backward nodes whose result has the rows of their first input, by name without "Backward0".
 _KEEP_ROWS = (
     " Add Addmm Alias Celu Clamp Clone Cos Div Elu Exp FusedDropout Gelu Hardsigmoid Hardswish Hardtanh LeakyRelu Log "
-    "MaskedFill Mm Mul NativeDropout NativeLayerNorm Neg Pow Relu Rsqrt Sigmoid Silu Sin Softmax Softplus Sqrt Sub Tanh "
-    "ToCopy ViewAs Where "
+    "MaskedFill Mm Mul NativeDropout NativeLayerNorm Neg Pow Relu Rsqrt Sigmoid Silu Sin Softmax Softplus Sqrt Sub "
+    "Tanh ToCopy ViewAs Where "
 )
 _CUT = ("Slice", "Split", "SplitWithSizes")
 
@@ -39,8 +39,8 @@ def _walk(node: Any, samples: int) -> Tensor | None:
             return _picked(node, sizes, samples)
         if kind in ("Flip", "Gather", "Roll") or (kind in _CUT and _cuts_rows(node, sizes)):
             raise UnsupportedLayer(
-                f"a scored layer's rows must be traced to their samples; got rows that {kind.lower()} took from others. "
-                "Pick rows by an index, or pass tensors whose first dimension is the samples"
+                f"a scored layer's rows must be traced to their samples; got rows that {kind.lower()} took from "
+                "others. Pick rows by an index, or pass tensors whose first dimension is the samples"
             )
         if f" {kind} " not in _KEEP_ROWS and kind not in _CUT:
             return None  # flattened here, or made anew: the shapes tell
