@@ -11,7 +11,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from cwfast import SaliencyScorer
-from cwfast.layers import PerSample, register, scored
+from cwfast.layers import PerSample, pieces, register, scored
 
 B, T, V, D = 6, 7, 11, 8
 
@@ -138,6 +138,15 @@ def test_packed_samples_in_norms_and_embeddings():
 
 def double_losses_flat(model):
     return lambda x: functional.cross_entropy(model(x[0]), x[0], reduction="none").sum()[None]
+
+
+@pytest.mark.parametrize("tile", [1, 3 * D, 4 * D + 1, 1 << 20])
+def test_a_tied_weight_is_scored_by_tiles_of_any_size(tile, monkeypatch):
+    monkeypatch.setattr(pieces, "TILE", tile)
+    model = Packed()
+    model.tokens.padding_idx = 4
+    model = model.double()
+    check(model, double_losses(model), [torch.randint(V, (B, T))])
 
 
 @pytest.mark.parametrize("excluded", ["*.bias", "*.weight", "tokens*", "attend*"])
