@@ -16,6 +16,11 @@ if TYPE_CHECKING:
 
 TILE = 8 << 20  # entries of a float32 row tile of 32 MB
 
+NESTED = (
+    "a backward pass must not run inside another one, whose gradients belong to the same samples; checkpoint "
+    "activations with use_reentrant=False"
+)
+
 
 class Tracked(nn.Parameter):
     """The class of a parameter while it is scored: every torch function that takes it goes through the scorer."""

@@ -13,6 +13,7 @@ from torch.utils._pytree import tree_leaves
 
 from cwfast._parameters import Initial, initial_values, trainable
 from cwfast._tracking import (
+    NESTED,
     Pass,
     Source,
     Tracked,
@@ -33,10 +34,6 @@ from cwfast.layers.samples import Batch, Layout
 CRITERIA = {"taylor": 1, "taylor_delta": 1, "grad": 1, "fisher": 2}  # name -> power
 GRANULARITIES = ("sample", "batch")
 REDUCTIONS = ("sum", "mean", "token_mean")
-_NESTED = (
-    "a backward pass must not run inside another one, whose gradients belong to the same samples; checkpoint "
-    "activations with use_reentrant=False"
-)
 
 
 class SaliencyScorer:
@@ -270,6 +267,7 @@ class SaliencyScorer:
         if torch.is_grad_enabled() and self.batch_now.size is not None:
             self._seen += self.batch_now.size
 
+    @torch._disable_dynamo  # in a compiled model, it runs between the compiled parts
     def call(self, function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Run a torch function that takes a tracked parameter: by its rule, or as it is if no gradient can follow."""
         with torch._C.DisableTorchFunctionSubclass():
@@ -317,7 +315,7 @@ class SaliencyScorer:
         task = torch._C._current_graph_task_id()
         if self._pass.task != task:  # also drops what a backward that raised left behind
             if task < self._newest_task:
-                raise RuntimeError(_NESTED)
+                raise RuntimeError(NESTED)
             self._pass, self._newest_task = Pass(task), task
             queue = torch.autograd.Variable._execution_engine.queue_callback
             queue(lambda: self._end_of_backward(task))
@@ -325,7 +323,7 @@ class SaliencyScorer:
 
     def _end_of_backward(self, task: int) -> None:
         if self._pass.task != task:
-            raise RuntimeError(_NESTED)
+            raise RuntimeError(NESTED)
         with torch._C.DisableTorchFunctionSubclass(), torch.no_grad():
             for (name, _), unit in self._pass.units.items():
                 if not unit.closed:

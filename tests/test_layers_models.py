@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+import transformers
 from layer_truth import assert_equal, check, truth
 from torch import nn
 from torch.nn import functional
@@ -9,7 +10,6 @@ from torch.nn import functional
 from cwfast import SaliencyScorer
 from cwfast.errors import UnsupportedLayer
 
-transformers = pytest.importorskip("transformers")
 import_utils = transformers.utils.import_utils
 B, T, V = 4, 9, 31
 

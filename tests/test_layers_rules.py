@@ -7,6 +7,7 @@ from torch import nn
 from torch.nn import functional
 
 from cwfast import SaliencyScorer
+from cwfast.errors import UnsupportedLayer
 
 B = 5
 
@@ -260,11 +261,11 @@ def test_a_transformer_layer():
 
 
 class Routed(nn.Module):
-    """Experts that get the rows an index picks, in an order that is not that of the samples."""
+    """Experts that get the rows an index picks, in an order that is not that of the samples; then a plain layer."""
 
-    def __init__(self, stacked, pick):
+    def __init__(self, pick):
         super().__init__()
-        self.first, self.pick, self.stacked = nn.Linear(4, 4), pick, stacked
+        self.first, self.pick, self.last = nn.Linear(4, 4), pick, nn.Linear(4, 4)
         self.up = nn.Parameter(torch.randn(3, 6, 4))
         self.down = nn.ModuleList([nn.Linear(6, 4) for _ in range(3)])
 
@@ -272,32 +273,48 @@ class Routed(nn.Module):
         h = self.first(x).reshape(-1, 4)
         choice = h.detach().argmax(dim=1) % 3
         out = torch.zeros_like(h)
-        if self.stacked:
-            order = choice.argsort(descending=False, stable=True)
-            ends = choice.bincount(minlength=3).cumsum(0).to(torch.int32)
-            up = functional.grouped_mm(h[order], self.up.transpose(1, 2), offs=ends)
-            return out.index_add(
-                0,
-                order,
-                torch.cat([d(u) for d, u in zip(self.down, up.tanh().tensor_split(ends[:-1].tolist()), strict=True)]),
-            ).reshape(x.shape)
         for e in range(3):
-            rows = torch.where(choice == e)[0].flip(0)
-            picked = (
-                h[rows]
-                if self.pick == "index"
-                else h.index_select(0, rows)
-                if self.pick == "select"
-                else h[choice == e]
-            )
-            rows = torch.where(choice == e)[0] if self.pick == "mask" else rows
-            out = out.index_add(0, rows, self.down[e](functional.linear(picked, self.up[e]).tanh()))
-        return out.reshape(x.shape)
+            rows = torch.where(choice == e)[0]
+            rows = rows if self.pick == "mask" else rows.flip(0)
+            picked = h[choice == e] if self.pick == "mask" else h[rows]
+            picked = h.index_select(0, rows) if self.pick == "select" else picked
+            found = self.down[e](functional.linear(picked, self.up[e]).tanh())
+            out = out.index_add(0, rows, found)
+        return self.last(out.reshape(x.shape).flatten(0, 1)).reshape(x.shape)
 
 
 @pytest.mark.parametrize("pick", ["index", "select", "mask"])
 def test_rows_routed_to_experts(pick):
-    run(Routed(False, pick), torch.randn(B, 6, 4, dtype=torch.float64))
+    run(Routed(pick), torch.randn(B, 6, 4, dtype=torch.float64))
+
+
+def test_one_row_of_each_sample():
+    last = torch.tensor([2, 0, 1, 2, 1])
+    first, head = nn.Linear(4, 4), nn.Linear(4, 3)
+    model = Uses(lambda x, **_: head(first(x)[torch.arange(len(x)), last[: len(x)]]))
+    model.first, model.head = first, head
+    model = randomized(model)
+    x = torch.randn(B, 3, 4, dtype=torch.float64)
+    scores = {name: torch.zeros_like(p) for name, p in model.named_parameters()}
+    for i in range(B):
+        y = head(first(x[i])[last[i]]).sin().sum()
+        for name, g in zip(scores, torch.autograd.grad(y, list(model.parameters())), strict=True):
+            scores[name] += (g * model.get_parameter(name)).abs().detach()
+    scorer = SaliencyScorer(model, reduction="sum")
+    with scorer:
+        model(x).sin().sum().backward()
+    assert_equal(scorer.scores(), scores)
+
+
+@pytest.mark.parametrize(
+    "take", [lambda h: h[10:20], lambda h: h.split(10)[1], lambda h: h.flip(0)], ids=["slice", "split", "flip"]
+)
+def test_rows_that_cannot_be_traced_are_refused(take):
+    first, head = nn.Linear(4, 4), nn.Linear(4, 3)
+    model = Uses(lambda x, **_: head(take(first(x).flatten(0, 1)).tanh()))
+    model.first, model.head = first, head
+    with SaliencyScorer(model), pytest.raises(UnsupportedLayer, match="traced to their samples"):
+        model(torch.randn(B, 6, 4))
 
 
 def test_low_rank_adapters_of_a_frozen_layer():

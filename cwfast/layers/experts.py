@@ -8,7 +8,7 @@ from torch.nn import functional
 
 from cwfast.layers import Tracker, register
 from cwfast.layers.linear import matmul
-from cwfast.layers.samples import owner_of
+from cwfast.layers.rows import owner_of
 from cwfast.layers.scored import with_owner
 
 _FUNCTIONS = [getattr(functional, "grouped_mm", None), getattr(torch, "_grouped_mm", None)]

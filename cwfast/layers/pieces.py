@@ -10,6 +10,8 @@ from torch import Tensor
 from cwfast import ops
 from cwfast.layers.samples import offsets_of
 
+TILE = 1 << 20  # entries of the buffer in which a sample's uses of a weight of several kinds are summed
+
 
 class Piece:
     """The base of all forms: what can add one sample's gradient to a tensor can be scored, summed and measured.
@@ -25,6 +27,10 @@ class Piece:
 
     def scaled(self, coefficients: Tensor) -> "Piece":
         raise NotImplementedError
+
+    def narrowed(self, begin: int, end: int) -> "Piece | None":
+        """The gradient of the rows ``begin`` to ``end`` of the weight; None where it cannot be had alone."""
+        return None
 
     def total(self, shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> Tensor:
         """The gradient of all samples together."""
@@ -107,6 +113,9 @@ class Outer(_Rows):
         dtype = torch.promote_types(inputs.dtype, grad_outputs.dtype)
         super().__init__(inputs.to(dtype), grad_outputs.to(dtype), offsets)
         self.fuses_gradient = self.inputs.ndim == 3 or offsets is not None
+
+    def narrowed(self, begin: int, end: int) -> "Outer":
+        return Outer(self.inputs, self.grad_outputs[..., begin:end], self.offsets)
 
     def add_to(self, out: Tensor, sample: int) -> None:
         inputs, grad_outputs = self.rows_of(sample)
@@ -196,6 +205,12 @@ class Lookup(_Rows):
     def like(self, inputs: Tensor, grad_outputs: Tensor, offsets: Tensor | None) -> "Lookup":
         return Lookup(inputs, grad_outputs, offsets, self.padding_idx)
 
+    def narrowed(self, begin: int, end: int) -> "Lookup":
+        inside = (self.inputs >= begin) & (self.inputs < end)
+        if self.padding_idx is not None:
+            inside &= self.inputs != self.padding_idx
+        return Lookup(torch.where(inside, self.inputs - begin, -1), self.grad_outputs, self.offsets, -1)
+
     def add_to(self, out: Tensor, sample: int) -> None:
         indices, grads = self.rows_of(sample)
         _add_rows(out, indices[:, 0], grads, self.padding_idx)
@@ -264,6 +279,25 @@ class Mixed(Piece):
         for place, piece in self.placed:
             piece.add_to(place.of(out), sample)
 
+    def accumulate_(
+        self, out: Tensor, power: int, factor: Tensor | None, scale: float, grad: Tensor | None, backend: str
+    ) -> None:
+        rows = max(1, TILE * len(out) // max(1, out.numel())) if out.ndim else 1
+        whole = Place.whole(out.shape).key
+        tiles = [(begin, min(begin + rows, len(out))) for begin in range(0, len(out), rows)] if out.ndim else []
+        if len(tiles) < 2 or any(place.key != whole for place, _ in self.placed):
+            super().accumulate_(out, power, factor, scale, grad, backend)
+            return
+        for begin, end in tiles:
+            parts = [piece.narrowed(begin, end) for _, piece in self.placed]
+            if any(part is None for part in parts):
+                super().accumulate_(out, power, factor, scale, grad, backend)
+                return
+            place = Place.whole((end - begin, *out.shape[1:]))
+            tile = Mixed([(place, part) for part in parts if part is not None])
+            f, g = (None if x is None else x[begin:end] for x in (factor, grad))
+            Piece.accumulate_(tile, out[begin:end], power, f, scale, g, backend)
+
     def scaled(self, coefficients: Tensor) -> "Mixed":
         return Mixed([(place, piece.scaled(coefficients)) for place, piece in self.placed])
 
@@ -302,6 +336,8 @@ class Place:
 
 def merged(placed: Sequence[tuple[Place, Piece]]) -> list[tuple[Place | None, Piece]]:
     """The same gradients as pieces that touch no entry in common; place None: the whole weight, in its own shape."""
+    if len(placed) == 1:
+        return [*placed]
     groups: dict[tuple[object, ...], tuple[Place, list[Piece]]] = {}
     for place, piece in placed:
         groups.setdefault(place.key, (place, []))[1].append(piece)

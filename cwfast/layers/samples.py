@@ -5,8 +5,6 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from cwfast.errors import UnsupportedLayer
-
 
 class Batch:
     """The samples of one or several forward passes."""
@@ -115,66 +113,6 @@ class Whole:
 
     def images(self, x: Tensor) -> Tensor:
         return x[None]
-
-
-def owner_of(x: Tensor, samples: int) -> Tensor | None:
-    """The sample of each row of a 2-D ``x`` whose rows were picked by an index (routed tokens, gathered positions).
-
-    Read off the autograd graph that made x, backwards through operations that keep rows where they are, up to the
-    index, a flattening, or another scored layer. None: rows are in the order of the samples, as far as is known.
-    """
-    return _walk(x.grad_fn, samples) if x.ndim == 2 and samples else None
-
-
-def _walk(node: object, samples: int) -> Tensor | None:
-    for _ in range(100):  # a bound, not a limit that models meet
-        if node is None or type(node).__name__ == "AccumulateGrad":
-            return None
-        if hasattr(node, "row_owner"):
-            return node.row_owner
-        sizes: tuple[int, ...] = tuple(getattr(node, "_saved_self_sym_sizes", ()))
-        kind = type(node).__name__
-        if kind in ("IndexBackward0", "IndexSelectBackward0"):
-            _refuse_checkpointing()
-            return _picked(node, sizes, samples)
-        if "View" in kind and len(sizes) > 2:
-            return None  # flattened: the shapes tell
-        following = [next_node for next_node, _ in node.next_functions if next_node is not None]  # type: ignore[attr-defined]
-        following.sort(key=lambda item: type(item).__name__ == "AccumulateGrad")  # stable: weights last
-        node = following[0] if following else None
-    return None
-
-
-def _refuse_checkpointing() -> None:
-    """Inside a checkpointed region the graph holds no indices: asking for them would run the region again."""
-    hooks = torch._C._autograd._top_saved_tensors_default_hooks(False)
-    if hooks is not None and "_checkpoint_hook" in getattr(hooks[0], "__qualname__", ""):
-        raise UnsupportedLayer(
-            "rows that an index picks (experts) cannot be traced to their samples inside a region with activation "
-            "checkpointing; turn it off for layers with experts"
-        )
-
-
-def _picked(node: object, sizes: tuple[int, ...], samples: int) -> Tensor | None:
-    """The owner of rows that an index picked from a tensor of these sizes."""
-    if type(node).__name__ == "IndexSelectBackward0":
-        indices: tuple[Tensor | None, ...] = (node._saved_index,) if node._saved_dim == 0 else ()  # type: ignore[attr-defined]
-    else:
-        indices = node._saved_indices  # type: ignore[attr-defined]
-    first = indices[0] if indices else None
-    if first is None or any(index is None for index in indices) or not sizes:
-        return None
-    if first.dtype in (torch.bool, torch.uint8):
-        first = first.nonzero()[:, 0]
-    if sizes[0] == samples and len(sizes) > 2:
-        return first.reshape(-1)
-    parent = node.next_functions[0][0]  # type: ignore[attr-defined]
-    base = _walk(parent, samples)
-    if base is None:
-        if sizes[0] % samples:
-            return None  # by_sample will say that these rows are nobody's
-        base = torch.arange(samples, device=first.device).repeat_interleave(sizes[0] // samples)
-    return base[first.reshape(-1)]
 
 
 def offsets_of(owner: Tensor, samples: int) -> Tensor:

@@ -8,7 +8,8 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from cwfast.layers.pieces import Piece
-from cwfast.layers.samples import Layout, Whole, owner_of
+from cwfast.layers.rows import owner_of
+from cwfast.layers.samples import Layout, Whole
 
 if TYPE_CHECKING:
     from cwfast.layers import Tracker
@@ -64,7 +65,7 @@ class _Scored(torch.autograd.Function):
     def forward(ctx: Any, call: _Call, x: Tensor | None, *weights: Tensor | None) -> Tensor:
         ctx.save_for_backward(x, *weights)
         ctx.call = call
-        ctx.row_owner = call.owner  # for the layers that get the result: samples.owner_of
+        ctx.row_owner = call.owner  # for the layers that get the result: rows.owner_of
         device = next(t.device.type for t in (x, *weights) if t is not None)
         ctx.autocast = (device, torch.get_autocast_dtype(device), torch.is_autocast_enabled(device))
         return call.function(x, *weights)
