@@ -11,6 +11,7 @@ import torch
 from cwfast.errors import BackendUnavailable
 
 NAMES = ("reference", "cpu", "triton", "cuda")
+CUDA_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 class Backend(NamedTuple):
@@ -114,3 +115,14 @@ def _auto(device_type: str, supported: tuple[str, ...]) -> str:
 def cuda_stream(device: torch.device) -> int:
     """The stream that torch uses on this device now: kernels join it."""
     return torch.cuda.current_stream(device).cuda_stream
+
+
+def cuda_dtype(op: str, dtype: torch.dtype) -> int:
+    """``CwfastDtype`` of csrc/cuda/launchers.h.
+
+    Raises:
+        BackendUnavailable: the CUDA kernels do not take this dtype.
+    """
+    if dtype not in CUDA_DTYPES:
+        raise BackendUnavailable(f"backend 'cuda' runs {op} in {CUDA_DTYPES}; got {dtype}: use 'reference'")
+    return CUDA_DTYPES.index(dtype)

@@ -4,11 +4,9 @@ import torch
 from torch import Tensor
 
 from cwfast import _backends, _checks, reference
-from cwfast.errors import BackendUnavailable
 from cwfast.ops._library import register, written
 
 BACKENDS = ("reference", "cpu", "cuda")
-CUDA_DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}  # CwfastDtype of csrc/cuda/launchers.h
 TILE_BYTES = 1 << 20  # of a row tile of products that waits for its factor: product and factor stay in the cache
 
 
@@ -205,11 +203,10 @@ def _cuda(
     grad: Tensor | None,
 ) -> None:
     """``row_offsets`` None: every row is a sample."""
-    if out.dtype == torch.float64:
-        raise BackendUnavailable("backend 'cuda' needs float32, bfloat16 or float16; got float64: use 'reference'")
+    dtype = _backends.cuda_dtype("accumulate_saliency_", inputs.dtype)
     inputs, grad_outputs = _dense_rows(inputs), _dense_rows(grad_outputs)
     if factor is not None:
-        factor = (factor if factor.dtype in CUDA_DTYPES else factor.float()).contiguous()
+        factor = (factor if factor.dtype in _backends.CUDA_DTYPES else factor.float()).contiguous()
     offsets = None if row_offsets is None else row_offsets.to(out.device)
     _backends.native().cuda_saliency(
         out.data_ptr(),
@@ -221,11 +218,11 @@ def _cuda(
         0 if offsets is None else len(offsets) - 1,
         len(inputs),
         *out.shape,
-        CUDA_DTYPES[inputs.dtype],
+        dtype,
         power,
         scale,
         0 if factor is None else factor.data_ptr(),
-        0 if factor is None else CUDA_DTYPES[factor.dtype],
+        0 if factor is None else _backends.CUDA_DTYPES.index(factor.dtype),
         0 if grad is None else grad.data_ptr(),
         out.device.index or 0,
         _backends.cuda_stream(out.device),
