@@ -107,9 +107,14 @@ def _auto(device_type: str, supported: tuple[str, ...]) -> str:
     if device_type != "cpu" or "cpu" not in supported:
         return "reference"
     if not have["cpu"].available:
-        warnings.warn(f"cwfast runs in plain PyTorch, which is slow: {have['cpu'].reason}", stacklevel=3)
+        _warn_slow(have["cpu"].reason)
         return "reference"
     return "cpu"
+
+
+@functools.cache
+def _warn_slow(reason: str) -> None:  # once, also where ops have different backends
+    warnings.warn(f"cwfast runs in plain PyTorch, which is slow: {reason}", stacklevel=5)
 
 
 def cuda_stream(device: torch.device) -> int:

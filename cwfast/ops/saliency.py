@@ -117,11 +117,11 @@ def _run(
     backend: str,
 ) -> None:
     scale = abs(scale) ** power
+    resolved = _backends.resolve(backend, out.device, BACKENDS)  # here, where torch.compile does not look
     one_row_each = len(row_offsets) == len(inputs) + 1 and bool((row_offsets.diff() == 1).all())
-    backend = _backends.resolve(backend, out.device, BACKENDS)  # here, where torch.compile does not look
-    if backend == "reference":
+    if resolved == "reference":
         reference.accumulate_saliency_(out, inputs, grad_outputs, row_offsets.tolist(), power, scale, factor, grad)
-    elif backend == "cuda":
+    elif resolved == "cuda":
         _cuda(out, inputs, grad_outputs, None if one_row_each else row_offsets, power, scale, factor, grad)
     elif one_row_each:
         _one_row_each(out, inputs.to(out.dtype), grad_outputs.to(out.dtype), power, scale, factor, grad)
