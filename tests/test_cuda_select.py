@@ -127,7 +127,6 @@ PLANTED = {  # text in csrc/cuda/select.cu, replacement
     ),
     "no barrier in the scan": ("warp_sums[warp] = value;\n  __syncthreads();", "warp_sums[warp] = value;"),
     "scan memory reused too early": ("  __syncthreads();  // warp_sums may be written again\n", ""),
-    "state written while read": ("  __syncthreads();  // all have read the state before one writes it\n", ""),
     "rank off by one": ("reached >= k && reached - count < k", "reached > k && reached - count <= k"),
     "one tie too many": ("rank <= allowed", "rank <= allowed + 1"),
     "ties in any order": ("rank <= allowed", "total - rank < allowed"),

@@ -90,9 +90,8 @@ __global__ void __launch_bounds__(kThreads)
 // One block: the digit of the threshold, and how many of the entries with it are still to be taken.
 __global__ void __launch_bounds__(kThreads) digit_kernel(int64_t* state, uint64_t* histogram, int shift) {
   __shared__ int64_t warp_sums[kWarps];
-  const int64_t k = state[0];
+  const int64_t k = state[0];  // read by all before one writes it: the barriers of block_scan lie between
   const uint32_t threshold = static_cast<uint32_t>(state[1]);
-  __syncthreads();  // all have read the state before one writes it
   int64_t above = 0;
   bool found = false;
   for (int top = kBins; top > 0; top -= kThreads) {
