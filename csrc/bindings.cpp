@@ -186,9 +186,18 @@ void cuda_saliency(uintptr_t out, uintptr_t inputs, int64_t input_stride, uintpt
   check_cuda(error, "accumulate_saliency_");
 }
 
+void cuda_select_topk(uintptr_t chunks, int64_t chunk_count, int dtype, int abs, uintptr_t state, uintptr_t histogram,
+                      uintptr_t ties, uintptr_t tallies, int device, uintptr_t stream) {
+  const int error = cwfast_cuda_select_topk(
+      pointer<const CwfastChunk>(chunks), chunk_count, dtype, abs, pointer<int64_t>(state),
+      pointer<uint64_t>(histogram), pointer<int64_t>(ties), pointer<int64_t>(tallies), device, pointer<void>(stream));
+  check_cuda(error, "select_topk");
+}
+
 void bind_cuda(py::module_& m) {
   m.def("cuda_unavailable", cuda_unavailable, "Why no CUDA device can be used; empty where one can.");
   m.def("cuda_saliency", cuda_saliency);
+  m.def("cuda_select_topk", cuda_select_topk);
 }
 #endif
 

@@ -12,6 +12,7 @@ import torch
 from cwfast.errors import BackendUnavailable
 
 NAMES = ("reference", "cpu", "triton", "cuda")
+CUDA_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 class Backend(NamedTuple):
@@ -110,11 +111,27 @@ def _auto(device_type: str, supported: tuple[str, ...]) -> str:
     if device_type != "cpu" or "cpu" not in supported:
         return "reference"
     if not have["cpu"].available:
-        warnings.warn(f"cwfast runs in plain PyTorch, which is slow: {have['cpu'].reason}", stacklevel=3)
+        _warn_slow(have["cpu"].reason)
         return "reference"
     return "cpu"
+
+
+@functools.cache
+def _warn_slow(reason: str) -> None:  # once, also where ops have different backends
+    warnings.warn(f"cwfast runs in plain PyTorch, which is slow: {reason}", stacklevel=5)
 
 
 def cuda_stream(device: torch.device) -> int:
     """The stream that torch uses on this device now: kernels join it."""
     return torch.cuda.current_stream(device).cuda_stream
+
+
+def cuda_dtype(op: str, dtype: torch.dtype) -> int:
+    """``CwfastDtype`` of csrc/cuda/launchers.h.
+
+    Raises:
+        BackendUnavailable: the CUDA kernels do not take this dtype.
+    """
+    if dtype not in CUDA_DTYPES:
+        raise BackendUnavailable(f"backend 'cuda' runs {op} in {CUDA_DTYPES}; got {dtype}: use 'reference'")
+    return CUDA_DTYPES.index(dtype)

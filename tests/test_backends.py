@@ -62,6 +62,14 @@ def test_backend_without_the_op_is_refused():
         CALLS["logit_stats"]("cpu")
 
 
+def test_cuda_backend_refuses_cpu_tensors_and_float64(monkeypatch):
+    monkeypatch.setattr(_backends, "backends", lambda: {"cuda": _backends.Backend(True, "")})
+    with pytest.raises(BackendUnavailable, match="'cuda' needs CUDA tensors; got tensors on cpu"):
+        ops.select_topk([torch.ones(3)], 1, backend="cuda")
+    with pytest.raises(BackendUnavailable, match=r"select_topk in .*; got torch.float64: use 'reference'"):
+        _backends.cuda_dtype("select_topk", torch.float64)
+
+
 def test_cpu_backend_refuses_other_devices():
     with pytest.raises(BackendUnavailable, match="needs CPU tensors; got tensors on meta"):
         _backends.resolve("cpu", torch.device("meta"), ("reference", "cpu"))

@@ -13,61 +13,22 @@ import sys
 import pytest
 import torch
 from cuda_on_cpu import build
+from cuda_on_cpu.emulate import emulate, sparse
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_saliency import LAYOUTS, case, integers, plain, run_exact, sum_dtype
 
-from cwfast import _backends, ops
+from cwfast import ops
 from cwfast.testing import assert_no_worse
 
 pytestmark = pytest.mark.skipif(bool(build.why_not()), reason=f"CUDA on the CPU {build.why_not()}")
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 by_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=str)
-SIZE = {0: 4, 1: 2, 2: 2}  # bytes of a CwfastDtype
-
-
-class Emulated:
-    """Stands in for ``cwfast._C``: the same call, into the library that g++ made of the same source."""
-
-    def __init__(self, library: ctypes.CDLL) -> None:
-        self.library = library
-
-    def cuda_saliency(self, *args):
-        out, inputs, x_stride, grads, d_stride, offsets, samples, rows, o, i, dtype = args[:11]
-        factor, f_dtype, grad = args[13:16]
-        spans = {  # address: bytes that the kernel may touch
-            out: o * i * 4,
-            inputs: ((rows - 1) * x_stride + i) * SIZE[dtype],
-            grads: ((rows - 1) * d_stride + o) * SIZE[dtype],
-            offsets: (samples + 1) * 8,
-            factor: o * i * SIZE[f_dtype],
-            grad: o * i * 4,
-        }
-        spans = {address: size for address, size in spans.items() if address and size > 0}
-        for address, size in spans.items():
-            self.library.coc_register(address, size)
-        kinds = "pplplplllliifpipip"  # of the arguments, as in csrc/cuda/launchers.h
-        types = {"p": ctypes.c_void_p, "l": ctypes.c_int64, "i": ctypes.c_int, "f": ctypes.c_float}
-        status = self.library.cwfast_cuda_saliency(*(types[k](x) for k, x in zip(kinds, args, strict=True)))
-        for address in spans:
-            self.library.coc_unregister(address)
-        errors = self.library.coc_errors().decode()
-        assert status == 0
-        assert not errors, errors
-
-
-def emulate(monkeypatch, checked=False, changes=()):
-    """CPU tensors with backend="cuda" go to the emulated kernel."""
-    emulated = Emulated(build.library("saliency", checked, changes))
-    monkeypatch.setattr(_backends, "resolve", lambda backend, device, supported: backend)
-    monkeypatch.setattr(_backends, "native", lambda: emulated)
-    monkeypatch.setattr(_backends, "cuda_stream", lambda device: 0)
-    return emulated.library
 
 
 @pytest.fixture(params=["plain", "checked"])
 def library(request, monkeypatch):
-    return emulate(monkeypatch, request.param == "checked")
+    return emulate(monkeypatch, "saliency", request.param == "checked")
 
 
 # Tiles are 128 x 128; a stage holds 16 rows (float32) or 32; 3 stages are under way.
@@ -132,7 +93,7 @@ def test_packed_samples_may_be_empty(library, lengths, dtype):
 @pytest.mark.parametrize("power", [1, 2])
 @by_dtype
 def test_no_worse_than_torch(monkeypatch, shape, power, dtype):
-    emulate(monkeypatch)
+    emulate(monkeypatch, "saliency")
     inputs, grad_outputs = case(*shape, dtype=dtype, make=torch.randn)
     options = {"power": power, "factor": torch.randn(*shape[2:], dtype=dtype), "scale": 0.3}
     own = sum_dtype(dtype)
@@ -146,7 +107,7 @@ def test_no_worse_than_torch(monkeypatch, shape, power, dtype):
 @pytest.mark.parametrize("steps", [None, 3])
 @by_dtype
 def test_nan_and_infinity_propagate(monkeypatch, steps, dtype):
-    emulate(monkeypatch)
+    emulate(monkeypatch, "saliency")
     inputs, grad_outputs = case(2, steps, 3, 24, dtype=dtype)
     inputs[inputs == 0], grad_outputs[grad_outputs == 0] = 1, 1
     inputs.flatten()[5], grad_outputs.flatten()[0] = torch.nan, torch.inf
@@ -159,7 +120,7 @@ def test_nan_and_infinity_propagate(monkeypatch, steps, dtype):
 
 @by_dtype
 def test_same_bits_for_every_schedule(monkeypatch, dtype):
-    library = emulate(monkeypatch)
+    library = emulate(monkeypatch, "saliency")
     inputs, grad_outputs = case(3, 37, 150, 136, dtype=dtype, make=torch.randn)
 
     def run(seed):
@@ -173,35 +134,23 @@ def test_same_bits_for_every_schedule(monkeypatch, dtype):
         assert all(map(torch.equal, run(seed), first))
 
 
-def sparse(library, shape, dtype):
-    """A tensor in memory that exists only where it is touched."""
-    size = torch.Size(shape).numel() * dtype.itemsize
-    address = library.coc_allocate(size)
-    return address, torch.frombuffer((ctypes.c_uint8 * size).from_address(address), dtype=dtype).view(shape)
-
-
 @pytest.mark.parametrize("checked", [False, True])
 @by_dtype
 def test_offsets_above_2_to_the_31(monkeypatch, checked, dtype):
-    library = emulate(monkeypatch, checked)
+    library = emulate(monkeypatch, "saliency", checked)
     wide = (3 << 30) // 8
-    addresses = []
-    rows, outs = [], []
+    rows = []
     for _ in range(2):  # 9 rows so far apart that the last begins at 3 * 2^30
-        address, row = sparse(library, (8 * wide + 8,), dtype)
-        rows.append(row.as_strided((9, 8), (wide, 1)))
+        rows.append(sparse((8 * wide + 8,), dtype).as_strided((9, 8), (wide, 1)))
         rows[-1].copy_(integers(9, 8, dtype=dtype))
-        addresses.append(address)
     out = torch.zeros(8, 8)
     ops.accumulate_saliency_(out, *rows, cu_seqlens=torch.tensor([0, 4, 9]), backend="cuda")
     want = plain(rows[0], rows[1], torch.float64, cu_seqlens=torch.tensor([0, 4, 9]))[0]
     assert torch.equal(out.double(), want)
 
     o, i = 49_160, 65_544  # 3.2e9 weights; only the first and the last block run
-    for _ in range(2):
-        address, tensor = sparse(library, (o, i), torch.float32)
-        outs.append(tensor)
-        addresses.append(address)
+    outs = [sparse((o, i), torch.float32) for _ in range(2)]
+    for tensor in outs:
         tensor[-8:, -8:] = tensor[:8, :8] = 1
     inputs, grad_outputs = case(2, 3, o, i, dtype=dtype)
     blocks = -(-o // 128) * -(-i // 128)
@@ -213,8 +162,6 @@ def test_offsets_above_2_to_the_31(monkeypatch, checked, dtype):
         want = plain(inputs[..., corner], grad_outputs[..., corner], torch.float64)
         assert torch.equal(outs[0][corner, corner].double(), 1 + want[0])
         assert torch.equal(outs[1][corner, corner].double(), 1 + want[1])
-    for address in addresses:
-        library.coc_release(address)
 
 
 PLANTED = {  # text in csrc/cuda/saliency*, replacement; each must be caught by the runs of catch()
@@ -244,7 +191,7 @@ PLANTED = {  # text in csrc/cuda/saliency*, replacement; each must be caught by 
 def catch(name: str) -> None:
     """Plant one defect and run; called in a process of its own, which the defect may crash."""
     patch = pytest.MonkeyPatch()
-    library = emulate(patch, checked=True, changes=(PLANTED[name],) if name else ())
+    library = emulate(patch, "saliency", checked=True, changes=(PLANTED[name],) if name else ())
     for seed in range(3):
         library.coc_configure(seed, 1 + seed, None, 0)
         for dtype in DTYPES:

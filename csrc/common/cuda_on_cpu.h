@@ -39,9 +39,7 @@ template <class F>
 void launch_closure(const char* name, dim3 g, dim3 b, size_t smem, const F& f) {  // closure = the kernel parameters
   launch(name, g, b, smem, [](const void* p) { (*(const F*)p)(); }, &f, sizeof(F));
 }
-std::string errors(bool clear = true);  // "" if clean
-void* allocate(size_t n);               // guarded, poisoned 'device' memory (huge sizes fine: lazily mapped)
-void release(void*);
+std::string errors(bool clear = true);    // "" if clean
 void register_memory(void* p, size_t n);  // let a torch tensor / host vector count as device memory
 void unregister_memory(void* p);
 unsigned char* dynamic_shared();

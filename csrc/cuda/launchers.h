@@ -20,4 +20,19 @@ int cwfast_cuda_saliency(float* out,                                     // [O, 
                          float scale, const void* factor, int factor_dtype,  // [O, I] contiguous, or null
                          float* grad,                                        // [O, I], or null
                          int device, void* stream);
+
+// Up to 64K entries of one score tensor; `start` is a multiple of 64.
+struct CwfastChunk {
+  const void* data;  // [numel] of the whole tensor
+  uint32_t* bits;    // [(numel + 63) / 64 * 2] of the whole tensor, written
+  int64_t start, length, tensor;
+};
+
+// The k largest of all chunks' entries, ties to the first; see csrc/select.h. chunks are in (tensor, start) order.
+int cwfast_cuda_select_topk(const CwfastChunk* chunks, int64_t chunk_count, int dtype, int abs,
+                            int64_t* state,       // [2]: k and 0; then ties to take and key of the threshold
+                            uint64_t* histogram,  // [2048] zero, and left zero
+                            int64_t* ties,        // [chunk_count + 1]
+                            int64_t* tallies,     // [tensors, 3] zero; += selected, NaN, negative entries
+                            int device, void* stream);
 }

@@ -4,11 +4,9 @@ import torch
 from torch import Tensor
 
 from cwfast import _backends, _checks, reference
-from cwfast.errors import BackendUnavailable
 from cwfast.ops._library import register, written
 
 BACKENDS = ("reference", "cpu", "cuda")
-CUDA_DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}  # CwfastDtype of csrc/cuda/launchers.h
 
 
 def accumulate_saliency_(
@@ -118,11 +116,11 @@ def _run(
     backend: str,
 ) -> None:
     scale = abs(scale) ** power
-    backend = _backends.resolve(backend, out.device, BACKENDS)  # here, where torch.compile does not look
-    if backend == "reference":
+    resolved = _backends.resolve(backend, out.device, BACKENDS)  # here, where torch.compile does not look
+    one_row_each = len(row_offsets) == len(inputs) + 1 and bool((row_offsets.diff() == 1).all())
+    if resolved == "reference":
         reference.accumulate_saliency_(out, inputs, grad_outputs, row_offsets.tolist(), power, scale, factor, grad)
-    elif backend == "cuda":
-        one_row_each = len(row_offsets) == len(inputs) + 1 and bool((row_offsets.diff() == 1).all())
+    elif resolved == "cuda":
         _cuda(out, inputs, grad_outputs, None if one_row_each else row_offsets, power, scale, factor, grad)
     else:
         _kernel(out, inputs.to(out.dtype), grad_outputs.to(out.dtype), row_offsets, power, scale, factor, grad)
@@ -176,11 +174,10 @@ def _cuda(
     grad: Tensor | None,
 ) -> None:
     """``row_offsets`` None: every row is a sample."""
-    if out.dtype == torch.float64:
-        raise BackendUnavailable("backend 'cuda' needs float32, bfloat16 or float16; got float64: use 'reference'")
+    dtype = _backends.cuda_dtype("accumulate_saliency_", inputs.dtype)
     inputs, grad_outputs = _dense_rows(inputs), _dense_rows(grad_outputs)
     if factor is not None:
-        factor = (factor if factor.dtype in CUDA_DTYPES else factor.float()).contiguous()
+        factor = (factor if factor.dtype in _backends.CUDA_DTYPES else factor.float()).contiguous()
     offsets = None if row_offsets is None else row_offsets.to(out.device)
     _backends.native().cuda_saliency(
         out.data_ptr(),
@@ -192,11 +189,11 @@ def _cuda(
         0 if offsets is None else len(offsets) - 1,
         len(inputs),
         *out.shape,
-        CUDA_DTYPES[inputs.dtype],
+        dtype,
         power,
         scale,
         0 if factor is None else factor.data_ptr(),
-        0 if factor is None else CUDA_DTYPES[factor.dtype],
+        0 if factor is None else _backends.CUDA_DTYPES.index(factor.dtype),
         0 if grad is None else grad.data_ptr(),
         out.device.index or 0,
         _backends.cuda_stream(out.device),

@@ -9,7 +9,8 @@ from torch import Tensor
 from cwfast import _backends, _checks, reference
 from cwfast.ops._library import register
 
-BACKENDS = ("reference", "cpu")
+BACKENDS = ("reference", "cpu", "cuda")
+CUDA_CHUNK = 1 << 16  # entries of a block
 NAN_POLICIES = ("raise", "skip")
 TRANSFORMS = (None, "abs")
 
@@ -50,7 +51,7 @@ def select_topk(
         k: how many to select, ``0 <= k <= N``.
         nan: "raise": NaN is an error. "skip": NaN is never selected, and ``k`` counts without it.
         transform: "abs" ranks ``|score|`` (scores may then be negative); None ranks the scores.
-        backend: "reference", "cpu" or "auto".
+        backend: "reference", "cpu", "cuda" or "auto".
 
     Raises:
         TypeError: not tensors, or of several dtypes.
@@ -86,7 +87,7 @@ def select_topk(
 
 
 def _run(scores: list[Tensor], k: int, skip_nan: bool, abs_: bool, backend: str) -> tuple[list[Tensor], Tensor, Tensor]:
-    run = _reference if backend == "reference" else _cpu
+    run = {"reference": _reference, "cpu": _cpu, "cuda": _cuda}[backend]
     bits, counts, threshold = run(scores, k, skip_nan, abs_)
     return bits, torch.tensor(counts, dtype=torch.int64), torch.tensor(threshold, dtype=torch.float64)
 
@@ -109,6 +110,41 @@ def _cpu(scores: list[Tensor], k: int, skip_nan: bool, abs_: bool) -> tuple[list
     if not found.valid:
         _refuse_invalid(scores, k, skip_nan, found.nans, found.negatives)
     return bits, found.counts, found.threshold
+
+
+def _cuda(scores: list[Tensor], k: int, skip_nan: bool, abs_: bool) -> tuple[list[Tensor], list[int], float]:
+    dtype, device = scores[0].dtype, scores[0].device
+    code = _backends.cuda_dtype("select_topk", dtype)
+    scores = [score.contiguous() for score in scores]
+    bits = [torch.empty(packed_bytes(score.numel()), dtype=torch.uint8, device=device) for score in scores]
+    chunks = _chunks(scores, bits).to(device)
+    state = torch.tensor([k, 0], device=device)
+    histogram = torch.zeros(2048, dtype=torch.int64, device=device)
+    ties = torch.empty(len(chunks) + 1, dtype=torch.int64, device=device)
+    tallies = torch.zeros((len(scores), 3), dtype=torch.int64, device=device)
+    pointers = (x.data_ptr() for x in (state, histogram, ties, tallies))
+    _backends.native().cuda_select_topk(
+        chunks.data_ptr(), len(chunks), code, int(abs_), *pointers, device.index or 0, _backends.cuda_stream(device)
+    )
+    counts, nans, negatives = tallies.T.tolist()
+    if (any(nans) and not skip_nan) or any(negatives) or sum(counts) != k:
+        _refuse_invalid(scores, k, skip_nan, nans, negatives)
+    if k == 0:
+        return bits, counts, float("inf")
+    as_int = torch.int32 if dtype.itemsize == 4 else torch.int16
+    return bits, counts, state[1:].to(as_int).view(dtype).item()
+
+
+def _chunks(scores: list[Tensor], bits: list[Tensor]) -> Tensor:
+    """``CwfastChunk`` of csrc/cuda/launchers.h: int64 rows of data, bits, start, length, tensor."""
+    rows = [torch.empty((0, 5), dtype=torch.int64)]
+    for i, (score, words) in enumerate(zip(scores, bits, strict=True)):
+        start = torch.arange(0, score.numel(), CUDA_CHUNK)
+        row = torch.empty((len(start), 5), dtype=torch.int64)
+        row[:, 0], row[:, 1], row[:, 4] = score.data_ptr(), words.data_ptr(), i
+        row[:, 2], row[:, 3] = start, (score.numel() - start).clamp_max(CUDA_CHUNK)
+        rows.append(row)
+    return torch.cat(rows)
 
 
 def packed_bytes(numel: int) -> int:

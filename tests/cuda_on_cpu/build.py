@@ -71,10 +71,7 @@ def library(stem: str, checked: bool = False, changes: tuple[tuple[str, str], ..
     subprocess.run(["g++", "-shared", kernels, _runtime(), "-o", target, "-ldl"], check=True)
     loaded = ctypes.CDLL(str(target))
     loaded.coc_errors.restype = ctypes.c_char_p
-    loaded.coc_allocate.restype = ctypes.c_void_p
-    loaded.coc_allocate.argtypes = [ctypes.c_size_t]
-    for name in ("coc_release", "coc_unregister"):
-        getattr(loaded, name).argtypes = [ctypes.c_void_p]
+    loaded.coc_unregister.argtypes = [ctypes.c_void_p]
     loaded.coc_register.argtypes = [ctypes.c_void_p, ctypes.c_size_t]
     loaded.coc_configure.argtypes = [ctypes.c_uint64, ctypes.c_int, ctypes.c_void_p, ctypes.c_uint]
     loaded.coc_configure(1, 2, None, 0)

@@ -176,26 +176,6 @@ void unregister_memory(void* p) {
   regions.erase(i);
   last = nullptr;
 }
-void* allocate(size_t n) {  // ends at a PROT_NONE page (16-byte aligned): overruns crash even without hooks
-  size_t pg = 4096, m = (n + 15) / 16 * 16, tot = (m + pg - 1) / pg * pg + 2 * pg;
-  char* b = (char*)mmap(0, tot, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
-  mprotect(b, pg, PROT_NONE);
-  mprotect(b + tot - pg, pg, PROT_NONE);
-  char* p = b + tot - pg - m;
-  if (n <= (256u << 20)) memset(p, 0xFF, n);
-  register_memory(p, n);
-  regions[(uintptr_t)p].map = tot;
-  return p;
-}
-void release(void* p) {
-  auto& r = regions[(uintptr_t)p];
-  size_t tot = r.map;
-  char* e = (char*)((r.e + 4095 + 15) / 4096 * 4096);
-  uintptr_t pe = r.a + (r.e - r.a + 15) / 16 * 16;
-  (void)e;
-  unregister_memory(p);
-  munmap((char*)pe + 4096 - tot, tot);
-}
 static Region* find(uintptr_t a) {
   if (last && a >= last->a && a < last->e) return last;
   auto i = regions.upper_bound(a);
@@ -858,9 +838,6 @@ void coc_configure(unsigned long long seed, int resident, const unsigned* only_b
 }
 void coc_register(void* p, size_t n) { coc::register_memory(p, n); }
 void coc_unregister(void* p) { coc::unregister_memory(p); }
-void* coc_allocate(size_t n) { return coc::allocate(n); }
-void coc_release(void* p) { coc::release(p); }
-int coc_instrumented() { return coc::instrumented; }
 const char* coc_errors() {
   static std::string last;
   last = coc::errors();
