@@ -214,13 +214,12 @@ class SaliencyScorer:
         parameter = self._parameters[use.name]
         # Where no other use can follow, the unit closes now: nothing is kept.
         closes = first_time and not outstanding and len(unit.pieces) == 1 and not isinstance(self._reduction, Tensor)
-        fused = closes and piece[0].ndim == 3  # one pass over the rows then gives the gradient as well
         grad = None
         if self._grads:
             a, d = (x.flatten(0, -2).to(_sum_dtype(dtype)) for x in piece)
-            grad = d.new_zeros((d.shape[1], a.shape[1])) if fused else d.T @ a
+            grad = d.new_zeros((d.shape[1], a.shape[1])) if closes else d.T @ a
         if closes:
-            self._close(use.name, unit, grad if fused else None)
+            self._close(use.name, unit, grad)  # the same pass over the rows gives the gradient as well
         return None if grad is None else grad.reshape(parameter.shape).to(parameter.dtype)
 
     # -- inside
