@@ -9,6 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from cwfast import ops
+from cwfast.ops import saliency
 from cwfast.testing import assert_no_worse, guarded
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
@@ -135,6 +136,12 @@ def test_packed_one_row_each_is_the_2d_case(backend):
     ops.accumulate_saliency_(packed, inputs, grad_outputs, cu_seqlens=torch.arange(7), backend=backend)
     ops.accumulate_saliency_(rows, inputs, grad_outputs, backend=backend)
     assert torch.equal(packed, rows)
+
+
+def test_factor_is_applied_tile_by_tile(monkeypatch, kernel):
+    monkeypatch.setattr(saliency, "TILE_BYTES", 100)  # T = 1: one row of 17 float32 at a time, of 5
+    inputs, grad_outputs = case(3, None, 5, 17)
+    run_exact(inputs, grad_outputs, kernel, power=2, factor=integers(5, 17), scale=3.0)
 
 
 @pytest.mark.parametrize("shape", [(64, None, 40, 70), (9, 33, 40, 70), (2, 600, 40, 70)], ids=str)
