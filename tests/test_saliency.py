@@ -9,6 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from cwfast import ops
+from cwfast.ops import saliency
 from cwfast.testing import assert_no_worse, guarded
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
@@ -74,18 +75,18 @@ def run_exact(inputs, grad_outputs, backend, **options):
 
 
 # Micro-tiles (float32; float64 has half the columns): 14 x 32 (AVX-512), 6 x 16 (AVX2) and 4 x 8 (scalar). Tiles are at
-# most 224 x 384 and 256 rows are packed at once.
+# most 448 x 512 and 128 rows are packed at once.
 SHAPES = [
     *[(0, 3, 4, 5), (2, 0, 4, 5), (2, 3, 0, 5), (2, 3, 4, 0), (0, None, 4, 5), (2, None, 0, 5), (2, None, 4, 0)],
     *[(1, None, 1, 1), (7, None, 5, 3), (1, 1, 1, 1), (1, 2, 1, 1), (3, 2, 5, 7), (5, 1, 3, 2), (3, 5, 1, 31)],
     *[(2, 3, 6 + d, 16 + d) for d in (-1, 0, 1)],
     *[(2, 3, 4 + d, 8 + d) for d in (-1, 0, 1)],
     *[(2, 3, 14 + d, 32 + d) for d in (-1, 0, 1)],
-    *[(2, 2, 224 + d, 384 + d) for d in (-1, 0, 1)],
-    *[(1, 256 + d, 7, 9) for d in (-1, 0, 1)],
-    *[(128 + d, 2, 7, 9) for d in (-1, 0, 1)],
-    *[(256 + d, None, 7, 9) for d in (-1, 0, 1)],
-    *[(2, 513, 5, 3), (2, 2, 449, 31), (2, 2, 3, 1153), (5, 100, 15, 33)],
+    *[(2, 2, 448 + d, 512 + d) for d in (-1, 0, 1)],
+    *[(2, 128 + d, 7, 9) for d in (-1, 0, 1)],
+    *[(64 + d, 2, 7, 9) for d in (-1, 0, 1)],
+    *[(128 + d, None, 7, 9) for d in (-1, 0, 1)],
+    *[(2, 257, 5, 3), (2, 2, 897, 31), (2, 2, 3, 1025), (5, 100, 15, 33)],
 ]
 
 
@@ -124,7 +125,7 @@ def test_packed_samples_may_be_empty(backend, offset_dtype, lengths, power):
 
 
 def test_packed_samples_across_packing_rounds(backend):
-    lengths = [300, 0, 1, 256, 257]  # 256 rows are packed at once
+    lengths = [150, 0, 1, 128, 129, 60, 60, 9]  # 128 rows are packed at once
     inputs, grad_outputs = integers(sum(lengths), 20), integers(sum(lengths), 9)
     run_exact(inputs, grad_outputs, backend, cu_seqlens=torch.tensor([0, *lengths]).cumsum(0))
 
@@ -135,6 +136,12 @@ def test_packed_one_row_each_is_the_2d_case(backend):
     ops.accumulate_saliency_(packed, inputs, grad_outputs, cu_seqlens=torch.arange(7), backend=backend)
     ops.accumulate_saliency_(rows, inputs, grad_outputs, backend=backend)
     assert torch.equal(packed, rows)
+
+
+def test_factor_is_applied_tile_by_tile(monkeypatch, kernel):
+    monkeypatch.setattr(saliency, "TILE_BYTES", 100)  # T = 1: one row of 17 float32 at a time, of 5
+    inputs, grad_outputs = case(3, None, 5, 17)
+    run_exact(inputs, grad_outputs, kernel, power=2, factor=integers(5, 17), scale=3.0)
 
 
 @pytest.mark.parametrize("shape", [(64, None, 40, 70), (9, 33, 40, 70), (2, 600, 40, 70)], ids=str)

@@ -93,19 +93,25 @@ struct Tile {
   }
 };
 
-// Each row is stored in whole vectors, whose surplus the next row overwrites.
+// Row by row, as they lie in memory. Each is stored in whole vectors, whose surplus the next row overwrites.
 template <class V, int kPanel, Fold fold>
 void pack_as(const typename V::Scalar* from, int64_t stride, int64_t depth, int64_t n, typename V::Scalar* to) {
-  constexpr int w = V::kWidth;
-  for (int64_t p = 0; p < n; p += kPanel)
-    for (int64_t t = 0; t < depth; ++t, to += kPanel) {
-      const typename V::Scalar* row = from + t * stride + p;
-      CWFAST_UNROLL for (int c = 0; c < kPanel; c += w) {
+  using T = typename V::Scalar;
+  constexpr int64_t w = V::kWidth, whole = (kPanel + w - 1) / w * w, ahead = 8;
+  const int64_t panel = panel_size(depth, kPanel, w);
+  for (int64_t t = 0; t < depth; ++t, from += stride) {
+    if (t + ahead < depth)  // rows lie too far apart for the processor to guess the next one
+      for (int64_t c = 0; c < n; c += 64 / (int64_t)sizeof(T)) __builtin_prefetch(from + ahead * stride + c);
+    T* at = to + t * kPanel;
+    int64_t p = 0;
+    for (; p + whole <= n; p += kPanel, at += panel)
+      CWFAST_UNROLL for (int64_t c = 0; c < kPanel; c += w) V::store(at + c, folded<V>(V::load(from + p + c), fold));
+    for (; p < n; p += kPanel, at += panel) CWFAST_UNROLL for (int64_t c = 0; c < kPanel; c += w) {
         const int64_t most = kPanel - c < w ? kPanel - c : w, left = n - p - c;
         const int64_t real = left < 0 ? 0 : left < most ? left : most;
-        V::store(to + c, folded<V>(V::load_n(row + c, (int)real), fold));
+        V::store(at + c, folded<V>(V::load_n(from + p + c, (int)real), fold));
       }
-    }
+  }
 }
 
 template <class V, int kPanel>

@@ -27,6 +27,9 @@ struct TileStep {
   T scale;
 };
 
+// Entries from one panel to the next: `spare` behind each may be written to.
+static inline int64_t panel_size(int64_t depth, int64_t width, int64_t spare) { return depth * width + spare; }
+
 template <class T>
 struct TileKernel {
   int64_t rows, columns, spare;  // of a micro-tile; entries behind the last panel that packing may write to

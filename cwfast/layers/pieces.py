@@ -112,7 +112,6 @@ class Outer(_Rows):
     def __init__(self, inputs: Tensor, grad_outputs: Tensor, offsets: Tensor | None = None) -> None:
         dtype = torch.promote_types(inputs.dtype, grad_outputs.dtype)
         super().__init__(inputs.to(dtype), grad_outputs.to(dtype), offsets)
-        self.fuses_gradient = self.inputs.ndim == 3 or offsets is not None
 
     def narrowed(self, begin: int, end: int) -> "Outer":
         return Outer(self.inputs, self.grad_outputs[..., begin:end], self.offsets)
