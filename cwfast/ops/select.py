@@ -9,7 +9,7 @@ from torch import Tensor
 from cwfast import _backends, _checks, reference
 from cwfast.ops._library import register
 
-BACKENDS = ("reference", "cpu")
+BACKENDS = ("reference", "cpu", "triton")
 NAN_POLICIES = ("raise", "skip")
 TRANSFORMS = (None, "abs")
 
@@ -50,7 +50,7 @@ def select_topk(
         k: how many to select, ``0 <= k <= N``.
         nan: "raise": NaN is an error. "skip": NaN is never selected, and ``k`` counts without it.
         transform: "abs" ranks ``|score|`` (scores may then be negative); None ranks the scores.
-        backend: "reference", "cpu" or "auto".
+        backend: "reference", "cpu", "triton" or "auto".
 
     Raises:
         TypeError: not tensors, or of several dtypes.
@@ -86,7 +86,7 @@ def select_topk(
 
 
 def _run(scores: list[Tensor], k: int, skip_nan: bool, abs_: bool, backend: str) -> tuple[list[Tensor], Tensor, Tensor]:
-    run = _reference if backend == "reference" else _cpu
+    run = {"reference": _reference, "cpu": _cpu, "triton": _triton}[backend]
     bits, counts, threshold = run(scores, k, skip_nan, abs_)
     return bits, torch.tensor(counts, dtype=torch.int64), torch.tensor(threshold, dtype=torch.float64)
 
@@ -109,6 +109,15 @@ def _cpu(scores: list[Tensor], k: int, skip_nan: bool, abs_: bool) -> tuple[list
     if not found.valid:
         _refuse_invalid(scores, k, skip_nan, found.nans, found.negatives)
     return bits, found.counts, found.threshold
+
+
+def _triton(scores: list[Tensor], k: int, skip_nan: bool, abs_: bool) -> tuple[list[Tensor], list[int], float]:
+    scores = [score.contiguous() for score in scores]
+    found = _backends.triton_kernels("select").select_topk(scores, k, abs_)
+    nans, negatives = found.invalid.T.tolist()
+    _refuse_invalid(scores, k, skip_nan, nans, negatives)
+    key = found.threshold.view(scores[0].dtype)[:1]  # the low bytes
+    return found.bits, found.counts.tolist(), key.item() if k else float("inf")
 
 
 def packed_bytes(numel: int) -> int:
