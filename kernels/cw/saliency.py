@@ -1,4 +1,4 @@
-"""S[o,i] += scale * |factor[o,i]|^p * sum_b |sum_t D[b,t,o] * A[b,t,i]|^p, p 1 or 2; optionally grad += sum_b sum_t D A.
+"""S[o,i] += scale * |factor[o,i]|^p * sum_b |sum_t D[b,t,o] * A[b,t,i]|^p, p 1 or 2; if asked grad += sum_b sum_t D A.
 
 Reference: ``cwfast.reference.accumulate_saliency_``. Called by ``cwfast.ops.saliency`` (backend "triton").
 Moves per entry of S: 8 bytes of S, the factor once, 8 bytes of grad; each row of A and D once per tile of the other.
