@@ -11,9 +11,8 @@ from typing import NamedTuple
 import torch
 import triton
 import triton.language as tl
+from cwfast.kernels._tl import CHUNK, addresses, aligned, chunks_of, integer, pointer
 from torch import Tensor
-
-from ._tl import CHUNK, addresses, aligned, chunks_of, integer, pointer
 
 DIGIT = 8
 BINS = 1 << DIGIT
