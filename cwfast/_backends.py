@@ -2,6 +2,8 @@
 
 import functools
 import importlib
+import importlib.util
+import os
 import warnings
 from pathlib import Path
 from types import ModuleType
@@ -68,9 +70,27 @@ def backends() -> dict[str, Backend]:
     return {
         "reference": Backend(True, ""),
         "cpu": Backend(False, module) if isinstance(module, str) else Backend(True, ""),
-        "triton": Backend(False, "this version of cwfast has no Triton kernels yet"),
+        "triton": _triton(),
         "cuda": _cuda(),
     }
+
+
+def interpreted() -> bool:
+    """Whether Triton runs kernels in its interpreter, on the CPU: slow, for tests."""
+    return os.environ.get("TRITON_INTERPRET") == "1"
+
+
+def _triton() -> Backend:
+    if importlib.util.find_spec("triton") is None:
+        return Backend(False, "triton is not installed")
+    if torch.cuda.is_available() or interpreted():  # torch calls a HIP device cuda too
+        return Backend(True, "")
+    return Backend(False, "Triton needs a CUDA or HIP device and torch finds none")
+
+
+def triton_kernels(primitive: str) -> ModuleType:
+    """``cwfast.kernels.<primitive>``, imported at the first use of backend "triton": triton loads slowly."""
+    return importlib.import_module(f"cwfast.kernels.{primitive}")
 
 
 def resolve(backend: str, device: torch.device, supported: tuple[str, ...]) -> str:
@@ -94,6 +114,8 @@ def resolve(backend: str, device: torch.device, supported: tuple[str, ...]) -> s
         raise BackendUnavailable(f"backend {backend!r} does not have this op; it has {supported}")
     if backend in ("cpu", "cuda") and device.type != backend:
         raise BackendUnavailable(f"backend {backend!r} needs {backend.upper()} tensors; got tensors on {device}")
+    if backend == "triton" and device.type != ("cpu" if interpreted() else "cuda"):
+        raise BackendUnavailable(f"backend 'triton' needs CUDA or HIP tensors; got tensors on {device}")
     return backend
 
 

@@ -11,7 +11,14 @@ from hypothesis import HealthCheck, settings
 from cwfast import _backends
 
 ISAS = ("scalar", "avx2", "avx512")  # all that csrc/cpu has kernels for
-PATHS = ("reference", *(f"cpu-{isa}" for isa in ISAS))
+PATHS = ("reference", *(f"cpu-{isa}" for isa in ISAS), "triton")
+
+if _backends.interpreted():  # a test process of its own: test_triton.py
+    import numpy as np
+    import triton_bf16
+
+    triton_bf16.patch()
+    np.seterr(all="ignore")  # the interpreter computes with numpy, which warns of NaN where a kernel does not
 
 settings.register_profile(
     "cwfast",

@@ -6,7 +6,7 @@ from torch import Tensor
 from cwfast import _backends, _checks, reference
 from cwfast.ops._library import register, written
 
-BACKENDS = ("reference", "cpu", "cuda")
+BACKENDS = ("reference", "cpu", "triton", "cuda")
 TILE_BYTES = 1 << 20  # of a row tile of products that waits for its factor: product and factor stay in the cache
 
 
@@ -39,7 +39,7 @@ def accumulate_saliency_(
             ``cu_seqlens[b]`` to ``cu_seqlens[b + 1]``.
         grad: ``[O, I]`` of the dtype of ``out``, contiguous: the same pass adds ``sum_b G_b`` (no scale, no factor).
         scale: multiplies every ``G_b`` (a mean loss over B samples has ``scale=B``).
-        backend: "reference", "cpu", "cuda" or "auto".
+        backend: "reference", "cpu", "triton", "cuda" or "auto".
 
     Returns:
         ``out``.
@@ -121,6 +121,10 @@ def _run(
     one_row_each = len(row_offsets) == len(inputs) + 1 and bool((row_offsets.diff() == 1).all())
     if resolved == "reference":
         reference.accumulate_saliency_(out, inputs, grad_outputs, row_offsets.tolist(), power, scale, factor, grad)
+    elif resolved == "triton":
+        kernel = _backends.triton_kernels("saliency").accumulate_saliency_
+        kernel(out, inputs, grad_outputs, row_offsets, power, scale, factor, grad, one_row_each)
+        written([out] if grad is None else [out, grad])
     elif resolved == "cuda":
         _cuda(out, inputs, grad_outputs, None if one_row_each else row_offsets, power, scale, factor, grad)
     elif _backends.native().isa() == "scalar" and one_row_each:

@@ -9,7 +9,7 @@ from torch import Tensor
 from cwfast import _backends, _checks, reference
 from cwfast.ops._library import register
 
-BACKENDS = ("reference", "cpu", "cuda")
+BACKENDS = ("reference", "cpu", "triton", "cuda")
 CUDA_CHUNK = 1 << 16  # entries of a block
 NAN_POLICIES = ("raise", "skip")
 TRANSFORMS = (None, "abs")
@@ -51,7 +51,7 @@ def select_topk(
         k: how many to select, ``0 <= k <= N``.
         nan: "raise": NaN is an error. "skip": NaN is never selected, and ``k`` counts without it.
         transform: "abs" ranks ``|score|`` (scores may then be negative); None ranks the scores.
-        backend: "reference", "cpu", "cuda" or "auto".
+        backend: "reference", "cpu", "triton", "cuda" or "auto".
 
     Raises:
         TypeError: not tensors, or of several dtypes.
@@ -87,7 +87,7 @@ def select_topk(
 
 
 def _run(scores: list[Tensor], k: int, skip_nan: bool, abs_: bool, backend: str) -> tuple[list[Tensor], Tensor, Tensor]:
-    run = {"reference": _reference, "cpu": _cpu, "cuda": _cuda}[backend]
+    run = {"reference": _reference, "cpu": _cpu, "triton": _triton, "cuda": _cuda}[backend]
     bits, counts, threshold = run(scores, k, skip_nan, abs_)
     return bits, torch.tensor(counts, dtype=torch.int64), torch.tensor(threshold, dtype=torch.float64)
 
@@ -145,6 +145,15 @@ def _chunks(scores: list[Tensor], bits: list[Tensor]) -> Tensor:
         row[:, 2], row[:, 3] = start, (score.numel() - start).clamp_max(CUDA_CHUNK)
         rows.append(row)
     return torch.cat(rows)
+
+
+def _triton(scores: list[Tensor], k: int, skip_nan: bool, abs_: bool) -> tuple[list[Tensor], list[int], float]:
+    scores = [score.contiguous() for score in scores]
+    found = _backends.triton_kernels("select").select_topk(scores, k, abs_)
+    nans, negatives = found.invalid.T.tolist()
+    _refuse_invalid(scores, k, skip_nan, nans, negatives)
+    key = found.threshold.view(scores[0].dtype)[:1]  # the low bytes
+    return found.bits, found.counts.tolist(), key.item() if k else float("inf")
 
 
 def packed_bytes(numel: int) -> int:
