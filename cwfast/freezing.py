@@ -56,8 +56,7 @@ def freeze(
     def zero_gradient(parameter: Tensor, name: str) -> None:
         gradient = parameter.grad
         if gradient is not None:
-            bits = masks.bits[name].to(gradient.device)
-            ops.scatter_([gradient], [bits], [zeros[name].to(gradient)], backend=backend)
+            ops.scatter_([gradient], [_picks(masks, name, gradient)], [zeros[name].to(gradient)], backend=backend)
 
     def restore_all(*_: object) -> None:
         for target in held:
@@ -84,10 +83,16 @@ class _Held:
         self, targets: Mapping[str, Tensor], source: Mapping[str, Tensor], masks: MaskSet, backend: str
     ) -> None:
         self.weights = [target.detach() for target in targets.values()]
-        self.bits = [masks.bits[name].to(w.device) for name, w in zip(targets, self.weights, strict=True)]
+        self.picks = [_picks(masks, name, w) for name, w in zip(targets, self.weights, strict=True)]
         wanted = [source[name].detach().to(w) for name, w in zip(targets, self.weights, strict=True)]
-        self.values = ops.gather(wanted, self.bits, backend=backend)
+        self.values = ops.gather(wanted, self.picks, backend=backend)
         self.backend = backend
 
     def restore(self) -> None:
-        ops.scatter_(self.weights, self.bits, self.values, backend=self.backend)
+        ops.scatter_(self.weights, self.picks, self.values, backend=self.backend)
+
+
+def _picks(masks: MaskSet, name: str, like: Tensor) -> Tensor | tuple[Tensor, Tensor]:
+    """The smaller form of a parameter's mask, on the device of ``like``."""
+    picks = masks.picks(name)
+    return picks.to(like.device) if isinstance(picks, Tensor) else (picks[0].to(like.device), picks[1].to(like.device))

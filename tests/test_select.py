@@ -66,6 +66,15 @@ def test_ties_and_histograms_over_many_chunks(kernel, kind, dtype):
         check(scores, k, kernel)
 
 
+@pytest.mark.parametrize("share", [0.2, 0.5, 0.95])
+def test_several_heavy_ties(kernel, share):
+    """More than one value overflows the candidates, above and below the k-th largest, next to its border."""
+    scores = [(torch.rand(2_000_000) < share).float() + torch.rand(2_000_000).mul(1.01).floor() * 3]
+    ones = int((scores[0] > 0).sum())
+    for k in (1, ones - 1, ones, ones + 1):
+        check(scores, k, kernel)
+
+
 def test_many_small_tensors(backend):
     scores = [(torch.rand(i % 37) * 20).floor() for i in range(500)]
     for k in ks(sum(s.numel() for s in scores)):

@@ -45,8 +45,9 @@ struct Candidate {
 
 // What one read of a chunk left behind.
 struct Outcome {
-  int64_t sure = 0;  // entries at or above the bracket: selected
-  int64_t ties = 0;  // entries inside the bracket
+  int64_t sure = 0;   // entries at or above the bracket: selected
+  int64_t ties = 0;   // entries inside the bracket
+  int64_t equal = 0;  // candidates equal to the threshold; then how many of them are taken
   int64_t nans = 0, negatives = 0;
   int thread = 0;  // whose buffer holds the candidates
   size_t begin = 0;
@@ -109,7 +110,8 @@ class Selector {
 
   Selected run() {
     sample_bracket();
-    read(true);
+    const bool tied = settle_heavy_ties();
+    if (!tied) read(true);
     Selected out;
     collect_invalid(out);
     int64_t selectable = numel_;
@@ -120,6 +122,8 @@ class Selector {
       low_ = high_ = F::kInf + 1;
       read(false);
       threshold_key_ = F::kInf;
+    } else if (tied) {
+      finish_ties();
     } else if (bracket_holds()) {
       finish_candidates();
     } else {
@@ -171,6 +175,33 @@ class Selector {
       std::nth_element(keys.begin(), keys.begin() + rank - margin, keys.end(), descending);
       high_ = keys[rank - margin] + 1;
     }
+    keys.erase(std::remove_if(keys.begin(), keys.end(), [&](uint64_t key) { return key < low_ || key >= high_; }),
+               keys.end());
+    std::sort(keys.begin(), keys.end());
+    sample_ = std::move(keys);
+    sample_size_ = size;
+  }
+
+  // Where one value alone would overflow the candidates (all equal, mostly zero), a read that only counts it tells on
+  // which side of it the k-th largest lies, or that it is the one: true, and [low, high) is that value alone.
+  bool settle_heavy_ties() {
+    uint64_t low = low_, high = high_;  // the bracket as it narrows
+    while (k_ > 0 && low < high) {
+      uint64_t heaviest = 0;
+      size_t most = 0;
+      for (size_t i = 0, j = 0; i < sample_.size(); i = j) {
+        while (j < sample_.size() && sample_[j] == sample_[i]) ++j;
+        if (sample_[i] >= low && sample_[i] < high && j - i > most) most = j - i, heaviest = sample_[i];
+      }
+      if (static_cast<double>(most) * static_cast<double>(numel_) <= 0.5 * capacity_ * sample_size_) break;
+      low_ = heaviest, high_ = heaviest + 1;
+      read(false);
+      const int64_t above = total(&Outcome::sure);
+      if (above < k_ && k_ <= above + total(&Outcome::ties)) return true;
+      (k_ <= above ? low : high) = k_ <= above ? heaviest + 1 : heaviest;
+    }
+    if (low < high) low_ = low, high_ = high;
+    return false;
   }
 
   int64_t scaled(int64_t i, int64_t size) const {
@@ -188,6 +219,8 @@ class Selector {
   void read(bool keep_candidates) {
     const int workers = threads();
     candidates_.assign(static_cast<size_t>(workers), {});
+    if (keep_candidates)  // address space only; growing would copy and hold twice
+      for (auto& buffer : candidates_) buffer.reserve(static_cast<size_t>(std::min(capacity_, numel_)));
     std::atomic<int64_t> kept{0};
     Region region;
 #pragma omp parallel for schedule(dynamic, 4) num_threads(workers)
@@ -299,27 +332,66 @@ class Selector {
     return bins;
   }
 
-  void finish_candidates() {
+  // Calls use(outcome, its chunk, its first candidate) for every chunk, in parallel.
+  template <class Use>
+  void for_each_chunk(Use use) {
+    Region region;
+#pragma omp parallel for schedule(dynamic, 16) num_threads(threads())
+    for (int64_t c = 0; c < static_cast<int64_t>(chunks_.size()); ++c)
+      region.run([&, c] {
+        Outcome& out = outcomes_[static_cast<size_t>(c)];
+        use(out, chunks_[static_cast<size_t>(c)], candidates_[static_cast<size_t>(out.thread)].data() + out.begin);
+      });
+    region.finish();
+  }
+
+  // The needed-th largest candidate: by a histogram, then by nth_element among those of one bin.
+  uint64_t threshold_of(int64_t needed) {
+    int shift = 0;
+    while ((high_ - low_ - 1) >> shift >= kBins) ++shift;
+    const auto bin_of = [&](const Kept& kept) { return (kept.key - low_) >> shift; };
+    std::vector<std::vector<int64_t>> counts(candidates_.size(), std::vector<int64_t>(kBins, 0));
+#pragma omp parallel for schedule(static) num_threads(threads())
+    for (int64_t t = 0; t < static_cast<int64_t>(candidates_.size()); ++t)
+      for (const Kept& kept : candidates_[static_cast<size_t>(t)]) ++counts[static_cast<size_t>(t)][bin_of(kept)];
+    for (size_t t = 1; t < counts.size(); ++t)
+      for (size_t b = 0; b < kBins; ++b) counts[0][b] += counts[t][b];
+    size_t bin = kBins - 1;
+    while (counts[0][bin] < needed) needed -= counts[0][bin--];
     std::vector<Raw> keys;
+    keys.reserve(static_cast<size_t>(counts[0][bin]));
     for (const auto& buffer : candidates_)
-      for (const Kept& candidate : buffer) keys.push_back(candidate.key);
-    const int64_t needed = k_ - total(&Outcome::sure);
+      for (const Kept& kept : buffer)
+        if (bin_of(kept) == bin) keys.push_back(kept.key);
     std::nth_element(keys.begin(), keys.begin() + needed - 1, keys.end(), std::greater<Raw>());
-    threshold_key_ = keys[needed - 1];
-    // nth_element left the larger keys in front, equal ones anywhere
-    int64_t quota =
-        needed - std::count_if(keys.begin(), keys.begin() + needed, [&](Raw key) { return key > threshold_key_; });
-    for (size_t c = 0; c < chunks_.size(); ++c) {  // in flat order: ties go to the lowest index
-      Outcome& out = outcomes_[c];
-      const Kept* candidate = candidates_[static_cast<size_t>(out.thread)].data() + out.begin;
-      for (const Kept* end = candidate + out.ties; candidate != end; ++candidate) {
-        const bool tie = candidate->key == threshold_key_;
-        if (candidate->key < threshold_key_ || (tie && quota == 0)) continue;
-        quota -= tie;
-        chunks_[c].bits[candidate->offset / 64] |= uint64_t{1} << (candidate->offset % 64);
-        ++out.sure;
+    return keys[static_cast<size_t>(needed - 1)];
+  }
+
+  void finish_candidates() {
+    threshold_key_ = threshold_of(k_ - total(&Outcome::sure));
+    const auto select = [](Outcome& out, const Chunk& chunk, const Kept& kept) {
+      chunk.bits[kept.offset / 64] |= uint64_t{1} << (kept.offset % 64);
+      ++out.sure;
+    };
+    for_each_chunk([&](Outcome& out, const Chunk& chunk, const Kept* kept) {
+      out.equal = 0;
+      for (const Kept* end = kept + out.ties; kept != end; ++kept) {
+        if (kept->key > threshold_key_) select(out, chunk, *kept);
+        out.equal += kept->key == threshold_key_;
       }
+    });
+    int64_t quota = k_ - total(&Outcome::sure);
+    for (Outcome& out : outcomes_) {  // in flat order: ties go to the lowest index
+      out.equal = std::min(out.equal, quota);
+      quota -= out.equal;
     }
+    for_each_chunk([&](Outcome& out, const Chunk& chunk, const Kept* kept) {
+      for (; out.equal > 0; ++kept) {
+        if (kept->key != threshold_key_) continue;
+        select(out, chunk, *kept);
+        --out.equal;
+      }
+    });
   }
 
   // All entries inside the bracket are equal: the first of them, in flat order, fill what is left of k.
@@ -364,7 +436,8 @@ class Selector {
   std::vector<Chunk> chunks_;
   std::vector<Outcome> outcomes_;              // [chunks]
   std::vector<std::vector<Kept>> candidates_;  // [threads]
-  int64_t numel_ = 0, capacity_ = 0;
+  std::vector<uint64_t> sample_;               // ascending, those inside the first bracket
+  int64_t numel_ = 0, capacity_ = 0, sample_size_ = 0;
   uint64_t low_ = 0, high_ = 0, threshold_key_ = 0;
 };
 

@@ -20,4 +20,9 @@ Word scan_avx2_float64(const void* p, uint64_t low, uint64_t high, bool abs);
 Word scan_avx2_bfloat16(const void* p, uint64_t low, uint64_t high, bool abs);
 Word scan_avx2_float16(const void* p, uint64_t low, uint64_t high, bool abs);
 
+// float64 has no scan of its own for AVX-512: it takes that of AVX2.
+Word scan_avx512_float32(const void* p, uint64_t low, uint64_t high, bool abs);
+Word scan_avx512_bfloat16(const void* p, uint64_t low, uint64_t high, bool abs);
+Word scan_avx512_float16(const void* p, uint64_t low, uint64_t high, bool abs);
+
 }  // namespace cwfast
