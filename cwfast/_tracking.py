@@ -100,6 +100,10 @@ class Pass:
 def chosen(
     parameters: dict[str, nn.Parameter], include: Sequence[str] | None, exclude: Sequence[str] | None
 ) -> dict[str, nn.Parameter]:
+    for argument, patterns in (("include", include), ("exclude", exclude)):
+        if isinstance(patterns, str):
+            raise TypeError(f"{argument} must be a sequence of patterns, such as [{patterns!r}]; got a string")
+
     def matches(name: str, patterns: Sequence[str]) -> bool:
         return any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns)
 

@@ -179,7 +179,13 @@ class SaliencyScorer:
             self._seen = 0
 
     def scores(self) -> dict[str, Tensor]:
-        """``{name: scores}``, shaped as the parameters. They are the buffers themselves: later batches add to them."""
+        """``{name: scores}``, shaped as the parameters. They are the buffers themselves: later batches add to them.
+
+        Raises:
+            RuntimeError: a weight changed unseen, or granularity "batch" saw samples but no ``step()``.
+        """
+        if self._granularity == "batch" and self._seen and not self.samples:
+            raise RuntimeError("granularity 'batch' adds at scorer.step(), after each backward pass; it was not called")
         self._fold()
         return dict(self._scores)
 

@@ -102,3 +102,20 @@ def test_the_number_of_samples_must_be_known():
 def test_wrong_options(options, message):
     with pytest.raises(ValueError, match=message):
         SaliencyScorer(Net(), **options)
+
+
+@pytest.mark.parametrize("argument", ["include", "exclude"])
+def test_a_string_is_no_sequence_of_patterns(argument):
+    with pytest.raises(TypeError, match=rf"{argument} must be a sequence of patterns, such as \['0\.bias'\]"):
+        SaliencyScorer(nn.Sequential(nn.Linear(2, 2)), **{argument: "0.bias"})
+
+
+def test_batch_granularity_without_a_step_is_an_error_not_zeros():
+    model = nn.Linear(3, 2)
+    scorer = SaliencyScorer(model, granularity="batch")
+    with scorer:
+        model(torch.randn(4, 3)).sum().backward()
+        with pytest.raises(RuntimeError, match=r"adds at scorer\.step"):
+            scorer.scores()
+        scorer.step()
+    assert scorer.scores()["weight"].any()
