@@ -206,8 +206,7 @@ def catch(name: str) -> None:
         test_offsets_above_2_to_the_31(inner, True, torch.bfloat16)
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("name", ["", *PLANTED])
+@pytest.mark.parametrize("name", build.some_slow(["", *PLANTED]))
 def test_planted_defect_is_caught(name):
     code = f"import test_cuda_saliency as t; t.catch({name!r})"
     folder = os.path.dirname(__file__)

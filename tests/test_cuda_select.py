@@ -158,8 +158,7 @@ def catch(name: str) -> None:
         far_chunks(inner, torch.bfloat16)
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("name", ["", *PLANTED])
+@pytest.mark.parametrize("name", build.some_slow(["", *PLANTED]))
 def test_planted_defect_is_caught(name):
     code = f"import test_cuda_select as t; t.catch({name!r})"
     folder = os.path.dirname(__file__)

@@ -13,6 +13,8 @@ import subprocess
 import tempfile
 from pathlib import Path
 
+import pytest
+
 HERE = Path(__file__).resolve().parent
 CSRC = HERE.parent.parent / "csrc"
 CHECKED = ["-fsanitize=thread", "--param", "tsan-distinguish-volatile=1"]
@@ -76,3 +78,8 @@ def library(stem: str, checked: bool = False, changes: tuple[tuple[str, str], ..
     loaded.coc_configure.argtypes = [ctypes.c_uint64, ctypes.c_int, ctypes.c_void_p, ctypes.c_uint]
     loaded.coc_configure(1, 2, None, 0)
     return loaded
+
+
+def some_slow(defects: list[str]) -> list[object]:
+    """Parameters: the first four run among the slow tests, all of them with ``-m "slow or exhaustive"``."""
+    return [pytest.param(d, marks=pytest.mark.slow if i < 4 else pytest.mark.exhaustive) for i, d in enumerate(defects)]
