@@ -97,7 +97,7 @@ def _bench(options: argparse.Namespace) -> tuple[dict[str, Any], str]:
 
     with tempfile.TemporaryDirectory() as folder:
         lines = Path(folder) / "results.jsonl"
-        command = [sys.executable, "-m", "cwfast.benchmarks", *options.suites, "--size", options.size]
+        command = [sys.executable, "-P", "-m", "cwfast.benchmarks", *options.suites, "--size", options.size]
         if options.out is not None:  # an unwritable one is found now, not after minutes
             options.out.open("a").close()
         done = subprocess.run([*command, "--out", str(lines)], stdout=sys.stderr, check=False)
