@@ -47,10 +47,10 @@ assert torch.equal(down, a)
     assert done.returncode == 0, done.stderr
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 @pytest.mark.parametrize("stem", ["saliency", "select"])
 def test_property_tests_in_the_interpreter(stem):
-    command = [sys.executable, "-m", "pytest", "-q", f"tests/test_{stem}.py", "-k", "triton"]
+    command = [sys.executable, "-P", "-m", "pytest", "-q", f"tests/test_{stem}.py", "-k", "triton"]
     env = {**os.environ, "TRITON_INTERPRET": "1"}
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=1800, env=env)
     assert done.returncode == 0, done.stdout[-5000:]
