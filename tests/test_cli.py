@@ -29,9 +29,9 @@ def run_benchmarks(monkeypatch, code):
     """Instead of the benchmarks' process: ``code`` with their command line in ``command``."""
 
     def run(command, **options):
-        assert command[1:3] == ["-m", "cwfast.benchmarks"]
+        assert command[1:4] == ["-P", "-m", "cwfast.benchmarks"]
         assert options["stdout"] is sys.stderr
-        return subprocess.CompletedProcess(command, code(command[3:]))
+        return subprocess.CompletedProcess(command, code(command[4:]))
 
     monkeypatch.setattr(subprocess, "run", run)
 
