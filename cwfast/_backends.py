@@ -66,13 +66,17 @@ def backends() -> dict[str, Backend]:
 
     Example: ``cwfast.backends()["cpu"].available``.
     """
-    module = extension()
-    return {
-        "reference": Backend(True, ""),
-        "cpu": Backend(False, module) if isinstance(module, str) else Backend(True, ""),
-        "triton": _triton(),
-        "cuda": _cuda(),
-    }
+    return {name: _probe(name) for name in NAMES}
+
+
+def _probe(name: str) -> Backend:
+    """One backend alone: looking for CUDA starts its driver, which CPU tensors must not."""
+    if name == "reference":
+        return Backend(True, "")
+    if name == "cpu":
+        module = extension()
+        return Backend(False, module) if isinstance(module, str) else Backend(True, "")
+    return _triton() if name == "triton" else _cuda()
 
 
 def interpreted() -> bool:
@@ -107,7 +111,7 @@ def resolve(backend: str, device: torch.device, supported: tuple[str, ...]) -> s
         return _auto(device.type, supported)
     if backend not in NAMES:
         raise ValueError(f"backend must be one of {('auto', *NAMES)}; got {backend!r}")
-    available, reason = backends()[backend]
+    available, reason = _probe(backend)
     if not available:
         raise BackendUnavailable(f"backend {backend!r} is not available: {reason}")
     if backend not in supported:
@@ -121,19 +125,20 @@ def resolve(backend: str, device: torch.device, supported: tuple[str, ...]) -> s
 
 @functools.cache
 def _auto(device_type: str, supported: tuple[str, ...]) -> str:
-    have = backends()
     if device_type == "cuda":
-        for name in ("cuda", "triton"):
+        have = {name: _probe(name) for name in ("cuda", "triton")}
+        for name in have:
             if name in supported and have[name].available:
                 return name
-        why = "; ".join(f"{name}: {have[name].reason}" for name in ("cuda", "triton"))
+        why = "; ".join(f"{name}: {backend.reason}" for name, backend in have.items())
         raise BackendUnavailable(
             f"no kernel for CUDA tensors ({why}); name backend='reference' to run in plain PyTorch"
         )
     if device_type != "cpu" or "cpu" not in supported:
         return "reference"
-    if not have["cpu"].available:
-        _warn_slow(have["cpu"].reason)
+    available, reason = _probe("cpu")
+    if not available:
+        _warn_slow(reason)
         return "reference"
     return "cpu"
 

@@ -118,19 +118,24 @@ def _run(
 ) -> None:
     scale = abs(scale) ** power
     resolved = _backends.resolve(backend, out.device, BACKENDS)  # here, where torch.compile does not look
-    one_row_each = len(row_offsets) == len(inputs) + 1 and bool((row_offsets.diff() == 1).all())
     if resolved == "reference":
         reference.accumulate_saliency_(out, inputs, grad_outputs, row_offsets.tolist(), power, scale, factor, grad)
     elif resolved == "triton":
         kernel = _backends.triton_kernels("saliency").accumulate_saliency_
-        kernel(out, inputs, grad_outputs, row_offsets, power, scale, factor, grad, one_row_each)
+        one = _one_row_each(row_offsets, len(inputs))
+        kernel(out, inputs, grad_outputs, row_offsets, power, scale, factor, grad, one)
         written([out] if grad is None else [out, grad])
     elif resolved == "cuda":
-        _cuda(out, inputs, grad_outputs, None if one_row_each else row_offsets, power, scale, factor, grad)
-    elif _backends.native().isa() == "scalar" and one_row_each:
+        offsets = None if _one_row_each(row_offsets, len(inputs)) else row_offsets
+        _cuda(out, inputs, grad_outputs, offsets, power, scale, factor, grad)
+    elif _backends.native().isa() == "scalar" and _one_row_each(row_offsets, len(inputs)):
         _product(out, inputs.to(out.dtype), grad_outputs.to(out.dtype), power, scale, factor, grad)
     else:
         _kernel(out, inputs.to(out.dtype), grad_outputs.to(out.dtype), row_offsets, power, scale, factor, grad)
+
+
+def _one_row_each(row_offsets: Tensor, rows: int) -> bool:
+    return len(row_offsets) == rows + 1 and bool((row_offsets.diff() == 1).all())
 
 
 def _product(
