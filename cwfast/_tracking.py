@@ -1,12 +1,12 @@
 """How a scorer sees every use of its parameters, and what it keeps of a backward pass."""
 
-import fnmatch
 from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
+from cwfast._scopes import check_patterns, first_match
 from cwfast.errors import UnsupportedLayer
 from cwfast.layers.pieces import Piece, Place
 from cwfast.layers.samples import Batch, Layout
@@ -100,17 +100,11 @@ class Pass:
 def chosen(
     parameters: dict[str, nn.Parameter], include: Sequence[str] | None, exclude: Sequence[str] | None
 ) -> dict[str, nn.Parameter]:
-    for argument, patterns in (("include", include), ("exclude", exclude)):
-        if isinstance(patterns, str):
-            raise TypeError(f"{argument} must be a sequence of patterns, such as [{patterns!r}]; got a string")
-
-    def matches(name: str, patterns: Sequence[str]) -> bool:
-        return any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns)
-
+    check_patterns(include=include, exclude=exclude)
     chosen = {
         name: parameter
         for name, parameter in parameters.items()
-        if (include is None or matches(name, include)) and not (exclude and matches(name, exclude))
+        if (include is None or first_match(name, include) is not None) and first_match(name, exclude or ()) is None
     }
     if not chosen:
         raise ValueError(
