@@ -7,9 +7,10 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from cwfast import ops
+from cwfast import _picks, ops
 from cwfast._parameters import Initial, initial_values
 from cwfast.masks import MaskSet, matching
+from cwfast.ops.rewind import Bits
 
 
 @contextmanager
@@ -51,20 +52,20 @@ def freeze(
         raise ValueError("optimizer must hold parameters of model or tensors of also; it holds others only")
     for target in held:
         target.restore()
-    zeros = {name: torch.zeros_like(values) for name, values in zip(parameters, held[0].values, strict=True)}
+    zeros = [torch.zeros_like(values) for values in held[0].values]
 
-    def zero_gradient(parameter: Tensor, name: str) -> None:
+    def zero_gradient(parameter: Tensor, picks: Bits, zero: Tensor) -> None:
         gradient = parameter.grad
         if gradient is not None:
-            ops.scatter_([gradient], [_picks(masks, name, gradient)], [zeros[name].to(gradient)], backend=backend)
+            ops.scatter_([gradient], [picks], [zero.to(gradient)], backend=backend)
 
     def restore_all(*_: object) -> None:
         for target in held:
             target.restore()
 
     hooks = [
-        parameter.register_post_accumulate_grad_hook(lambda p, name=name: zero_gradient(p, name))
-        for name, parameter in parameters.items()
+        parameter.register_post_accumulate_grad_hook(lambda p, picks=picks, zero=zero: zero_gradient(p, picks, zero))
+        for parameter, picks, zero in zip(parameters.values(), held[0].picks, zeros, strict=True)
         if parameter.requires_grad
     ]
     hooks.append(inner.register_step_post_hook(restore_all))
@@ -83,16 +84,12 @@ class _Held:
         self, targets: Mapping[str, Tensor], source: Mapping[str, Tensor], masks: MaskSet, backend: str
     ) -> None:
         self.weights = [target.detach() for target in targets.values()]
-        self.picks = [_picks(masks, name, w) for name, w in zip(targets, self.weights, strict=True)]
+        self.picks = [
+            _picks.to_device(masks.picks(name), w.device) for name, w in zip(targets, self.weights, strict=True)
+        ]
         wanted = [source[name].detach().to(w) for name, w in zip(targets, self.weights, strict=True)]
         self.values = ops.gather(wanted, self.picks, backend=backend)
         self.backend = backend
 
     def restore(self) -> None:
         ops.scatter_(self.weights, self.picks, self.values, backend=self.backend)
-
-
-def _picks(masks: MaskSet, name: str, like: Tensor) -> Tensor | tuple[Tensor, Tensor]:
-    """The smaller form of a parameter's mask, on the device of ``like``."""
-    picks = masks.picks(name)
-    return picks.to(like.device) if isinstance(picks, Tensor) else (picks[0].to(like.device), picks[1].to(like.device))

@@ -14,6 +14,7 @@ from cwfast import _mask_files, _picks, _streaming, ops, reference
 from cwfast._parameters import Initial, check_apart, check_shapes, initial_values
 from cwfast._scopes import Scope, groups_of
 from cwfast.checkpoint import Checkpoint
+from cwfast.errors import CheckpointError
 from cwfast.ops.rewind import Bits
 from cwfast.ops.select import packed_bytes
 
@@ -232,7 +233,10 @@ class MaskSet:
             CheckpointError: it is not such a file, or broken; the message says where.
         """
         picks, shapes, zeros = _mask_files.load(path)
-        return cls(picks, shapes, zero_score_selected=zeros)
+        try:
+            return cls(picks, shapes, zero_score_selected=zeros)
+        except ValueError as error:
+            raise CheckpointError(f"{path} must hold the masks that its shapes promise; {error}") from error
 
 
 class _PackedBits(Mapping[str, Tensor]):

@@ -250,13 +250,12 @@ class SaliencyScorer:
         outstanding.discard(use)
         # Where no other use can follow, the unit closes now: nothing is kept.
         closes = first_time and not outstanding and len(unit.pieces) == 1 and not isinstance(self._reduction, Tensor)
-        fused = closes and piece.fuses_gradient  # one pass over the rows then gives the gradient as well
         grad = None
         if self._grads:
             out = place.of(self._scores[use.name])
-            grad = torch.zeros_like(out) if fused else piece.total(out.shape, out.dtype, out.device)
+            grad = torch.zeros_like(out) if closes else piece.total(out.shape, out.dtype, out.device)
         if closes:
-            self._close(use.name, unit, grad if fused else None)
+            self._close(use.name, unit, grad)  # the same pass over the rows gives the gradient as well
         return grad
 
     # -- inside

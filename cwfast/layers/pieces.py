@@ -20,7 +20,6 @@ class Piece:
     """
 
     samples: int
-    fuses_gradient = True  # accumulate_ gives the summed gradient at no further cost
 
     def add_to(self, out: Tensor, sample: int) -> None:
         raise NotImplementedError
