@@ -70,6 +70,10 @@ Word scan_scalar(const void* p, uint64_t low, uint64_t high, bool abs) {
 template <class F>
 ScanWord scanner(Dtype dtype) {
 #if defined(__x86_64__)
+  if (isa() == Isa::avx512 && dtype != Dtype::float64)
+    return dtype == Dtype::float32    ? scan_avx512_float32
+           : dtype == Dtype::bfloat16 ? scan_avx512_bfloat16
+                                      : scan_avx512_float16;
   if (isa() >= Isa::avx2) {
     switch (dtype) {
       case Dtype::float32:
