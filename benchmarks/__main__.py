@@ -5,15 +5,18 @@ import os
 import sys
 from pathlib import Path
 
+from cwfast.benchmarks import _harness
+
 FOLDER = Path(__file__).resolve().parent
 NAMES = tuple(sorted(path.stem.removeprefix("bench_") for path in FOLDER.glob("bench_*.py")))
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Run the named benchmarks (all of them by default); returns pytest's exit status."""
+    """Run the named benchmarks (default: all; ``saliency`` includes ``saliency_op``); returns pytest's exit status."""
     parser = argparse.ArgumentParser(prog="python -m cwfast.benchmarks", description=__doc__)
     parser.add_argument("names", nargs="*", metavar="NAME", help=f"which to run, of {', '.join(NAMES)}; default: all")
-    parser.add_argument("--size", choices=("tiny", "full"), default="tiny", help="tiny: do they run; full: figures")
+    sizes = "tiny: do they run; normal: all of them in a few minutes; full: every case (default: %(default)s)"
+    parser.add_argument("--size", choices=_harness.SIZES, default="tiny", help=sizes)
     parser.add_argument("--out", type=Path, help="append one JSON line per case to this file")
     options = parser.parse_args(arguments)
     unknown = [name for name in options.names if name not in NAMES]
@@ -31,7 +34,8 @@ def main(arguments: list[str] | None = None) -> int:
         import pytest_benchmark  # noqa: F401
     except ImportError as error:
         parser.error(f'pytest and pytest-benchmark must be installed (pip install "cwfast[bench]"); got {error}')
-    files = [str(FOLDER / f"bench_{name}.py") for name in options.names or NAMES]
+    wanted = [name for name in NAMES if not options.names or any(f"{name}_".startswith(f"{n}_") for n in options.names)]
+    files = [str(FOLDER / f"bench_{name}.py") for name in wanted]
     # The figures are the harness's own; no option of a checkout applies, and nothing is written beside the package.
     return int(pytest.main([*files, "-q", "--benchmark-disable", "--override-ini=addopts=", "-p", "no:cacheprovider"]))
 

@@ -10,15 +10,12 @@ import inspect
 import json
 import math
 import os
-import platform
 import runpy
 import statistics
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
-from datetime import UTC, datetime
-from functools import cache
 from pathlib import Path
 from types import ModuleType
 from typing import Any, TypeVar
@@ -26,27 +23,46 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-import cwfast
-from cwfast import _backends
+from cwfast.benchmarks._machine import environment
 
 T = TypeVar("T")
-SIZES = ("tiny", "full")
+SIZES = ("tiny", "normal", "full")
 SUMMARY: list[str] = []  # a readable line per case, printed when pytest ends
 SKIPPED: dict[str, str] = {}  # peers that are not installed, and why they could not be imported
 _STATUS = Path("/proc/self/status")
 
 
 def size() -> str:
-    """``CWFAST_BENCH_SIZE``: "tiny" (the default: does it run?) or "full" (figures)."""
+    """``CWFAST_BENCH_SIZE``: "tiny" (the default: does it run?), "normal" (minutes in all) or "full" (every case)."""
     value = os.environ.get("CWFAST_BENCH_SIZE", "tiny")
     if value not in SIZES:
         raise ValueError(f"CWFAST_BENCH_SIZE must be one of {SIZES}; got {value!r}")
     return value
 
 
-def by_size(*, tiny: T, full: T) -> T:
-    """The value for this run's size."""
-    return full if size() == "full" else tiny
+def by_size(*, tiny: T, full: T, normal: T | None = None) -> T:
+    """The value for this run's size; a case without a ``normal`` one runs as in full."""
+    value = {"tiny": tiny, "normal": normal, "full": full}[size()]
+    return full if value is None else value
+
+
+def device() -> torch.device:
+    """``CWFAST_BENCH_DEVICE``: "cpu" (the default) or "cuda"; only the suite ``device`` looks at it.
+
+    Raises:
+        ValueError: torch has no such device here.
+    """
+    value = os.environ.get("CWFAST_BENCH_DEVICE", "cpu")
+    if value not in ("cpu", "cuda") or (value == "cuda" and not torch.cuda.is_available()):
+        have = f"torch {torch.__version__}, CUDA {'available' if torch.cuda.is_available() else 'not available'}"
+        raise ValueError(f"CWFAST_BENCH_DEVICE must be cpu, or cuda where torch has one; got {value!r} ({have})")
+    return torch.device(value)
+
+
+def synchronize() -> None:
+    """Waits for the device: a clock that is read afterwards has seen all work."""
+    if device().type == "cuda":
+        torch.cuda.synchronize()
 
 
 def peer(module: str) -> ModuleType | None:
@@ -88,8 +104,10 @@ def interleaved(
                     continue
                 if setup is not None:
                     setup(name)
+                synchronize()
                 begin = time.perf_counter()
                 result = variants[name]()
+                synchronize()
                 elapsed = time.perf_counter() - begin
                 del result
                 if turn >= 0:
@@ -117,21 +135,10 @@ def read(*tensors: Tensor) -> Callable[[], object]:
     return lambda: [view.sum() for view in views]
 
 
-@cache
-def read_bandwidth() -> float:
-    """Bytes per second of a multi-threaded read of a float32 buffer (400 MB; tiny: 4 MB)."""
-    buffer = torch.ones(by_size(tiny=10**6, full=10**8))
-    return buffer.nbytes / medians(interleaved({"read": read(buffer)}, 7))["read"]
-
-
-def gemm_flops(m: int, n: int, k: int, dtype: torch.dtype = torch.float32) -> float:
-    """Floating-point operations per second of a matrix product ``[m, k] @ [k, n]``."""
-    a, b, out = (torch.ones(shape, dtype=dtype) for shape in ((m, k), (k, n), (m, n)))
-    return 2 * m * n * k / medians(interleaved({"mm": lambda: torch.mm(a, b, out=out)}, 7))["mm"]
-
-
 def peak_memory(function: Callable[..., Iterator[None]], *args: Any) -> int | None:
     """Extra peak resident bytes of a generator function's second half, in a fresh process; None where not on Linux.
+
+    On a GPU: extra peak bytes of torch's allocator, in this process.
 
     What the generator does before its ``yield`` (inputs, a small warm-up call that loads the code) is the baseline,
     what it does afterwards is measured.
@@ -143,6 +150,8 @@ def peak_memory(function: Callable[..., Iterator[None]], *args: Any) -> int | No
     Raises:
         RuntimeError: the process failed; the message ends with what it printed.
     """
+    if device().type == "cuda":
+        return _allocated_peak(function(*args))
     if not _STATUS.exists():
         return None
     command = [sys.executable, "-P", "-m", __name__, inspect.getfile(function), function.__name__, json.dumps(args)]
@@ -163,49 +172,19 @@ def _peak_of(path: str, name: str, args: str) -> int:
     return max(0, _status_bytes("VmHWM") - before)
 
 
+def _allocated_peak(steps: Iterator[None]) -> int:
+    next(steps)
+    gc.collect()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    next(steps, None)
+    torch.cuda.synchronize()
+    return torch.cuda.max_memory_allocated() - before
+
+
 def _status_bytes(field: str) -> int:
     line = next(line for line in _STATUS.read_text().splitlines() if line.startswith(field + ":"))
     return int(line.split()[1]) * 1024
-
-
-@cache
-def _machine() -> dict[str, Any]:
-    native = _backends.extension()
-    return {
-        "cpu": _cpu_model(),
-        "threads": torch.get_num_threads(),
-        "isa": None if isinstance(native, str) else native.isa(),
-        "cwfast": cwfast.__version__,
-        "torch": torch.__version__,
-        "python": platform.python_version(),
-        "commit": _commit(),
-    }
-
-
-def environment() -> dict[str, Any]:
-    """Processor, threads, instruction set, versions, commit (None outside a git checkout), date and load average."""
-    load = os.getloadavg()[0] if hasattr(os, "getloadavg") else None
-    date = datetime.now(UTC).isoformat(timespec="seconds")
-    return {**_machine(), "date": date, "load_average": load}
-
-
-def _cpu_model() -> str:
-    info = Path("/proc/cpuinfo")
-    for line in info.read_text().splitlines() if info.exists() else []:
-        if line.startswith("model name"):
-            return line.split(":", 1)[1].strip()
-    return platform.processor() or platform.machine()
-
-
-def _commit() -> str | None:
-    root = Path(__file__).resolve().parent.parent
-    if not (root / ".git").exists():  # installed: whatever repository site-packages may lie in is not ours
-        return None
-    command = ["git", "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
-    try:
-        return subprocess.run(command, cwd=root, capture_output=True, text=True, check=True).stdout.strip()
-    except (OSError, subprocess.CalledProcessError):
-        return None
 
 
 def record(result: Mapping[str, Any]) -> None:

@@ -8,6 +8,7 @@
 #include <tuple>
 
 #include "adamw.h"
+#include "peak.h"
 #include "rewind.h"
 #include "runtime.h"
 #include "saliency.h"
@@ -49,6 +50,9 @@ void bind_runtime(py::module_& m) {
   m.def("isa", current_isa, "The instruction set in use.");
   m.def("set_isa", set_isa, py::arg("name"), "Use one of isas(); for tests.");
   m.def("threads", threads, "OpenMP threads that a kernel uses.");
+  m.def(
+      "fma_peak", [](int64_t rounds) { return unlocked([&] { return fma_peak(rounds); }); }, py::arg("rounds"),
+      "Runs float32 multiply-adds in registers on all threads; returns how many floating-point operations they were.");
 }
 
 template <class T>

@@ -61,11 +61,12 @@ def _parser() -> argparse.ArgumentParser:
     bench.add_argument("suites", nargs="*", metavar="SUITE", help="select, rewind, saliency...; default: all")
     bench.add_argument(
         "--size",
-        choices=("tiny", "full"),
+        choices=("tiny", "normal", "full"),
         default="tiny",
-        help="tiny: do they run; full: figures (default: %(default)s)",
+        help="tiny: do they run; normal: all of them in a few minutes; full: every case (default: %(default)s)",
     )
     bench.add_argument("--out", type=Path, help="append one JSON line per case to this file")
+    bench.add_argument("--chart", type=Path, help="draw the ratios of all cases into this PNG file (needs matplotlib)")
     bench.set_defaults(run=_bench)
 
     env = commands.add_parser(
