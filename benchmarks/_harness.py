@@ -21,9 +21,8 @@ from types import ModuleType
 from typing import Any, TypeVar
 
 import torch
-from torch import Tensor
-
 from cwfast.benchmarks._machine import environment
+from torch import Tensor
 
 T = TypeVar("T")
 SIZES = ("tiny", "normal", "full")
