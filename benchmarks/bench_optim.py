@@ -20,7 +20,7 @@ def _model(numel: int) -> nn.ParameterList:
 @pytest.mark.parametrize("rate", [0.01, 0.001])
 def test_optim(benchmark: BenchmarkFixture, rate: float) -> None:
     """One step with gradients at hand; checked against AdamW on the selected weights, bits on the others."""
-    numel = _harness.by_size(tiny=120_000, full=50_000_000)
+    numel = _harness.by_size(tiny=120_000, normal=12_000_000, full=50_000_000)
     model, dense = _model(numel), _model(numel)
     masks = select({n: torch.rand(p.shape) for n, p in model.named_parameters()}, rate=rate)
     before = [p.detach().clone() for p in model]

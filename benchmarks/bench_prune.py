@@ -30,7 +30,7 @@ def _peak(numel: int, name: str) -> Iterator[None]:
     CALLS[name](pairs, pruning_method=prune.L1Unstructured, amount=0.9)
 
 
-@pytest.mark.parametrize("numel", _harness.by_size(tiny=[10**4], full=[10**7, 10**8]))
+@pytest.mark.parametrize("numel", _harness.by_size(tiny=[10**4], normal=[10**6], full=[10**7, 10**8]))
 def test_prune(benchmark: BenchmarkFixture, numel: int) -> None:
     """90% of the weights pruned; as many kept as by torch, and the same where no scores tie at the threshold."""
     pairs: dict[str, list[tuple[nn.Module, str]]] = {}

@@ -17,14 +17,14 @@ from torch.nn import functional
 from cwfast import MaskSet, freeze, ops, reference
 
 RATES = (0.001, 0.01, 0.03)
-SIZES = _harness.by_size(tiny=(10**5,), full=(10**7, 10**8))
-REPEATS = _harness.by_size(tiny=3, full=11)
+SIZES = _harness.by_size(tiny=(10**5,), normal=(10**7,), full=(10**7, 10**8))
+REPEATS = _harness.by_size(tiny=3, normal=5, full=11)
 SECONDS = 5.0  # a peer slower than this in all leaves after three rounds
 
 
-def _list_form(indices: Tensor, numel: int) -> tuple[Tensor, Tensor]:
+def list_form(indices: Tensor, numel: int) -> tuple[Tensor, Tensor]:
     """Ascending flat indices as (low, offset)."""
-    edges = torch.arange(-(-numel // reference.BLOCK) + 1) * reference.BLOCK
+    edges = torch.arange(-(-numel // reference.BLOCK) + 1, device=indices.device) * reference.BLOCK
     return (indices % reference.BLOCK).to(torch.uint16), torch.searchsorted(indices, edges)
 
 
@@ -36,7 +36,7 @@ def test_rewind(benchmark: BenchmarkFixture, numel: int, rate: float) -> None:
     mask = torch.rand(numel, generator=generator) < rate
     initial, trained = (torch.randn(numel, generator=generator) for _ in range(2))
     indices = mask.nonzero()[:, 0]
-    values, bits, picks = initial[indices], reference.pack(mask), _list_form(indices, numel)
+    values, bits, picks = initial[indices], reference.pack(mask), list_form(indices, numel)
     weight = trained.clone()
     variants: dict[str, Callable[[], object]] = {
         "cwfast_list": lambda: ops.scatter_([weight], [picks], [values]),
@@ -77,7 +77,7 @@ def test_freeze(benchmark: BenchmarkFixture, rate: float) -> None:
 
     ``over_adamw`` counts both halves of freeze: zeroing the gradients as they arrive and restoring after the step.
     """
-    width = _harness.by_size(tiny=64, full=4096)
+    width = _harness.by_size(tiny=64, normal=1024, full=4096)
     x = torch.randn(64, width)
     models = {name: _layers(width) for name in ("adamw", "frozen")}
     optimizers = {name: torch.optim.AdamW(model.parameters(), fused=True) for name, model in models.items()}

@@ -21,10 +21,11 @@ from cwfast.ops import Selection, select_topk
 RATES = (0.001, 0.01, 0.03)
 CASES = _harness.by_size(
     tiny=[(10**5, rate) for rate in RATES],
+    normal=[(10**7, rate) for rate in RATES],
     full=[*((10**7, rate) for rate in RATES), (10**8, 0.01)],
 )
 DTYPES = (torch.float32, torch.bfloat16)
-REPEATS = _harness.by_size(tiny=3, full=9)
+REPEATS = _harness.by_size(tiny=3, normal=5, full=9)
 SECONDS = 4.0  # a peer slower than this in all leaves after three rounds
 
 
@@ -105,7 +106,7 @@ def test_one_tensor(benchmark: BenchmarkFixture, numel: int, rate: float, dtype:
 @pytest.mark.parametrize("kind", ["equal", "mostly_zero"])
 def test_hard_scores(benchmark: BenchmarkFixture, kind: str) -> None:
     """Where no sampled bracket can hold: the threshold's value is shared by (nearly) all entries."""
-    numel, rate = _harness.by_size(tiny=10**5, full=10**8), 0.01
+    numel, rate = _harness.by_size(tiny=10**5, normal=10**7, full=10**8), 0.01
     scores, k = _scores(numel, torch.float32, kind), int(numel * rate)
     _check([scores], select_topk([scores], k), k)
     variants = {name: lambda method=METHODS[name]: method.run(scores, k) for name in ("cwfast", "numpy_partition")}
@@ -181,7 +182,7 @@ def memory(method: str, numel: int) -> Iterator[None]:
 
 def test_memory(benchmark: BenchmarkFixture) -> None:
     """Extra bytes per score, in fresh processes; ours may take the mask and N / 8 bytes."""
-    numel = _harness.by_size(tiny=10**6, full=10**8)
+    numel = _harness.by_size(tiny=10**6, normal=10**7, full=10**8)
     names = _harness.by_size(tiny=("cwfast",), full=("cwfast", "torch_topk", "numpy_partition"))
     extra = {name: _harness.peak_memory(memory, name, numel) for name in names}
     if extra["cwfast"] is not None and extra["cwfast"] > numel / 4 + (8 << 20):
