@@ -96,6 +96,8 @@ def _bench(options: argparse.Namespace) -> tuple[dict[str, Any], str]:
     import subprocess
     import tempfile
 
+    if options.chart is not None and not options.chart.resolve().parent.is_dir():
+        raise ValueError(f"--chart must name a file in a folder that exists; got {options.chart}")
     with tempfile.TemporaryDirectory() as folder:
         lines = Path(folder) / "results.jsonl"
         command = [sys.executable, "-P", "-m", "cwfast.benchmarks", *options.suites, "--size", options.size]
@@ -116,7 +118,23 @@ def _bench(options: argparse.Namespace) -> tuple[dict[str, Any], str]:
     text = _bench_table(results)
     if skipped:
         text += f"\n\nPeers not installed, skipped: {', '.join(skipped)}"
+    if options.chart is not None:
+        text += f"\n{_bench_chart(options.chart, results)}"
     return document, text
+
+
+def _bench_chart(path: Path, results: list[dict[str, Any]]) -> str:
+    """Draws the results, or says why not."""
+    import importlib.util
+
+    if importlib.util.find_spec("matplotlib") is None:
+        return 'No chart: matplotlib must be installed (pip install "cwfast[demo]")'
+    from cwfast.report import benchmarks, plots
+
+    if not benchmarks.drawn(results):
+        return "No chart: no case has a ratio to draw"
+    path.write_bytes(plots.png(benchmarks.figure(results)))
+    return f"Chart: {path.resolve()}"
 
 
 def _bench_table(results: list[dict[str, Any]]) -> str:

@@ -111,7 +111,7 @@ def colours(report: Mapping[str, Any]) -> dict[str, str]:
     return {row["id"]: line.colour for line in series(report) for row in line.rows}
 
 
-def _styled(draw: Callable[P, T]) -> Callable[P, T]:
+def styled(draw: Callable[P, T]) -> Callable[P, T]:
     """Run ``draw`` under ``STYLE``: ticks and layout are made as late as on drawing, so saving needs it as well."""
 
     @functools.wraps(draw)
@@ -124,7 +124,7 @@ def _styled(draw: Callable[P, T]) -> Callable[P, T]:
     return styled
 
 
-@_styled
+@styled
 def roc_figure(report: Mapping[str, Any]) -> "Figure":
     """Draw the ROC curves of the rows in ``report["roc"]`` with their interval bands, both axes logarithmic."""
     from matplotlib.figure import Figure
@@ -164,7 +164,7 @@ def roc_figure(report: Mapping[str, Any]) -> "Figure":
     return figure
 
 
-@_styled
+@styled
 def tradeoff_figure(report: Mapping[str, Any]) -> "Figure":
     """Draw test accuracy against the AUC of the main attack, one line per criterion or defense, one panel per loss."""
     from matplotlib.figure import Figure
@@ -203,7 +203,7 @@ def tradeoff_figure(report: Mapping[str, Any]) -> "Figure":
     return figure
 
 
-@_styled
+@styled
 def layers_figure(report: Mapping[str, Any]) -> "Figure":
     """Draw which share of each layer is critical, as bars that start where an even spread would end."""
     from matplotlib.figure import Figure
@@ -251,7 +251,7 @@ def figures(report: Mapping[str, Any]) -> dict[str, "Figure"]:
     return drawn
 
 
-@_styled
+@styled
 def png(figure: "Figure") -> bytes:
     """Return the figure as a PNG file, 2000 pixels wide."""
     stream = io.BytesIO()
@@ -259,7 +259,7 @@ def png(figure: "Figure") -> bytes:
     return stream.getvalue()
 
 
-@_styled
+@styled
 def data_uri(figure: "Figure") -> str:
     """Return the figure as an SVG image in a ``data:`` URI: sharp at any size, and its ids clash with no other's."""
     stream = io.BytesIO()
