@@ -198,10 +198,27 @@ void cuda_select_topk(uintptr_t chunks, int64_t chunk_count, int dtype, int abs,
   check_cuda(error, "select_topk");
 }
 
+void cuda_rewind_survey(uintptr_t tensors, int64_t tensor_count, int64_t blocks, uintptr_t counts, uintptr_t wrong,
+                        int device, uintptr_t stream) {
+  const int error =
+      cwfast_cuda_rewind_survey(pointer<const CwfastSelected>(tensors), tensor_count, blocks, pointer<int64_t>(counts),
+                                pointer<int>(wrong), device, pointer<void>(stream));
+  check_cuda(error, "the check of bits");
+}
+
+void cuda_rewind_move(uintptr_t tensors, int64_t tensor_count, int64_t blocks, uintptr_t layouts, int item_size,
+                      int device, uintptr_t stream) {
+  const int error = cwfast_cuda_rewind_move(pointer<const CwfastSelected>(tensors), tensor_count, blocks,
+                                            pointer<const int64_t>(layouts), item_size, device, pointer<void>(stream));
+  check_cuda(error, "rewind_, gather or scatter_");
+}
+
 void bind_cuda(py::module_& m) {
   m.def("cuda_unavailable", cuda_unavailable, "Why no CUDA device can be used; empty where one can.");
   m.def("cuda_saliency", cuda_saliency);
   m.def("cuda_select_topk", cuda_select_topk);
+  m.def("cuda_rewind_survey", cuda_rewind_survey);
+  m.def("cuda_rewind_move", cuda_rewind_move);
 }
 #endif
 

@@ -2,6 +2,7 @@
 #pragma once
 #include <cstdint>
 #include <string>
+#include <utility>
 #include <vector>
 
 namespace cwfast {
@@ -21,8 +22,8 @@ struct Picks {
   int64_t k;              // entries of low
 };
 
-// Empty where every pick names an entry of its tensor, each once; else what is wrong.
-std::string check_picks(const std::vector<Picks>& picks);
+// The first tensor whose picks do not name entries of it, each once, and what is wrong: "must ..."; else -1, "".
+std::pair<int64_t, std::string> check_picks(const std::vector<Picks>& picks);
 // Selected entries of each tensor.
 std::vector<int64_t> count_picks(const std::vector<Picks>& picks);
 

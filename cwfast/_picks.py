@@ -11,8 +11,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from cwfast import reference
-from cwfast.ops.rewind import Bits
+from cwfast import _backends, reference
+from cwfast.ops.rewind import BACKENDS, Bits, Picks, wrong_picks
 from cwfast.ops.select import packed_bytes
 
 LIST_BELOW = 1 / 16  # density at which 2 bytes an entry meet 1/8 byte a weight
@@ -88,27 +88,20 @@ def to_device(bits: Bits, device: torch.device | str) -> Bits:
 
 def wrong(bits: Bits, numel: int) -> str:
     """Empty where ``bits`` names entries below ``numel``, each once, in a legal form; else what is wrong."""
-    if not isinstance(bits, tuple):
-        if bits.dtype != torch.uint8 or bits.shape != (packed_bytes(numel),):
-            return f"must be uint8 of {packed_bytes(numel)} bytes; got {bits.dtype} of shape {tuple(bits.shape)}"
-        used = numel - max(packed_bytes(numel) * 8 - 64, 0)
-        if reference.unpack(bits[-8:], 64)[used:].any():
-            return f"must be zero past the last of {numel} entries; some are set"
-        return ""
-    low, offset = bits
-    blocks = -(-numel // reference.BLOCK)
-    if low.dtype != torch.uint16 or low.ndim != 1 or offset.dtype != torch.int64 or offset.shape != (blocks + 1,):
-        return f"must be low uint16 [k] and offset int64 [{blocks + 1}]; got {low.dtype} {tuple(low.shape)} and " + (
-            f"{offset.dtype} {tuple(offset.shape)}"
-        )
-    if offset[0] != 0 or offset[-1] != len(low) or (offset[1:] < offset[:-1]).any():
-        return f"must have offsets from 0 to {len(low)} that do not decrease"
-    last = -1
-    for indices in _list_parts(bits):
-        if len(indices) and (indices[0] <= last or (indices.diff() <= 0).any() or indices[-1] >= numel):
-            return f"must list ascending indices below {numel}, each once"
-        last = int(indices[-1]) if len(indices) else last
-    return ""
+    low, offset = bits if isinstance(bits, tuple) else (bits, None)
+    if offset is None and (low.dtype != torch.uint8 or low.shape != (packed_bytes(numel),)):
+        return f"must be uint8 of {packed_bytes(numel)} bytes; got {low.dtype} of shape {tuple(low.shape)}"
+    if offset is not None:
+        blocks = -(-numel // reference.BLOCK)
+        if low.dtype != torch.uint16 or low.ndim != 1 or offset.dtype != torch.int64 or offset.shape != (blocks + 1,):
+            return (
+                f"must be low uint16 [k] and offset int64 [{blocks + 1}]; got {low.dtype} {tuple(low.shape)} and "
+                + (f"{offset.dtype} {tuple(offset.shape)}")
+            )
+        offset = offset.contiguous()
+    # Masks on a device may be made where that has no kernels: they are checked by plain PyTorch.
+    backend = _backends.resolve("auto", low.device, BACKENDS) if low.device.type == "cpu" else "reference"
+    return wrong_picks([Picks(numel, low.contiguous(), offset)], backend)[1]
 
 
 def pack(mask: Tensor) -> Tensor:

@@ -130,15 +130,14 @@ void by_size(int item_size, Typed typed) {
   }
 }
 
-std::string check_list(const Picks& p, size_t tensor) {
-  const std::string name = "bits[" + std::to_string(tensor) + "]";
+std::string check_list(const Picks& p) {
   const int64_t blocks = (p.numel + kBlock - 1) / kBlock;
   if (p.offset[0] != 0 || p.offset[blocks] != p.k)
-    return name + ": offset must run from 0 to " + std::to_string(p.k) + ", the length of low; got " +
+    return "must have offsets from 0 to " + std::to_string(p.k) + ", the length of low; got " +
            std::to_string(p.offset[0]) + " to " + std::to_string(p.offset[blocks]);
   for (int64_t b = 0; b < blocks; ++b)  // all of them, before any is used: a low[] read must stay inside
     if (p.offset[b] > p.offset[b + 1] || p.offset[b + 1] > p.k)
-      return name + ": offset must not decrease; it does after block " + std::to_string(b);
+      return "must have offsets that do not decrease; they do after block " + std::to_string(b);
   for (int64_t b = 0; b < blocks; ++b) {
     const int64_t limit = std::min(kBlock, p.numel - b * kBlock), begin = p.offset[b], end = p.offset[b + 1];
     unsigned wrong = begin < end && p.low[end - 1] >= limit;
@@ -147,7 +146,7 @@ std::string check_list(const Picks& p, size_t tensor) {
     int64_t last = -1;
     for (int64_t i = p.offset[b]; i < p.offset[b + 1]; last = p.low[i++])
       if (p.low[i] <= last || p.low[i] >= limit)
-        return name + ": low must ascend strictly inside block " + std::to_string(b) + " and stay below " +
+        return "must list positions that ascend strictly inside block " + std::to_string(b) + " and stay below " +
                std::to_string(limit) + "; got " + std::to_string(p.low[i]) + " after " + std::to_string(last);
   }
   return "";
@@ -155,18 +154,17 @@ std::string check_list(const Picks& p, size_t tensor) {
 
 }  // namespace
 
-std::string check_picks(const std::vector<Picks>& picks) {
+std::pair<int64_t, std::string> check_picks(const std::vector<Picks>& picks) {
   for (size_t t = 0; t < picks.size(); ++t) {
     const Picks& p = picks[t];
-    if (p.offset != nullptr) {
-      const std::string wrong = check_list(p, t);
-      if (!wrong.empty()) return wrong;
-    } else if (p.numel % 64 != 0 && p.bits[p.numel / 64] >> (p.numel % 64) != 0) {
-      return "bits[" + std::to_string(t) + "]: bits past the last of " + std::to_string(p.numel) +
-             " entries must be zero; some are set";
-    }
+    std::string wrong;
+    if (p.offset != nullptr)
+      wrong = check_list(p);
+    else if (p.numel % 64 != 0 && p.bits[p.numel / 64] >> (p.numel % 64) != 0)
+      wrong = "must be zero past the last of " + std::to_string(p.numel) + " entries; some bits are set";
+    if (!wrong.empty()) return {static_cast<int64_t>(t), wrong};
   }
-  return "";
+  return {-1, ""};
 }
 
 std::vector<int64_t> count_picks(const std::vector<Picks>& picks) {

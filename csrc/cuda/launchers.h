@@ -35,4 +35,32 @@ int cwfast_cuda_select_topk(const CwfastChunk* chunks, int64_t chunk_count, int 
                             int64_t* ties,        // [chunk_count + 1]
                             int64_t* tallies,     // [tensors, 3] zero; += selected, NaN, negative entries
                             int device, void* stream);
+
+// Where the entries of a tensor lie.
+struct CwfastView {
+  void* data;
+  int64_t dims;    // 0: contiguous; -1: compact, only the selected entries, in flat order; else of the layout
+  int64_t layout;  // where its (size, stride) pairs begin among `layouts`, the innermost dimension first
+};
+
+// A tensor and its selected entries; one row of the table that cwfast/ops/_rewind_device.py builds.
+struct CwfastSelected {
+  int64_t first;  // blocks of 64K entries of the tensors before it; each has at least one, which may be empty
+  int64_t numel;
+  const void* picks;      // packed bits, uint32 [(numel + 63) / 64 * 2], or positions in a list's blocks, uint16 [k]
+  const int64_t* offset;  // [blocks + 1] of a list: where each block's positions begin; null: packed bits
+  int64_t k;
+  const int64_t* ranks;  // [8 blocks] bits before each slice of 8192 entries, but for a constant; null: not needed
+  CwfastView target, source;
+};
+
+enum CwfastWrongPicks { kWrongPadding = 1, kWrongEnds = 2, kWrongOffsets = 4, kWrongPositions = 8 };
+
+// blocks: of all tensors together. counts [blocks, 8]: bits set in each slice; wrong [tensors]: |= CwfastWrongPicks.
+int cwfast_cuda_rewind_survey(const CwfastSelected* tensors, int64_t tensor_count, int64_t blocks, int64_t* counts,
+                              int* wrong, int device, void* stream);
+
+// target[i] = source[i] for the selected entries, of item_size bytes (1, 2, 4 or 8); the picks were surveyed.
+int cwfast_cuda_rewind_move(const CwfastSelected* tensors, int64_t tensor_count, int64_t blocks, const int64_t* layouts,
+                            int item_size, int device, void* stream);
 }

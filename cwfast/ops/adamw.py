@@ -9,7 +9,7 @@ from torch.optim.adamw import adamw
 
 from cwfast import _backends
 from cwfast.ops._library import written
-from cwfast.ops.rewind import BACKENDS, Bits, _picks, _wrong_picks, gather, scatter_
+from cwfast.ops.rewind import BACKENDS, Bits, _picks, _pointers, _wrong_picks, gather, scatter_
 
 
 def selected_adamw_(
@@ -111,5 +111,7 @@ def _fused(
         corrections = 1 - betas[0] ** count, (1 - betas[1] ** count) ** 0.5
         items.append((weight.data_ptr(), grad.data_ptr(), m.data_ptr(), v.data_ptr(), *corrections))
     eps, decay, maximize = options["eps"], options["weight_decay"], options["maximize"]
-    _backends.native().selected_adamw(items, _picks(weights, lows, offsets), lr, *betas, eps, decay, maximize)
+    _backends.native().selected_adamw(
+        items, _pointers(_picks(weights, lows, offsets)), lr, *betas, eps, decay, maximize
+    )
     written(weights)

@@ -7,10 +7,13 @@ import torch
 from torch import Tensor
 
 from cwfast import _backends, _checks, reference
+from cwfast.ops import _rewind_device
 from cwfast.ops._library import register, written
+from cwfast.ops._rewind_device import Picks, by_size
 from cwfast.ops.select import packed_bytes
 
-BACKENDS = ("reference", "cpu")
+BACKENDS = ("reference", "cpu", "triton", "cuda")
+DEVICE_BACKENDS = ("triton", "cuda")
 Bits: TypeAlias = Tensor | tuple[Tensor, Tensor]
 
 
@@ -26,7 +29,7 @@ def rewind_(
         bits: for each weight, packed bits (``Selection.bits``), or ``(low, offset)``: ``low`` uint16 ``[k]``, the
             entries' positions inside blocks of 65,536 entries, ascending in each; ``offset`` int64 ``[blocks + 1]``
             from 0 to k, where each block's positions begin.
-        backend: "reference", "cpu" or "auto".
+        backend: "reference", "cpu", "triton", "cuda" or "auto".
 
     Returns:
         ``weights``.
@@ -74,7 +77,8 @@ def scatter_(
     for i, (weight, value) in enumerate(zip(tensors, compact, strict=True)):
         _checks.tensor(f"values[{i}]", value, dtypes=(weight.dtype,), ndim=(1,))
         _checks.same_device(weight.device, **{f"values[{i}]": value})
-    for i, (count, value) in enumerate(zip(_counts(tensors, packed, offsets, resolved), compact, strict=True)):
+    counts = _counts(_picks(tensors, packed, offsets), resolved)
+    for i, (count, value) in enumerate(zip(counts, compact, strict=True)):
         if len(value) != count:
             raise ValueError(f"values[{i}] must have {count} entries, one per selected entry; got {len(value)}")
     if tensors:
@@ -122,7 +126,7 @@ def _resolve(
                 f"bits[{i}][1] (offset)", offset, (blocks + 1,), f"the blocks of {weight.numel()} entries, + 1"
             )
         _checks.same_device(weight.device, **{f"bits[{i}]": low, f"bits[{i}][1]": offset})
-        packed.append(low.contiguous())
+        packed.append(_aligned(low))
         offsets.append(None if offset is None else offset.contiguous())
     resolved = _backends.resolve(backend, weights[0].device if weights else torch.device("cpu"), BACKENDS)
     wrong = _wrong_picks(weights, packed, offsets, resolved)
@@ -131,31 +135,60 @@ def _resolve(
     return resolved, packed, offsets
 
 
+def _aligned(low: Tensor) -> Tensor:
+    """Contiguous, and at a multiple of 8 bytes: kernels read packed bits as words."""
+    low = low.contiguous()
+    return low.clone() if low.data_ptr() % 8 and low.dtype == torch.uint8 else low
+
+
 def _wrong_picks(weights: list[Tensor], packed: list[Tensor], offsets: list[Tensor | None], backend: str) -> str:
     """Empty where every pick names an entry of its weight, each once; else what is wrong."""
+    i, wrong = wrong_picks(_picks(weights, packed, offsets), backend)
+    return f"bits[{i}] {wrong}" if wrong else ""
+
+
+def wrong_picks(picks: list[Picks], backend: str) -> tuple[int, str]:
+    """The first tensor whose picks do not name entries of it, each once, and what is wrong: "must ..."; else -1, "".
+
+    Dtypes and shapes were checked. Each backend has the check in its own language: it reads all the picks.
+    """
     if backend == "cpu":
-        return _backends.native().check_picks(_picks(weights, packed, offsets))
-    for i, (weight, low, offset) in enumerate(zip(weights, packed, offsets, strict=True)):
-        if offset is None:
-            padding = reference.unpack(low, len(low) * 8)[weight.numel() :]
-            if padding.any():
-                return f"bits[{i}]: bits past the last of {weight.numel()} entries must be zero; some are set"
-            continue
-        if offset[0] != 0 or offset[-1] != len(low) or (offset.diff() < 0).any():
-            return f"bits[{i}]: offset must run from 0 to {len(low)}, the length of low, without decreasing"
-        indices = reference.indices_of(low, offset, weight.numel())
-        if (indices.diff() <= 0).any() or (indices >= weight.numel()).any():
-            return f"bits[{i}]: low must ascend strictly inside each block and stay below {weight.numel()} entries"
+        return _backends.native().check_picks(_pointers(picks))
+    if backend in DEVICE_BACKENDS:
+        return _rewind_device.wrong_picks(picks, backend)
+    for i, pick in enumerate(picks):
+        if wrong := _reference_wrong(*pick):
+            return i, wrong
+    return -1, ""
+
+
+def _reference_wrong(numel: int, low: Tensor, offset: Tensor | None) -> str:
+    if offset is None:
+        last = low[-8:]
+        if reference.unpack(last, 64)[numel - (len(low) - len(last)) * 8 :].any():
+            return f"must be zero past the last of {numel} entries; some bits are set"
+        return ""
+    if offset[0] != 0 or offset[-1] != len(low) or (offset.diff() < 0).any():
+        return f"must have offsets from 0 to {len(low)}, the length of low, that do not decrease"
+    position = low.to(torch.int32)
+    falls = position[1:] <= position[:-1]
+    inner = offset[(offset > 0) & (offset < len(low))]
+    falls[inner - 1] = False  # from one block to the next
+    last = position[int(offset[-2]) if numel else 0 :]
+    if falls.any() or (last >= (numel - 1) % reference.BLOCK + 1).any():
+        return f"must list positions that ascend strictly inside each block and stay below {numel} entries"
     return ""
 
 
-def _picks(weights: list[Tensor], packed: list[Tensor], offsets: list[Tensor | None]) -> list[tuple[int, ...]]:
-    """(numel, bits, low, offset, k) with a null pointer for what is not there."""
+def _picks(weights: list[Tensor], packed: list[Tensor], offsets: list[Tensor | None]) -> list[Picks]:
+    return [Picks(w.numel(), low, offset) for w, low, offset in zip(weights, packed, offsets, strict=True)]
+
+
+def _pointers(picks: list[Picks]) -> list[tuple[int, ...]]:
+    """(numel, bits, low, offset, k) with a null pointer for what is not there, as cwfast._C takes picks."""
     return [
-        (weight.numel(), low.data_ptr(), 0, 0, 0)
-        if offset is None
-        else (weight.numel(), 0, low.data_ptr(), offset.data_ptr(), len(low))
-        for weight, low, offset in zip(weights, packed, offsets, strict=True)
+        (numel, low.data_ptr(), 0, 0, 0) if offset is None else (numel, 0, low.data_ptr(), offset.data_ptr(), len(low))
+        for numel, low, offset in picks
     ]
 
 
@@ -167,63 +200,66 @@ def _views(tensors: list[Tensor]) -> list[tuple[int, list[int], list[int]]]:
     ]
 
 
-def _counts(weights: list[Tensor], packed: list[Tensor], offsets: list[Tensor | None], backend: str) -> list[int]:
+def _counts(picks: list[Picks], backend: str) -> list[int]:
     if backend == "cpu":
-        return _backends.native().count_picks(_picks(weights, packed, offsets))
-    return [
-        len(low) if offset is not None else int(reference.unpack(low, weight.numel()).sum())
-        for weight, low, offset in zip(weights, packed, offsets, strict=True)
-    ]
-
-
-def _by_size(weights: list[Tensor]) -> dict[int, list[int]]:
-    """Which tensors have entries of which size: one kernel call serves one size."""
-    groups: dict[int, list[int]] = {}
-    for i, weight in enumerate(weights):
-        groups.setdefault(weight.element_size(), []).append(i)
-    return groups
+        return _backends.native().count_picks(_pointers(picks))
+    if backend in DEVICE_BACKENDS:
+        return _rewind_device.counts(picks, backend)
+    return [len(low) if offset is not None else int(reference.unpack(low, numel).sum()) for numel, low, offset in picks]
 
 
 def _run_rewind(
     weights: list[Tensor], initial: list[Tensor], packed: list[Tensor], offsets: list[Tensor | None], backend: str
 ) -> None:
+    picks = _picks(weights, packed, offsets)
     if backend == "reference":
-        for weight, other, low, offset in zip(weights, initial, packed, offsets, strict=True):
-            reference.rewind_(weight, other, reference.indices_of(low, offset, weight.numel()))
+        for weight, other, (numel, low, offset) in zip(weights, initial, picks, strict=True):
+            reference.rewind_(weight, other, reference.indices_of(low, offset, numel))
         return
-    picks, w, w0 = _picks(weights, packed, offsets), _views(weights), _views(initial)
-    for size, which in _by_size(weights).items():
-        _backends.native().rewind([w[i] for i in which], [w0[i] for i in which], [picks[i] for i in which], size)
+    if backend in DEVICE_BACKENDS:
+        _rewind_device.move(weights, initial, picks, backend)
+    else:
+        pointers, w, w0 = _pointers(picks), _views(weights), _views(initial)
+        for size, which in by_size(weights).items():
+            _backends.native().rewind([w[i] for i in which], [w0[i] for i in which], [pointers[i] for i in which], size)
     written(weights)
 
 
 def _run_gather(
     weights: list[Tensor], packed: list[Tensor], offsets: list[Tensor | None], backend: str
 ) -> list[Tensor]:
+    picks = _picks(weights, packed, offsets)
     if backend == "reference":
-        items = zip(weights, packed, offsets, strict=True)
-        return [reference.gather(w, reference.indices_of(low, offset, w.numel())) for w, low, offset in items]
-    counts = _counts(weights, packed, offsets, backend)
-    values = [torch.empty(count, dtype=weight.dtype) for count, weight in zip(counts, weights, strict=True)]
-    picks, w = _picks(weights, packed, offsets), _views(weights)
-    for size, which in _by_size(weights).items():
-        pointers = [values[i].data_ptr() for i in which]
-        _backends.native().gather([w[i] for i in which], [picks[i] for i in which], pointers, size)
+        items = zip(weights, picks, strict=True)
+        return [reference.gather(w, reference.indices_of(low, offset, numel)) for w, (numel, low, offset) in items]
+    counts = _counts(picks, backend)
+    values = [weight.new_empty(count) for count, weight in zip(counts, weights, strict=True)]
+    if backend in DEVICE_BACKENDS:
+        _rewind_device.move(values, weights, picks, backend, compact="targets")
+        return values
+    pointers, w = _pointers(picks), _views(weights)
+    for size, which in by_size(weights).items():
+        to = [values[i].data_ptr() for i in which]
+        _backends.native().gather([w[i] for i in which], [pointers[i] for i in which], to, size)
     return values
 
 
 def _run_scatter(
     weights: list[Tensor], packed: list[Tensor], offsets: list[Tensor | None], values: list[Tensor], backend: str
 ) -> None:
+    picks = _picks(weights, packed, offsets)
     if backend == "reference":
-        for weight, low, offset, value in zip(weights, packed, offsets, values, strict=True):
-            reference.scatter_(weight, reference.indices_of(low, offset, weight.numel()), value)
+        for weight, (numel, low, offset), value in zip(weights, picks, values, strict=True):
+            reference.scatter_(weight, reference.indices_of(low, offset, numel), value)
         return
     values = [value.contiguous() for value in values]
-    picks, w = _picks(weights, packed, offsets), _views(weights)
-    for size, which in _by_size(weights).items():
-        pointers = [values[i].data_ptr() for i in which]
-        _backends.native().scatter([w[i] for i in which], [picks[i] for i in which], pointers, size)
+    if backend in DEVICE_BACKENDS:
+        _rewind_device.move(weights, values, picks, backend, compact="sources")
+    else:
+        pointers, w = _pointers(picks), _views(weights)
+        for size, which in by_size(weights).items():
+            given = [values[i].data_ptr() for i in which]
+            _backends.native().scatter([w[i] for i in which], [pointers[i] for i in which], given, size)
     written(weights)
 
 

@@ -11,6 +11,23 @@ from cwfast import _backends
 
 SIZE = {0: 4, 1: 2, 2: 2}  # bytes of a CwfastDtype
 TYPES = {"p": ctypes.c_void_p, "l": ctypes.c_int64, "i": ctypes.c_int, "f": ctypes.c_float}
+BLOCK = 1 << 16
+
+
+class CwfastView(ctypes.Structure):
+    """As in csrc/cuda/launchers.h."""
+
+    _fields_ = [(name, ctypes.c_int64) for name in ("data", "dims", "layout")]
+
+
+class CwfastSelected(ctypes.Structure):
+    """As in csrc/cuda/launchers.h."""
+
+    _fields_ = [
+        *((name, ctypes.c_int64) for name in ("first", "numel", "picks", "offset", "k", "ranks")),
+        ("target", CwfastView),
+        ("source", CwfastView),
+    ]
 
 
 class Emulated:
@@ -54,6 +71,43 @@ class Emulated:
             spans[bits] = (start + length + 63) // 64 * 8
             spans[tallies] = (tensor + 1) * 24
         self._call("cwfast_cuda_select_topk", "plii" + "pppp" + "ip", args, spans)
+
+    def _tensors(self, table: int, count: int) -> list[CwfastSelected]:
+        return list((CwfastSelected * count).from_address(table))
+
+    def _picks(self, rows: list[CwfastSelected]) -> dict[int, int]:
+        spans = {}
+        for row in rows:
+            blocks = -(-row.numel // BLOCK)
+            spans[row.picks] = 2 * row.k if row.offset else (row.numel + 63) // 64 * 8
+            spans[row.offset] = (blocks + 1) * 8
+        return spans
+
+    def cuda_rewind_survey(self, *args):
+        table, count, blocks, counts, wrong = args[:5]
+        spans = {table: count * ctypes.sizeof(CwfastSelected), counts: blocks * 64, wrong: count * 4}
+        spans |= self._picks(self._tensors(table, count))
+        self._call("cwfast_cuda_rewind_survey", "pllppip", args, spans)
+
+    def cuda_rewind_move(self, *args):
+        table, count, _, layouts, size = args[:5]
+        rows = self._tensors(table, count)
+        spans = {table: count * ctypes.sizeof(CwfastSelected)} | self._picks(rows)
+        dims = [(v.layout, v.dims) for row in rows for v in (row.target, row.source) if v.dims > 0]
+        spans[layouts] = max((16 * n + 8 * at for at, n in dims), default=0)
+        for row in rows:
+            selected = row.k if row.offset else 0
+            if row.ranks:
+                spans[row.ranks] = max(1, -(-row.numel // BLOCK)) * 64
+            if not row.offset:
+                packed = ctypes.string_at(row.picks, (row.numel + 63) // 64 * 8) if row.numel else b""
+                selected = int.from_bytes(packed, "little").bit_count()
+            for view in (row.target, row.source):
+                pairs = (ctypes.c_int64 * (2 * max(view.dims, 0))).from_address(layouts + 8 * view.layout)
+                reach = sum((n - 1) * stride for n, stride in zip(pairs[::2], pairs[1::2], strict=True)) + 1
+                entries = {-1: selected, 0: row.numel}.get(view.dims, reach)
+                spans[view.data] = max(spans.get(view.data, 0), entries * size)
+        self._call("cwfast_cuda_rewind_move", "pllpiip", args, spans)
 
 
 def emulate(monkeypatch, stem: str, checked: bool = False, changes=()) -> ctypes.CDLL:

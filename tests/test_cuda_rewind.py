@@ -1,0 +1,113 @@
+"""The CUDA kernels of rewind_, gather and scatter_, executed on the CPU through the ops."""
+
+import pytest
+import test_rewind
+import torch
+from cuda_on_cpu import build
+from cuda_on_cpu.emulate import emulate, sparse
+from test_rewind import by_form, check, masks_of
+
+from cwfast import ops, reference
+
+pytestmark = pytest.mark.skipif(bool(build.why_not()), reason=f"CUDA on the CPU {build.why_not()}")
+
+
+@pytest.fixture(params=["plain", "checked"])
+def library(request, monkeypatch):
+    return emulate(monkeypatch, "rewind", request.param == "checked")
+
+
+@by_form
+@pytest.mark.parametrize("dtype", test_rewind.DTYPES, ids=str)
+def test_every_dtype(library, form, dtype):
+    test_rewind.test_every_dtype("cuda", form, dtype)
+
+
+@by_form
+@pytest.mark.parametrize("share", [0.0, 0.001, 0.5, 1.0])
+def test_word_slice_and_block_borders(library, form, share):
+    sizes = [0, 1, 31, 32, 33, 63, 64, 65, 0, 1023, 1025, 8191, 8192, 8193, 65_535, 65_536, 65_537, 140_003, 0]
+    weights, initial = ([torch.randn(size) for size in sizes] for _ in range(2))
+    for seed in range(1 if share == 1 else 3):
+        library.coc_configure(seed, 1 + seed, None, 0)
+        check(weights, initial, masks_of(weights, share, seed), form, "cuda")
+
+
+@by_form
+def test_dtypes_and_memory_formats(library, form):
+    test_rewind.test_mixed_dtypes_in_one_list("cuda", form)
+    test_rewind.test_flat_index_is_logical_in_any_memory_format("cuda", form)
+
+
+@by_form
+@pytest.mark.parametrize("sizes", [[0], [0, 0], []], ids=str)
+def test_nothing_to_select_from(library, form, sizes):
+    weights, initial = ([torch.zeros(size) for size in sizes] for _ in range(2))
+    check(weights, initial, masks_of(weights, 1.0), form, "cuda") if sizes else test_rewind.test_empty_lists()
+
+
+def test_both_forms_in_one_list(library):
+    weights, initial = ([torch.randn(size) for size in (70_000, 70_001, 130)] for _ in range(2))
+    masks = masks_of(weights, 0.1)
+    bits = [test_rewind.picks(mask, form) for mask, form in zip(masks, ("bits", "list", "bits"), strict=True)]
+    kept = ops.gather(initial, bits, backend="cuda")
+    assert all(torch.equal(k, w[m]) for k, w, m in zip(kept, initial, masks, strict=True))
+    want = [torch.where(m, w0, w) for w, w0, m in zip(weights, initial, masks, strict=True)]
+    ops.scatter_(weights, bits, kept, backend="cuda")
+    assert all(map(torch.equal, weights, want))
+
+
+@pytest.mark.parametrize("broken", test_rewind.BROKEN)
+def test_broken_picks_are_refused_before_anything_is_written(library, broken):
+    test_rewind.test_broken_picks_are_refused_before_anything_is_written("cuda", broken)
+
+
+def test_a_list_for_an_empty_tensor_must_be_empty(library):
+    low, offset = test_rewind.block_list([3], [0])
+    with pytest.raises(ValueError, match=r"bits\[0\] must have offsets from 0 to 1"):
+        ops.rewind_([torch.zeros(0)], [torch.zeros(0)], [(low, offset)], backend="cuda")
+
+
+def test_packed_bits_at_any_byte(library):
+    mask = torch.arange(200) % 3 == 0
+    memory = torch.zeros(100, dtype=torch.uint8)
+    bits = memory[3 : 3 + 32]
+    bits.copy_(reference.pack(mask))
+    (kept,) = ops.gather([torch.arange(200)], [bits], backend="cuda")
+    assert torch.equal(kept, mask.nonzero().reshape(-1))
+
+
+def far(monkeypatch, library, dtype, form):
+    """Entries of three blocks of a tensor of 3 * 2^30: the launches leave out all other blocks."""
+    numel = (3 << 30) + 33
+    blocks = -(-numel // reference.BLOCK)
+    wanted = [0, (1 << 31) // reference.BLOCK, blocks - 1]
+    chosen = torch.tensor([5, (1 << 31) + 7, (1 << 31) + 70, numel - 1])
+    weight, initial = sparse((numel,), dtype), sparse((numel,), dtype)
+    initial[chosen] = torch.arange(1, 5).to(dtype)
+    if form == "bits":
+        bits = sparse((-(-numel // 64) * 8,), torch.uint8)
+        bits[chosen // 8] |= (1 << (chosen % 8)).to(torch.uint8)
+        bits[chosen[1] // 8] |= 1 << int(chosen[1] % 8)
+    else:
+        edges = torch.arange(blocks + 1) * reference.BLOCK
+        bits = (chosen % reference.BLOCK).to(torch.uint16), torch.searchsorted(chosen, edges)
+    ids = torch.tensor(wanted, dtype=torch.int32)
+    library.coc_configure(1, 2, ids.data_ptr(), len(ids))
+    empty = torch.empty
+    with monkeypatch.context() as patch:  # blocks that do not run count nothing
+        patch.setattr(
+            torch, "empty", lambda *a, **k: empty(*a, **k).zero_() if k.get("dtype") == torch.int64 else empty(*a, **k)
+        )
+        (kept,) = ops.gather([initial], [bits], backend="cuda")
+    assert kept.tolist() == [1, 2, 3, 4]
+    ops.rewind_([weight], [initial], [bits], backend="cuda")
+    assert weight[chosen].tolist() == [1, 2, 3, 4]
+    assert weight[chosen - 1].tolist() == [0, 0, 0, 0]
+    library.coc_configure(1, 2, None, 0)
+
+
+@by_form
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.float32], ids=str)
+def test_offsets_above_2_to_the_31(monkeypatch, dtype, form):
+    far(monkeypatch, emulate(monkeypatch, "rewind"), dtype, form)
