@@ -17,13 +17,14 @@ def trainable(model: nn.Module) -> dict[str, nn.Parameter]:
     return {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
 
 
-def initial_values(initial: Initial, expected: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def initial_values(initial: Initial, expected: Mapping[str, Tensor], what: str = "initial") -> dict[str, Tensor]:
     """The tensors of ``initial`` under the names of ``expected``, in its order.
 
     Args:
         initial: a module of the same architecture, a mapping (a ``state_dict``), or a safetensors file or folder, of
             which the expected tensors are read.
         expected: what must be there, with these shapes.
+        what: the argument's name, for messages.
 
     Raises:
         TypeError: ``initial`` is none of these.
@@ -35,17 +36,17 @@ def initial_values(initial: Initial, expected: Mapping[str, Tensor]) -> dict[str
         found = initial
     elif isinstance(initial, str | os.PathLike):
         checkpoint = Checkpoint(initial)
-        check_shapes(checkpoint.shapes, expected)
+        check_shapes(checkpoint.shapes, expected, what)
         found = {name: checkpoint.tensor(name) for name in expected}
     else:
         raise TypeError(
-            f"initial must be a module, a mapping, or a safetensors file or folder; got {type(initial).__name__}"
+            f"{what} must be a module, a mapping, or a safetensors file or folder; got {type(initial).__name__}"
         )
-    check_shapes({name: tuple(found[name].shape) for name in expected if name in found}, expected)
+    check_shapes({name: tuple(found[name].shape) for name in expected if name in found}, expected, what)
     return {name: found[name].detach() for name in expected}
 
 
-def check_shapes(found: Mapping[str, tuple[int, ...]], expected: Mapping[str, Tensor]) -> None:
+def check_shapes(found: Mapping[str, tuple[int, ...]], expected: Mapping[str, Tensor], what: str = "initial") -> None:
     """Every expected name is there, with its shape.
 
     Raises:
@@ -53,11 +54,11 @@ def check_shapes(found: Mapping[str, tuple[int, ...]], expected: Mapping[str, Te
     """
     missing = [name for name in expected if name not in found]
     if missing:
-        raise ValueError(f"initial must hold every parameter; {len(missing)} missing, the first is {missing[0]!r}")
+        raise ValueError(f"{what} must hold every parameter; {len(missing)} missing, the first is {missing[0]!r}")
     for name, tensor in expected.items():
         if found[name] != tuple(tensor.shape):
             raise ValueError(
-                f"initial[{name!r}] must have the shape of the parameter, {tuple(tensor.shape)}; got {found[name]}"
+                f"{what}[{name!r}] must have the shape of the parameter, {tuple(tensor.shape)}; got {found[name]}"
             )
 
 

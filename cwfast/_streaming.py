@@ -55,25 +55,21 @@ def positive(scores: Checkpoint, names: Sequence[str]) -> int:
     return sum(int((piece > 0).sum()) for name in names for piece in scores.pieces(name))
 
 
-def gather(
-    source: Checkpoint, like: Mapping[str, Tensor], picks: Mapping[str, Bits], names: Mapping[str, str]
-) -> list[Tensor]:
-    """The selected entries of tensors on disk, in the dtype and on the device of ``like``: everything is read once.
+def gather(source: Checkpoint, picks: Mapping[str, Bits], names: Mapping[str, str]) -> list[Tensor]:
+    """The selected entries of tensors on disk, in their dtype on the CPU: everything is read once.
 
     Args:
         source: the file or folder.
-        like: ``{name: tensor}``; one compact 1-D tensor comes back for each.
-        picks: of each, on the CPU.
+        picks: of each tensor, on the CPU; one compact 1-D tensor comes back for each.
         names: what each is called in ``source``.
     """
     found = []
-    for name, tensor in like.items():
-        parts = [torch.empty(0, dtype=tensor.dtype)]
-        if _picks.count(picks[name]):
+    for name, bits in picks.items():
+        parts = [torch.empty(0, dtype=source.entries[names[name]].dtype)]
+        if _picks.count(bits):
             begin = 0
             for piece in source.pieces(names[name]):
-                chosen = _picks.part(picks[name], begin, begin + len(piece))
-                parts += ops.gather([piece.to(tensor.dtype)], [chosen])
+                parts += ops.gather([piece], [_picks.part(bits, begin, begin + len(piece))])
                 begin += len(piece)
-        found.append(torch.cat(parts).to(tensor.device))
+        found.append(torch.cat(parts))
     return found

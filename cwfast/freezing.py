@@ -1,7 +1,9 @@
 """Keeps selected weights at their value under any optimizer."""
 
-from collections.abc import Iterator, Mapping, Sequence
+import os
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -9,7 +11,9 @@ from torch.optim import Optimizer
 
 from cwfast import _picks, ops
 from cwfast._parameters import Initial, initial_values
-from cwfast.masks import MaskSet, matching
+from cwfast.checkpoint import Checkpoint
+from cwfast.masks import MaskSet, matching, streamed
+from cwfast.ops._entries import Entries
 from cwfast.ops.rewind import Bits
 
 
@@ -27,45 +31,50 @@ def freeze(
 
     Masking the gradient alone is not enough: momentum and weight decay still move such entries. So their gradients are
     zeroed as they arrive (before any clipping, so that they do not count in its norm), and their values are restored
-    after each step.
+    after each step. A step that calls a closure several times (LBFGS) may move them in between.
+
+    Memory: the values and the positions of the selected entries, 2 to 6 bytes each in float32.
 
     Args:
         model: its parameters named by ``masks``.
         optimizer: any torch optimizer, or a wrapper that holds one as ``.optimizer``.
         masks: of this model.
-        initial: the values to keep, set on entry; None: the values on entry.
+        initial: the values to keep, set on entry: module, mapping, or safetensors file or folder (read once, in pieces,
+            of which the selected values are kept); None: the values on entry.
         also: modules or ``{name: tensor}`` mappings (an EMA copy, float32 master weights) that are held at the same
-            values: on entry, after each step, and on exit.
+            values: on entry, after each step, and on exit. Of an ``AveragedModel``, give its ``.module``.
         backend: see ``cwfast.ops.scatter_``.
 
     Raises:
+        TypeError: ``optimizer`` is no torch optimizer and holds none, or ``also`` is no sequence of such.
         ValueError: ``masks``, ``initial`` or a member of ``also`` is not of this model, or the optimizer holds none of
-            their tensors; nothing has been changed.
+            their tensors; nothing has been changed. From a step: a parameter has been replaced in ``model``, or got
+            another shape, dtype or device.
     """
     parameters = {name: p for name, p in matching(model, masks).items() if masks.counts[name]}
-    source: Mapping[str, Tensor] = parameters if initial is None else initial_values(initial, parameters)
-    held = [_Held(parameters, source, masks, backend)]
-    held += [_Held(initial_values(copy, parameters), source, masks, backend) for copy in also]
-    inner = getattr(optimizer, "optimizer", optimizer)
+    inner = _inner(optimizer)
+    values = _values(model, masks, parameters, initial)
+    held = [_Held(parameters, values, masks, backend)]
+    held += [_Held(copy, values, masks, backend) for copy in _copies(also, parameters)]
     stepped = {p.untyped_storage().data_ptr() for group in inner.param_groups for p in group["params"]}
     if parameters and not any(w.untyped_storage().data_ptr() in stepped for target in held for w in target.weights):
         raise ValueError("optimizer must hold parameters of model or tensors of also; it holds others only")
-    for target in held:
-        target.restore()
-    zeros = [torch.zeros_like(values) for values in held[0].values]
-
-    def zero_gradient(parameter: Tensor, picks: Bits, zero: Tensor) -> None:
-        gradient = parameter.grad
-        if gradient is not None:
-            ops.scatter_([gradient], [picks], [zero.to(gradient)], backend=backend)
+    places = [(*_place(model, name), parameter) for name, parameter in parameters.items()]
 
     def restore_all(*_: object) -> None:
+        for owner, name, parameter in places:
+            if owner.get(name) is not parameter:
+                raise ValueError(
+                    f"a parameter must not be replaced while it is frozen; another {name!r} is in its place"
+                )
         for target in held:
             target.restore()
 
-    hooks = [
-        parameter.register_post_accumulate_grad_hook(lambda p, picks=picks, zero=zero: zero_gradient(p, picks, zero))
-        for parameter, picks, zero in zip(parameters.values(), held[0].picks, zeros, strict=True)
+    restore_all()
+    zeros: dict[tuple[torch.dtype, torch.device], Tensor] = {}
+    hooks: list[Any] = [
+        parameter.register_post_accumulate_grad_hook(_zeroing(name, bits, masks.counts[name], zeros, backend))
+        for (name, parameter), bits in zip(parameters.items(), held[0].picks, strict=True)
         if parameter.requires_grad
     ]
     hooks.append(inner.register_step_post_hook(restore_all))
@@ -78,18 +87,82 @@ def freeze(
 
 
 class _Held:
-    """Tensors, and the compact values that their selected entries keep."""
+    """Tensors of one module or mapping, and the compact values that their selected entries keep."""
 
     def __init__(
-        self, targets: Mapping[str, Tensor], source: Mapping[str, Tensor], masks: MaskSet, backend: str
+        self, targets: Mapping[str, Tensor], values: Mapping[str, Tensor], masks: MaskSet, backend: str
     ) -> None:
-        self.weights = [target.detach() for target in targets.values()]
-        self.picks = [
-            _picks.to_device(masks.picks(name), w.device) for name, w in zip(targets, self.weights, strict=True)
-        ]
-        wanted = [source[name].detach().to(w) for name, w in zip(targets, self.weights, strict=True)]
-        self.values = ops.gather(wanted, self.picks, backend=backend)
-        self.backend = backend
+        self.weights = list(targets.values())
+        self.picks = [_picks.to_device(masks.picks(name), weight.device) for name, weight in targets.items()]
+        self._values = [values[name].to(weight).contiguous() for name, weight in targets.items()]
+        like = [weight.detach() for weight in self.weights]
+        self._entries = Entries(like, self.picks, list(targets), backend=backend)
 
     def restore(self) -> None:
-        ops.scatter_(self.weights, self.picks, self.values, backend=self.backend)
+        """As the tensors lie now: their memory may have been exchanged through ``.data``."""
+        self._entries.write(self.weights, self._values)
+
+
+def _zeroing(
+    name: str, bits: Bits, count: int, zeros: dict[tuple[torch.dtype, torch.device], Tensor], backend: str
+) -> Callable[[Tensor], None]:
+    """A hook that zeroes the selected entries of a parameter's gradient; ``zeros`` is one buffer shared by all."""
+    checked: dict[torch.dtype, tuple[Entries, Tensor]] = {}
+
+    def zero_gradient(parameter: Tensor) -> None:
+        gradient = parameter.grad
+        if gradient is None:
+            return
+        if gradient.dtype not in checked:
+            checked[gradient.dtype] = prepare(gradient)
+        entries, zero = checked[gradient.dtype]
+        entries.write([gradient], [zero])
+
+    def prepare(gradient: Tensor) -> tuple[Entries, Tensor]:
+        entries = Entries([gradient], [bits], [f"the gradient of {name!r}"], backend=backend)
+        key = gradient.dtype, gradient.device
+        if key not in zeros or len(zeros[key]) < count:
+            zeros[key] = torch.zeros(count, dtype=gradient.dtype, device=gradient.device)
+        return entries, zeros[key][:count]
+
+    return zero_gradient
+
+
+def _values(
+    model: nn.Module, masks: MaskSet, parameters: Mapping[str, nn.Parameter], initial: Initial | None
+) -> dict[str, Tensor]:
+    """The selected entries' values, compact, in the dtype and on the device of their source."""
+    if isinstance(initial, str | os.PathLike):
+        return dict(zip(parameters, streamed(model, masks, parameters, Checkpoint(initial)), strict=True))
+    source = parameters if initial is None else initial_values(initial, parameters)
+    found = {}
+    for name, tensor in source.items():
+        picks = _picks.to_device(masks.picks(name), tensor.device)
+        found[name] = ops.gather([tensor.detach()], [picks])[0]
+    return found
+
+
+def _copies(
+    also: Sequence[nn.Module | Mapping[str, Tensor]], expected: Mapping[str, Tensor]
+) -> list[dict[str, Tensor]]:
+    if isinstance(also, nn.Module | Mapping) or not all(isinstance(copy, nn.Module | Mapping) for copy in also):
+        kinds = type(also).__name__ if isinstance(also, nn.Module | Mapping) else [type(copy).__name__ for copy in also]
+        raise TypeError(f"also must be a sequence of modules and {{name: tensor}} mappings; got {kinds}")
+    return [initial_values(copy, expected, what=f"also[{i}]") for i, copy in enumerate(also)]
+
+
+def _inner(optimizer: Optimizer) -> Optimizer:
+    """The torch optimizer inside wrappers (of accelerate, lightning), which may be optimizers too but run no hooks."""
+    inner = optimizer
+    while hasattr(inner, "optimizer"):
+        inner = inner.optimizer
+    if not isinstance(inner, Optimizer):
+        raise TypeError(
+            f"optimizer must be a torch.optim.Optimizer or hold one as .optimizer; got {type(optimizer).__name__}"
+        )
+    return inner
+
+
+def _place(model: nn.Module, name: str) -> tuple[dict[str, nn.Parameter | None], str]:
+    owner, _, last = name.rpartition(".")
+    return model.get_submodule(owner)._parameters, last

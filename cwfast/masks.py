@@ -9,6 +9,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from cwfast import _mask_files, _picks, _streaming, ops, reference
 from cwfast._parameters import Initial, check_apart, check_shapes, initial_values
@@ -342,7 +343,8 @@ def rewind_(model: nn.Module, masks: MaskSet, initial: Initial, *, backend: str 
         _picks.to_device(masks.picks(name), weight.device) for name, weight in zip(parameters, weights, strict=True)
     ]
     if isinstance(initial, str | os.PathLike):
-        values = _streamed(model, masks, parameters, Checkpoint(initial))
+        values = streamed(model, masks, parameters, Checkpoint(initial))
+        values = [value.to(weight) for value, weight in zip(values, weights, strict=True)]
         ops.scatter_(weights, picks, values, backend=backend)
     else:
         check_apart(initial, parameters)
@@ -352,10 +354,16 @@ def rewind_(model: nn.Module, masks: MaskSet, initial: Initial, *, backend: str 
     return model
 
 
-def _streamed(
+def streamed(
     model: nn.Module, masks: MaskSet, parameters: Mapping[str, nn.Parameter], source: Checkpoint
 ) -> list[Tensor]:
-    """The initial values of the selected entries; a tied weight may have any of its names in the file."""
+    """The initial values of the selected entries, in the file's dtypes on the CPU; everything is read once.
+
+    A tied weight may have any of its names in the file.
+
+    Raises:
+        ValueError: a name is missing or a shape differs.
+    """
     aliases: dict[int, list[str]] = {}
     for name, parameter in model.named_parameters(remove_duplicate=False):
         aliases.setdefault(id(parameter), []).append(name)
@@ -363,14 +371,14 @@ def _streamed(
     shapes = source.shapes
     check_shapes({name: shapes[stored] for name, stored in names.items() if stored in shapes}, parameters)
     picks = {name: _picks.to_device(masks.picks(name), "cpu") for name in parameters}
-    return _streaming.gather(source, {n: p.detach() for n, p in parameters.items()}, picks, names)
+    return _streaming.gather(source, picks, names)
 
 
 def matching(model: nn.Module, masks: MaskSet) -> dict[str, nn.Parameter]:
     """The parameters that ``masks`` names, in its order.
 
     Raises:
-        TypeError: ``masks`` is no MaskSet.
+        TypeError: ``masks`` is no MaskSet, or a parameter is a wrapper of other tensors (DTensor, quantized).
         ValueError: the model has no such parameter, or of another shape.
     """
     if not isinstance(masks, MaskSet):
@@ -381,6 +389,11 @@ def matching(model: nn.Module, masks: MaskSet) -> dict[str, nn.Parameter]:
     for name, shape in masks.shapes.items():
         if name not in have:
             raise ValueError(f"masks must be of this model, which has no parameter {name!r}")
+        if is_traceable_wrapper_subclass(have[name]):  # it has no memory of its own to write into
+            raise TypeError(
+                f"parameters must be plain tensors; {name!r} is a {type(have[name].data).__name__} (of a sharded one, "
+                "rewind the local part)"
+            )
         if tuple(have[name].shape) != shape:
             raise ValueError(
                 f"masks must be of this model: {name!r} has shape {tuple(have[name].shape)} there, {shape} here"
