@@ -2,8 +2,8 @@
 
 Each build is a copy of the package whose C++ module is compiled with the sanitizer; torch and Python are not, so what
 is watched is every read and write that our code does. ``address`` (with ``undefined``) also tries CWFAST_FUZZ (10)
-times as many broken files. ``thread``: OpenMP is replaced by sanitizers/gomp.cpp, because of the real libgomp every fork and
-join would be reported. Faults planted in sanitizers/planted.cpp must be reported before the tests count for anything.
+times as many broken files. ``thread``: OpenMP is replaced by sanitizers/gomp.cpp, because of the real libgomp every fork
+and join would be reported. Faults planted in sanitizers/planted.cpp must be reported before the tests count.
 Needs the compiler's libasan, libubsan and libtsan; exits 1 at the first report or failed test.
 """
 
