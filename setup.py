@@ -1,8 +1,9 @@
 """Builds cwfast._C: one torch-free pybind11 module, each source compiled for its own instruction set.
 
 Environment: CWFAST_NO_EXT=1 installs without the module (backend `reference` only, any platform);
-CXX names the compiler; MAX_JOBS bounds the parallel compilations. CUDA kernels are built where nvcc is found:
-CWFAST_CUDA=0 skips them, CWFAST_CUDA=1 insists; CUDA_HOME names the toolkit, CWFAST_CUDA_ARCHS the architectures.
+CXX names the compiler, CXXFLAGS and LDFLAGS add to its flags (as tests/sanitize.py does); MAX_JOBS bounds the
+parallel compilations. CUDA kernels are built where nvcc is found: CWFAST_CUDA=0 skips them, CWFAST_CUDA=1 insists;
+CUDA_HOME names the toolkit, CWFAST_CUDA_ARCHS the architectures.
 """
 
 import os
@@ -76,6 +77,7 @@ class BuildExt(build_ext):
             "-Wextra",
         ]
         flags += [f"-I{path}" for path in includes]
+        flags += shlex.split(os.environ.get("CXXFLAGS", ""))
         cuda = cuda_home()
         if cuda:
             flags.append("-DCWFAST_WITH_CUDA")
@@ -94,6 +96,7 @@ class BuildExt(build_ext):
                 compiles.append((obj, source, [*command, "-c", str(source), "-o", str(obj)]))
         objects = [str(obj) for obj, _, _ in compiles]
         link = [cxx, "-shared", *objects, "-o", str(target), "-fopenmp", "-Wl,--exclude-libs,ALL"]
+        link += shlex.split(os.environ.get("LDFLAGS", ""))
         if cuda:  # the runtime is linked statically: the module loads where there is no CUDA at all
             places = (cuda / "lib64", cuda / "lib", cuda / "targets/x86_64-linux/lib")
             lib = next((path for path in places if (path / "libcudart_static.a").is_file()), None)

@@ -5,18 +5,19 @@ import json
 import math
 import os
 from collections.abc import Mapping
+from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from cwfast import _picks
 from cwfast.checkpoint.files import atomic_write
+from cwfast.checkpoint.reader import MAX_NUMEL, Checkpoint
 from cwfast.errors import CheckpointError
 from cwfast.ops.rewind import Bits
 
 FORMAT = "cwfast-mask/1"
 Shapes = dict[str, tuple[int, ...]]
-MAX_NUMEL = 1 << 62
 
 
 def save(path: str | os.PathLike[str], picks: Mapping[str, Bits], shapes: Shapes, zero_score_selected: int) -> None:
@@ -45,14 +46,10 @@ def load(path: str | os.PathLike[str]) -> tuple[dict[str, Bits], Shapes, int]:
         FileNotFoundError: there is no such file.
         CheckpointError: it is not such a file, or broken; the message says where.
     """
-    from safetensors import SafetensorError, safe_open
-
-    try:
-        with safe_open(path, framework="pt") as file:
-            metadata = file.metadata() or {}
-            tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (not a dict)
-    except SafetensorError as error:
-        raise CheckpointError(f"{path} must be a safetensors file; {error}") from error
+    if Path(path).is_dir():
+        raise CheckpointError(f"{path} must be a mask file, as MaskSet.save writes it; it is a folder")
+    file = Checkpoint(path)
+    tensors, metadata = {key: file.tensor(key) for key in file.entries}, file.metadata
     if metadata.get("format") != FORMAT:
         raise CheckpointError(f"{path} must be a mask file of format {FORMAT}; got {metadata.get('format')!r}")
     if metadata.get("sha256") != digest(tensors):

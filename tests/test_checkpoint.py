@@ -125,6 +125,34 @@ def test_index_and_shards_must_agree(tmp_path):
         Checkpoint(tmp_path / "nowhere.safetensors")
 
 
+def test_what_is_no_safetensors_file_is_named(tmp_path):
+    """The mistakes that are made most often."""
+    torch.save({"weight": torch.ones(2)}, tmp_path / "x.pt")
+    torch.save({"weight": torch.ones(2)}, tmp_path / "old.bin", _use_new_zipfile_serialization=False)
+    (tmp_path / "x.gguf").write_bytes(b"GGUF" + bytes(100))
+    (tmp_path / "folder.safetensors").mkdir()
+    masks = MaskSet.from_masks({"weight": torch.ones(1, 2, dtype=torch.bool)})
+    for path, what in (("x.pt", r"torch\.save"), ("old.bin", r"torch\.save"), ("x.gguf", "GGUF")):
+        with pytest.raises(CheckpointError, match=f"{path} must be a safetensors file; .*{what}"):
+            rewind_(nn.Linear(2, 1, bias=False), masks, tmp_path / path)
+        with pytest.raises(CheckpointError, match=f"{path} must be a safetensors file; .*{what}"):
+            MaskSet.load(tmp_path / path)
+    with pytest.raises(CheckpointError, match=r"must be a mask file.*it is a folder"):
+        MaskSet.load(tmp_path)
+    with pytest.raises(CheckpointError, match=r"folder\.safetensors must be a safetensors file; it is a folder"):
+        Checkpoint(tmp_path)
+    with pytest.raises(CheckpointError, match="/dev/null must be a safetensors file; it is a device"):
+        Checkpoint("/dev/null")
+
+
+@pytest.mark.parametrize("shape", [[0, 2**63], [0, 2**62, 4]])
+def test_sizes_that_a_size_0_hides(tmp_path, shape):
+    header = json.dumps({"a": {"dtype": "F32", "shape": shape, "data_offsets": [0, 0]}}).encode()
+    (tmp_path / "x.safetensors").write_bytes(struct.pack("<Q", len(header)) + header)
+    with pytest.raises(CheckpointError, match="below 2\\*\\*62 entries"):
+        Checkpoint(tmp_path / "x.safetensors")
+
+
 def test_a_huge_index_is_refused_unread(tmp_path):
     folder = write_folder(tmp_path / "folder", TENSORS)
     with open(folder / INDEX, "wb") as file:

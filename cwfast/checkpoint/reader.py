@@ -16,6 +16,7 @@ INDEX = "model.safetensors.index.json"
 PIECE = (
     1 << 22
 )  # entries of a piece: a multiple of 65,536, so that a piece is whole blocks of a list of selected entries
+MAX_NUMEL = 1 << 62  # entries of a tensor: byte counts of what is computed from them still fit 64 bits
 _MAX_INDEX = 1 << 28  # bytes; a million tensors with long names take half of that
 _DTYPES = {
     "BOOL": torch.bool,
@@ -64,9 +65,9 @@ class Checkpoint:
     def __init__(self, path: str | os.PathLike[str]) -> None:
         self.path = Path(path)
         self.entries: dict[str, Entry] = {}
-        tied: dict[str, str] = {}
+        self.metadata: dict[str, str] = {}  # of a folder: that of all its files
         if not self.path.is_dir():
-            self.entries, tied = _header(self.path)
+            self.entries, self.metadata = _header(self.path)
         elif (self.path / INDEX).exists():
             weight_map = _weight_map(self.path / INDEX)
             headers = {file: _header(self.path / file) for file in sorted(set(weight_map.values()))}
@@ -75,7 +76,7 @@ class Checkpoint:
                 if name not in entries:
                     raise CheckpointError(f"{self.path / file} must hold {name!r}, as {INDEX} says; it does not")
                 self.entries[name] = entries[name]
-                tied |= more
+                self.metadata |= more
         else:
             files = sorted(self.path.glob("*.safetensors"))
             if not files:
@@ -86,8 +87,8 @@ class Checkpoint:
                 if twice:
                     raise CheckpointError(f"{self.path} must hold each tensor once; {twice[0]!r} is in several files")
                 self.entries |= entries
-                tied |= more
-        for name, kept in tied.items():
+                self.metadata |= more
+        for name, kept in self.metadata.items():
             if name not in self.entries and kept in self.entries:
                 self.entries[name] = self.entries[kept]
 
@@ -133,11 +134,13 @@ def _header(path: Path) -> tuple[dict[str, Entry], dict[str, str]]:
     """Entries and metadata of one file. safetensors itself checks the header: bounds, overlaps, products, holes."""
     from safetensors import SafetensorError, safe_open
 
+    if path.exists() and not path.is_file():
+        raise CheckpointError(f"{path} must be a safetensors file; it is a {'folder' if path.is_dir() else 'device'}")
     try:
         with safe_open(path, framework="pt"):
             pass
     except SafetensorError as error:
-        raise CheckpointError(f"{path} must be a safetensors file; {error}") from error
+        raise CheckpointError(f"{path} must be a safetensors file; {_what_else(path) or error}") from error
     with open(path, "rb") as file:
         length = int.from_bytes(file.read(8), "little")
         header: dict[str, Any] = json.loads(file.read(length))
@@ -150,8 +153,19 @@ def _header(path: Path) -> tuple[dict[str, Entry], dict[str, str]]:
         dtype, shape = _DTYPES[item["dtype"]], tuple(item["shape"])
         if end - begin != math.prod(shape) * dtype.itemsize:  # a name twice in the header: who read which is unknown
             raise CheckpointError(f"{path} must hold {name!r} of shape {shape} in its bytes; it has {end - begin}")
+        if math.prod(max(size, 1) for size in shape) >= MAX_NUMEL:  # sizes that a size 0 hides, too
+            raise CheckpointError(f"{path} must hold tensors below 2**62 entries; {name!r} has shape {shape}")
         entries[name] = Entry(path, 8 + length + begin, dtype, shape)
     return entries, metadata
+
+
+def _what_else(path: Path) -> str:
+    """Names the formats that are most often given in place of safetensors."""
+    with open(path, "rb") as file:
+        start = file.read(4)
+    if start[:2] in (b"PK", b"\x80\x02"):
+        return "it looks like a file of torch.save (.pt, .bin), to be read by torch.load(path, weights_only=True)"
+    return "it is a GGUF file" if start == b"GGUF" else ""
 
 
 def _weight_map(path: Path) -> Mapping[str, str]:
