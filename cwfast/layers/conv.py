@@ -1,4 +1,4 @@
-"""Convolutions: the weight's gradient is computed one sample at a time into a buffer of the weight's size."""
+"""Convolutions: the weight's gradient is computed a few samples at a time into a buffer of bounded size."""
 
 import functools
 from collections.abc import Callable, Sequence
@@ -17,20 +17,41 @@ from cwfast.layers.scored import scored
 _backward = torch.ops.aten.convolution_backward.default
 
 
+CHUNK = 1 << 18  # entries of the samples' gradients that are computed at once: they stay in the cache
+
+
 def _of_weight(
     arguments: tuple[Any, ...], pad: Sequence[int], layout: Layout, x: Tensor, grad: Tensor, weight: Tensor
 ) -> Piece:
     dtype = torch.promote_types(x.dtype, grad.dtype)
     images, grads = layout.images(functional.pad(x, pad) if any(pad) else x), layout.images(grad)
+    *arguments_of_all, groups = arguments
+    shape = weight.shape
 
-    def compute(sample: int | None) -> Tensor:
-        a, d = (t.flatten(0, 1) if sample is None else t[sample] for t in (images, grads))
-        found: Tensor = _backward(
-            d.to(dtype), a.to(dtype), weight.detach().to(dtype), None, *arguments, (False, True, False)
-        )[1]
+    def backward(a: Tensor, d: Tensor, samples: int) -> Tensor:
+        """The gradient of ``samples`` weights, each in groups of its own."""
+        weights = torch.zeros((), dtype=dtype, device=weight.device).expand(samples * shape[0], *shape[1:])  # a shape
+        mask = (False, True, False)
+        found: Tensor = _backward(d.to(dtype), a.to(dtype), weights, None, *arguments_of_all, samples * groups, mask)[1]
         return found
 
-    return Computed(layout.samples, compute)
+    def compute(begin: int, end: int) -> Tensor:
+        a, d = (t[begin:end].transpose(0, 1).flatten(1, 2) for t in (images, grads))  # [n, samples C, ...]
+        return backward(a, d, end - begin).unflatten(0, (end - begin, -1))
+
+    def together() -> Tensor:
+        return backward(images.flatten(0, 1), grads.flatten(0, 1), 1)
+
+    return Computed(layout.samples, compute, together, _samples_at_once(weight, dtype))
+
+
+def _samples_at_once(weight: Tensor, dtype: torch.dtype) -> int:
+    """Samples become groups of one convolution. Small gradients share a call's overhead; in 16 bits oneDNN needs two
+    samples or more for its fast kernels (three to five times as fast). Elsewhere many groups are slow.
+    """
+    if weight.device.type != "cpu":
+        return 1
+    return max(CHUNK // max(1, weight.numel()), 1 if dtype.itemsize > 2 else 2)
 
 
 def _of_bias(layout: Layout, x: Tensor, grad: Tensor, bias: Tensor) -> Piece:

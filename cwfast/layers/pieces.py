@@ -1,7 +1,7 @@
 """One use's gradient of a weight, sample by sample, in the form in which it costs least."""
 
 import itertools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Self
 
 import torch
@@ -249,21 +249,63 @@ class Lookup(_Rows):
 
 
 class Computed(Piece):
-    """A gradient that is computed one sample at a time: ``compute(b)``; ``compute(None)`` is that of all samples."""
+    """A gradient that is computed a few samples at a time, so that no ``[B, *shape]`` exists.
+
+    Args:
+        samples: B.
+        compute: ``compute(begin, end) -> [end - begin, *shape]``, the gradients of these samples, a new tensor.
+        together: ``() -> [*shape]``, the gradient of all samples.
+        chunk: how many samples ``compute`` takes at most.
+    """
 
     def __init__(
-        self, samples: int, compute: Callable[[int | None], Tensor], coefficients: Tensor | None = None
+        self,
+        samples: int,
+        compute: Callable[[int, int], Tensor],
+        together: Callable[[], Tensor],
+        chunk: int = 1,
+        coefficients: Tensor | None = None,
     ) -> None:
-        self.samples, self.compute, self.coefficients = samples, compute, coefficients
+        self.samples, self.compute, self.together = samples, compute, together
+        self.chunk, self.coefficients = chunk, coefficients
+
+    def _chunks(self, dtype: torch.dtype) -> Iterator[tuple[int, Tensor]]:
+        """The first sample of each chunk, and the gradients of its samples."""
+        for begin in range(0, self.samples, self.chunk):
+            end = min(begin + self.chunk, self.samples)
+            gradients = self.compute(begin, end).to(dtype)
+            if self.coefficients is not None:
+                gradients *= _over(self.coefficients[begin:end], gradients)
+            yield begin, gradients
 
     def add_to(self, out: Tensor, sample: int) -> None:
-        out.add_(self.compute(sample), alpha=1 if self.coefficients is None else float(self.coefficients[sample]))
+        one = self.compute(sample, sample + 1)[0]
+        out.add_(one, alpha=1 if self.coefficients is None else float(self.coefficients[sample]))
 
     def scaled(self, coefficients: Tensor) -> "Computed":
-        return Computed(self.samples, self.compute, coefficients)
+        return Computed(self.samples, self.compute, self.together, self.chunk, coefficients)
 
     def total(self, shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> Tensor:
-        return self.compute(None).to(dtype)
+        return self.together().to(dtype)
+
+    def accumulate_(
+        self, out: Tensor, power: int, factor: Tensor | None, scale: float, grad: Tensor | None, backend: str
+    ) -> None:
+        total = out if factor is None else torch.zeros(out.shape, dtype=out.dtype, device=out.device)
+        for _, gradients in self._chunks(out.dtype):
+            if grad is not None:
+                for gradient in gradients:
+                    grad += gradient
+            for gradient in gradients.abs_() if power == 1 else gradients.square_():
+                total.add_(gradient, alpha=abs(scale) ** power)
+        if factor is not None:
+            out.addcmul_(total, factor.to(out.dtype).abs().pow_(power))
+
+    def square_norms(self, shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> Tensor:
+        norms = torch.zeros(self.samples, dtype=dtype, device=device)
+        for begin, gradients in self._chunks(dtype):
+            norms[begin : begin + len(gradients)] = gradients.square_().flatten(1).sum(dim=1)
+        return norms
 
 
 class Mixed(Piece):
