@@ -23,6 +23,7 @@ BATCHES = _harness.by_size(tiny=(2,), normal=(), full=(4, 16, 64))
 WIDTHS = _harness.by_size(tiny=(16,), normal=(), full=(256, 512, 1024, 2048))
 REPEATS = _harness.by_size(tiny=3, normal=5, full=7)
 SECONDS = 4.0  # slower than this in all leaves after three rounds
+READ_BYTES = _harness.by_size(tiny=10**6, full=2 * 10**8)
 FMA_ROUNDS = _harness.by_size(tiny=10**4, full=5 * 10**6)  # a thread's, of 12 vectors: tens of milliseconds
 
 
@@ -79,13 +80,17 @@ def _measure(
     native = _backends.native()
     if dtype == torch.float32:  # matrix units multiply bfloat16 faster than that
         variants["fma_peak"] = lambda: native.fma_peak(FMA_ROUNDS)
+    buffer = torch.ones(READ_BYTES // 4)
+    variants["read"] = _harness.read(buffer)
     times = _harness.interleaved(variants, REPEATS, seconds=SECONDS)
     flops, peak = 2 * samples * steps * fan_in * fan_out, native.fma_peak(FMA_ROUNDS)
     ratios = {f"over_gemm_{name}": _harness.ratio(times, name, "gemm") for name in ("cwfast", "cwfast_with_grad")}
     for name in ("cwfast", "gemm") if "fma_peak" in times else ():
         ratios[f"of_fma_peak_{name}"] = flops / peak * _harness.ratio(times, "fma_peak", name)
     case = f"saliency {what} {_name(dtype)} B={samples} T={steps} {fan_in}-{fan_out}{' with factor' * factor}"
+    moved = x.nbytes + d.nbytes + 2 * out.nbytes + (out.nbytes if factor else 0)  # read once; scores also written
     facts = {"samples": samples, "steps": steps, "widths": list(widths), "flops": flops, "peak_flops": peak}
+    facts |= {"moved_bytes": moved, "read_bytes": buffer.nbytes}  # with the times: both limits, for roofline.py
     _harness.report(benchmark, case, times, variants["cwfast"], ratios=ratios, **facts)
 
 
