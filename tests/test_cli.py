@@ -9,6 +9,7 @@ import torch
 
 from cwfast import demo
 from cwfast.cli import main
+from cwfast.report import benchmarks
 
 
 def test_env_lists_backends_with_reasons(capsys):
@@ -58,10 +59,30 @@ def test_bench_prints_one_table_and_appends_lines(tmp_path, monkeypatch, capsys)
     assert lines[2].split() == ["rewind", "1e+03", "ms", "peak", "2.0", "MB"]
     assert lines[-1] == "Peers not installed, skipped: opacus"
     assert len(out.read_text().splitlines()) == 3
-    assert main(["bench", "--json", "--size", "full"]) == 0
+    assert main(["bench", "--json", "--size", "normal"]) == 0
     document = json.loads(capsys.readouterr().out)
-    assert document["size"] == "full"
+    assert document["size"] == "normal"
     assert [result["case"] for result in document["results"]] == ["select a", "rewind"]
+
+
+def test_bench_draws_a_chart(tmp_path, monkeypatch, capsys):
+    run_benchmarks(monkeypatch, write_results)
+    chart = tmp_path / "chart.png"
+    assert main(["bench", "--chart", str(chart)]) == 0
+    assert capsys.readouterr().out.splitlines()[-1] == f"Chart: {chart}"
+    assert chart.read_bytes().startswith(b"\x89PNG")
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    assert main(["bench", "--chart", str(tmp_path / "other.png")]) == 0
+    assert "No chart: matplotlib must be installed" in capsys.readouterr().out
+    assert not (tmp_path / "other.png").exists()
+    run_benchmarks(monkeypatch, lambda command: pytest.fail("ran"))
+    assert main(["bench", "--chart", str(tmp_path / "no" / "chart.png")]) == 1
+    assert "--chart must name a file in a folder that exists" in capsys.readouterr().err
+
+
+def test_chart_needs_a_ratio():
+    with pytest.raises(ValueError, match="needs results with ratios; got 1 without"):
+        benchmarks.figure([{"case": "memory", "ratios": {"bytes_per_score": 0.1}}])
 
 
 def test_bench_that_fails_is_one_line(tmp_path, monkeypatch, capsys):
