@@ -145,8 +145,8 @@ def _bench_table(results: list[dict[str, Any]]) -> str:
         memory = [
             f"{name} {count / 1e6:.1f} MB" for name, count in result.get("bytes", {}).items() if count is not None
         ]
-        seconds = next(iter(result["seconds"].values()))
-        rows.append((result["case"], f"{seconds * 1e3:.3g} ms", ratios, ", ".join(memory)))
+        time = next((f"{seconds * 1e3:.3g} ms" for seconds in result["seconds"].values()), "")  # memory alone has none
+        rows.append((result["case"], time, ratios, ", ".join(memory)))
     widths = [max(len(row[i]) for row in rows) for i in range(3)]
     return "\n".join("  ".join([*(f"{c:<{w}}" for c, w in zip(r, widths, strict=False)), r[3]]).rstrip() for r in rows)
 

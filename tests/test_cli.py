@@ -41,6 +41,7 @@ def write_results(command):
     cases = [
         {"case": "select a", "seconds": {"ours": 0.002, "peer": 1.0}, "ratios": {"times_peer": 500.0, "reads": 1.5}},
         {"case": "rewind", "seconds": {"ours": 1.0}, "ratios": {}, "bytes": {"peak": 2 * 10**6, "no": None}},
+        {"case": "select memory", "seconds": {}, "ratios": {}, "bytes": {"peak": 10**6}},
     ]
     cases[1]["skipped_peers"] = ["opacus"]
     with open(command[command.index("--out") + 1], "a") as file:
@@ -57,12 +58,13 @@ def test_bench_prints_one_table_and_appends_lines(tmp_path, monkeypatch, capsys)
     assert lines[0].split() == ["case", "time", "ratios", "memory"]
     assert lines[1].split() == ["select", "a", "2", "ms", "times_peer", "500,", "reads", "1.5"]
     assert lines[2].split() == ["rewind", "1e+03", "ms", "peak", "2.0", "MB"]
+    assert lines[3].split() == ["select", "memory", "peak", "1.0", "MB"]
     assert lines[-1] == "Peers not installed, skipped: opacus"
-    assert len(out.read_text().splitlines()) == 3
+    assert len(out.read_text().splitlines()) == 4
     assert main(["bench", "--json", "--size", "normal"]) == 0
     document = json.loads(capsys.readouterr().out)
     assert document["size"] == "normal"
-    assert [result["case"] for result in document["results"]] == ["select a", "rewind"]
+    assert [result["case"] for result in document["results"]] == ["select a", "rewind", "select memory"]
 
 
 def test_bench_draws_a_chart(tmp_path, monkeypatch, capsys):
