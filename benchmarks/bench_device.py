@@ -97,7 +97,8 @@ def test_saliency_stack(benchmark: BenchmarkFixture, samples: int, steps: int) -
         ratios = {f"over_step_{name}": _harness.ratio(times, name, "ordinary") for name in ours}
         ratios |= {f"over_backward_{name}": _over_backward(times, name) for name in ours}
         ratios |= {f"times_{name}": _harness.ratio(times, name, next(iter(ours))) for name in peers}
-        extra = {name: _harness.peak_memory(_step, name, samples, steps) for name in ("cwfast", "ordinary", "vmap")}
+        methods = _harness.by_size(tiny=("cwfast",), full=("cwfast", "cwfast_no_grads", "ordinary", "vmap"))
+        extra = {name: _harness.peak_memory(_step, name, samples, steps) for name in methods}
         case = f"device saliency stack bfloat16 B={samples} T={steps} width {WIDTH} x {LAYERS}"
         _harness.report(benchmark, case, times, variants[next(iter(ours))], ratios=ratios, bytes=extra)
 

@@ -57,7 +57,7 @@ def test_bench_prints_one_table_and_appends_lines(tmp_path, monkeypatch, capsys)
     lines = capsys.readouterr().out.splitlines()
     assert lines[0].split() == ["case", "time", "ratios", "memory"]
     assert lines[1].split() == ["select", "a", "2", "ms", "times_peer", "500,", "reads", "1.5"]
-    assert lines[2].split() == ["rewind", "1e+03", "ms", "peak", "2.0", "MB"]
+    assert lines[2].split() == ["rewind", "1000", "ms", "peak", "2.0", "MB"]
     assert lines[3].split() == ["select", "memory", "peak", "1.0", "MB"]
     assert lines[-1] == "Peers not installed, skipped: opacus"
     assert len(out.read_text().splitlines()) == 4
