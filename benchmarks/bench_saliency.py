@@ -28,9 +28,10 @@ OURS = {
     "cwfast_deferred": (True, True),  # last: a step of any optimizer ends the deferral of every scorer that is active
     "cwfast_deferred_no_grads": (False, True),
 }
-ROUNDS = {"seq": 7, "mlp": 15}
-SECONDS = _harness.by_size(tiny=8.0, normal=4.0, full=8.0)  # a peer slower than this in all leaves after three rounds
+ROUNDS = {"seq": 5, "mlp": 15}
+SECONDS = _harness.by_size(tiny=8.0, normal=1.0, full=8.0)  # a peer slower than this in all leaves after three rounds
 NORMAL = ("seq", "mlp", "conv")  # without embeddings and the Llama layer
+SAMPLES: dict[str, int | None] = _harness.by_size(tiny={}, normal={"seq": 4}, full={})  # else the case's own batch
 
 
 def _rounds(case: str) -> int:
@@ -64,8 +65,8 @@ def _ours(stack: ExitStack, name: str, step: Callable[[], object], model: nn.Mod
 @pytest.mark.parametrize("case", _harness.by_size(tiny=tuple(CASES), normal=NORMAL, full=tuple(CASES)))
 def test_step(benchmark: BenchmarkFixture, case: str) -> None:
     """Forward and backward pass, and what a peer needs to get from its per-sample gradients to the scores."""
-    peers, truth = here(PEERS_OF[case]), Truth(lambda: problem(case))
-    _, x, y = problem(case)
+    peers, truth = here(PEERS_OF[case]), Truth(lambda: problem(case, SAMPLES.get(case)))
+    _, x, y = problem(case, SAMPLES.get(case))
     models = {name: problem(case).model for name in ("ordinary", *OURS, *peers)}
     sums = {name: zeros(models[name]) for name in peers}
     steps = {name: PEERS[name](models[name]) for name in peers}
@@ -88,7 +89,7 @@ def test_step(benchmark: BenchmarkFixture, case: str) -> None:
         ratios = {f"over_step_{name}": _harness.ratio(times, name, "ordinary") for name in OURS}
         for ours, suffix in (("cwfast", ""), ("cwfast_deferred_no_grads", "_deferred_no_grads")):
             ratios |= {f"times_{peer}{suffix}": _harness.ratio(times, peer, ours) for peer in peers}
-        facts = _described(case)
+        facts = _described(case, SAMPLES.get(case))
         ours = {name: times[name] for name in ("cwfast", *times)}  # the first is the one that the table shows
         _harness.report(benchmark, _title("step", facts), ours, variants["cwfast"], ratios=ratios, **facts)
 
@@ -158,9 +159,11 @@ def _memory_cases() -> list[tuple[str, int | None, tuple[str, ...]]]:
     """Case, batch size (None: the case's own), and the methods beside ours."""
     if _harness.size() == "tiny":
         return [("seq", None, ())]
+    if _harness.size() == "normal":
+        return [("mlp", None, ("vmap", "opacus"))]
     peers = ("cwfast_no_grads", "vmap", "opacus", "backpack")
-    seq = [("seq", None, peers), *((("seq", 4, ()), ("seq", 64, ())) if _harness.size() == "full" else ())]
-    return [*seq, ("mlp", None, (*peers, "vmap_some")), ("conv", None, peers)]
+    batches: list[tuple[str, int | None, tuple[str, ...]]] = [("seq", 4, ()), ("seq", 64, ())]
+    return [("seq", None, peers), *batches, ("mlp", None, (*peers, "vmap_some")), ("conv", None, peers)]
 
 
 @pytest.mark.parametrize(("case", "samples", "others"), _memory_cases())

@@ -23,6 +23,7 @@ BATCHES = _harness.by_size(tiny=(2,), normal=(), full=(4, 16, 64))
 WIDTHS = _harness.by_size(tiny=(16,), normal=(), full=(256, 512, 1024, 2048))
 REPEATS = _harness.by_size(tiny=3, normal=5, full=7)
 SECONDS = 4.0  # slower than this in all leaves after three rounds
+READ_BYTES = _harness.by_size(tiny=10**6, full=2 * 10**8)
 FMA_ROUNDS = _harness.by_size(tiny=10**4, full=5 * 10**6)  # a thread's, of 12 vectors: tens of milliseconds
 
 
@@ -38,21 +39,23 @@ def _inputs(samples: int, steps: int, fan_in: int, fan_out: int, dtype: torch.dt
 
 
 def _check(x: Tensor, d: Tensor, factor: Tensor | None) -> None:
-    """Refuses scores, or a gradient sum of the same pass, that are further from float64 than PyTorch's float32."""
+    """Refuses scores, or a gradient sum of the same pass, that are further from float64 than PyTorch's float32.
+
+    Of at most 128 rows that are drawn among all: one sample at a time, the rest would take minutes.
+    """
     out, grad = (torch.zeros(d.shape[-1], x.shape[-1]) for _ in range(2))
     accumulate_saliency_(out, x, d, grad=grad, factor=factor)
-    sums = {
-        dtype: (torch.zeros_like(out, dtype=dtype), torch.zeros_like(out, dtype=dtype))
-        for dtype in (torch.float64, torch.float32)
-    }
-    for dtype, (scores, total) in sums.items():
-        for rows, columns in zip(d.to(dtype), x.to(dtype), strict=True):
-            each = rows.reshape(-1, d.shape[-1]).T @ columns.reshape(-1, x.shape[-1])
+    drawn = torch.randperm(len(out), generator=torch.Generator().manual_seed(2))[:128]
+    sums = []
+    for dtype in (torch.float64, torch.float32):
+        scores, total = (torch.zeros(len(drawn), x.shape[-1], dtype=dtype) for _ in range(2))
+        for rows, columns in zip(d[..., drawn].to(dtype), x.to(dtype), strict=True):
+            each = rows.reshape(-1, len(drawn)).T @ columns.reshape(-1, x.shape[-1])
             total += each
             scores += each.abs_()
-        scores.mul_(factor.to(dtype).abs() if factor is not None else 1)
-    for i, ours in enumerate((out, grad)):
-        assert_no_worse(ours, sums[torch.float64][i], sums[torch.float32][i])
+        sums.append((scores.mul_(factor[drawn].to(dtype).abs() if factor is not None else 1), total))
+    for ours, exact, peer in zip((out, grad), *sums, strict=True):
+        assert_no_worse(ours[drawn], exact, peer)
 
 
 def _measure(
@@ -79,13 +82,17 @@ def _measure(
     native = _backends.native()
     if dtype == torch.float32:  # matrix units multiply bfloat16 faster than that
         variants["fma_peak"] = lambda: native.fma_peak(FMA_ROUNDS)
+    buffer = torch.ones(READ_BYTES // 4)
+    variants["read"] = _harness.read(buffer)
     times = _harness.interleaved(variants, REPEATS, seconds=SECONDS)
     flops, peak = 2 * samples * steps * fan_in * fan_out, native.fma_peak(FMA_ROUNDS)
     ratios = {f"over_gemm_{name}": _harness.ratio(times, name, "gemm") for name in ("cwfast", "cwfast_with_grad")}
     for name in ("cwfast", "gemm") if "fma_peak" in times else ():
         ratios[f"of_fma_peak_{name}"] = flops / peak * _harness.ratio(times, "fma_peak", name)
     case = f"saliency {what} {_name(dtype)} B={samples} T={steps} {fan_in}-{fan_out}{' with factor' * factor}"
+    moved = x.nbytes + d.nbytes + 2 * out.nbytes + (out.nbytes if factor else 0)  # read once; scores also written
     facts = {"samples": samples, "steps": steps, "widths": list(widths), "flops": flops, "peak_flops": peak}
+    facts |= {"moved_bytes": moved, "read_bytes": buffer.nbytes}  # with the times: both limits, for roofline.py
     _harness.report(benchmark, case, times, variants["cwfast"], ratios=ratios, **facts)
 
 

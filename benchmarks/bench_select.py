@@ -21,7 +21,7 @@ from cwfast.ops import Selection, select_topk
 RATES = (0.001, 0.01, 0.03)
 CASES = _harness.by_size(
     tiny=[(10**5, rate) for rate in RATES],
-    normal=[(10**7, rate) for rate in RATES],
+    normal=[(10**7, 0.01)],
     full=[*((10**7, rate) for rate in RATES), (10**8, 0.01)],
 )
 DTYPES = (torch.float32, torch.bfloat16)

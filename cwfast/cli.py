@@ -139,14 +139,22 @@ def _bench_chart(path: Path, results: list[dict[str, Any]]) -> str:
 
 def _bench_table(results: list[dict[str, Any]]) -> str:
     """A row per case: our time, what others take in units of it and what it takes in units of a limit, memory."""
+    import itertools
+    import textwrap
+
+    def lines(parts: list[str], width: int) -> list[str]:  # broken between the parts, never inside one
+        joined = ", ".join(part.replace(" ", "\0") for part in parts)
+        return [line.replace("\0", " ") for line in textwrap.wrap(joined, width, break_on_hyphens=False)]
+
     rows = [("case", "time", "ratios", "memory")]
     for result in results:
-        ratios = ", ".join(f"{name} {value:.3g}" for name, value in result["ratios"].items())
+        ratios = [f"{name} {value:.3g}" for name, value in result["ratios"].items()]
         memory = [
             f"{name} {count / 1e6:.1f} MB" for name, count in result.get("bytes", {}).items() if count is not None
         ]
-        seconds = next(iter(result["seconds"].values()))
-        rows.append((result["case"], f"{seconds * 1e3:.3g} ms", ratios, ", ".join(memory)))
+        time = next((f"{seconds * 1e3:.4g} ms" for seconds in result["seconds"].values()), "")  # memory alone has none
+        cells = [result["case"]], [time], lines(ratios, 76), lines(memory, 44)
+        rows += list(itertools.zip_longest(*cells, fillvalue=""))
     widths = [max(len(row[i]) for row in rows) for i in range(3)]
     return "\n".join("  ".join([*(f"{c:<{w}}" for c, w in zip(r, widths, strict=False)), r[3]]).rstrip() for r in rows)
 

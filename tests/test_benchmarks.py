@@ -2,13 +2,17 @@
 
 import gc
 import json
+import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
 from cwfast.benchmarks import __main__ as command
-from cwfast.benchmarks import _harness
+from cwfast.benchmarks import _harness, _models, _per_sample
+
+from cwfast import _backends
 
 
 def allocate(count):
@@ -64,10 +68,24 @@ def test_read_touches_every_tensor(dtype):
     assert len(_harness.read(torch.ones(6, dtype=dtype), torch.ones(2, 3, dtype=dtype))()) == 2
 
 
-def test_limits_are_positive(monkeypatch):
-    monkeypatch.setenv("CWFAST_BENCH_SIZE", "tiny")
-    assert _harness.read_bandwidth() > 0
-    assert _harness.gemm_flops(8, 16, 4) > 0
+def test_fma_peak_counts_its_operations():
+    native = _backends.native()
+    before = native.isa()
+    for isa, width in zip(("scalar", "avx2", "avx512"), (4, 8, 16), strict=True):
+        if isa in native.isas():
+            native.set_isa(isa)
+            assert native.fma_peak(1000) == 2 * width * 12 * 1000 * native.threads()
+    native.set_isa(before)
+    assert native.fma_peak(0) == 0
+
+
+def test_device(monkeypatch):
+    monkeypatch.delenv("CWFAST_BENCH_DEVICE", raising=False)
+    assert _harness.device() == torch.device("cpu")
+    for wrong in ("gpu", *(() if torch.cuda.is_available() else ("cuda",))):
+        monkeypatch.setenv("CWFAST_BENCH_DEVICE", wrong)
+        with pytest.raises(ValueError, match=f"must be cpu, or cuda where torch has one; got '{wrong}'"):
+            _harness.device()
 
 
 def test_sizes(monkeypatch):
@@ -75,6 +93,10 @@ def test_sizes(monkeypatch):
     assert _harness.by_size(tiny=1, full=2) == 1
     monkeypatch.setenv("CWFAST_BENCH_SIZE", "full")
     assert _harness.by_size(tiny=1, full=2) == 2
+    monkeypatch.setenv("CWFAST_BENCH_SIZE", "normal")
+    assert _harness.by_size(tiny=1, full=3, normal=2) == 2
+    assert _harness.by_size(tiny=1, full=3, normal=0) == 0
+    assert _harness.by_size(tiny=1, full=3) == 3
     monkeypatch.setenv("CWFAST_BENCH_SIZE", "huge")
     with pytest.raises(ValueError, match="CWFAST_BENCH_SIZE must be one of"):
         _harness.size()
@@ -136,6 +158,41 @@ def test_every_primitive_has_benchmarks():
     assert {"rewind", "saliency", "select"} <= set(command.NAMES)
 
 
+def test_a_suite_includes_those_that_begin_with_its_name(monkeypatch):
+    ran = []
+    monkeypatch.setattr(pytest, "main", lambda args: ran.append([Path(a).stem for a in args if "bench_" in a]) or 0)
+    for name in ("CWFAST_BENCH_SIZE", "CWFAST_BENCH_OUT"):  # main sets them: undone after the test
+        monkeypatch.setenv(name, "")
+    command.main(["saliency", "--size", "normal"])
+    command.main(["saliency_op"])
+    command.main([])
+    assert ran[:2] == [["bench_saliency", "bench_saliency_op"], ["bench_saliency_op"]]
+    assert len(ran[2]) == len(command.NAMES)
+
+
+@pytest.mark.parametrize("case", _models.CASES)
+def test_a_problem_is_the_same_whenever_it_is_made(case):
+    first, second = (_models.problem(case, 3, tiny=True) for _ in range(2))
+    assert len(first.x) == len(first.y) == 3
+    assert torch.equal(first.x, second.x)
+    assert torch.equal(first.y, second.y)
+    for ours, theirs in zip(first.model.parameters(), second.model.parameters(), strict=True):
+        assert torch.equal(ours, theirs)
+
+
+def test_truth_refuses_wrong_scores():
+    truth = _per_sample.Truth(lambda: _models.problem("mlp", tiny=True))
+    model, x, y = _models.problem("mlp", tiny=True)
+    scores = _per_sample.zeros(model)
+    _per_sample.loop(model)(x, y, scores)
+    truth.check(scores)
+    with pytest.raises(AssertionError, match="error"):
+        truth.check(scores, calls=2)
+    next(iter(scores.values()))[0] = float("nan")
+    with pytest.raises(AssertionError, match="must be finite"):
+        truth.check(scores)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("name", command.NAMES)
 def test_tiny_run_writes_a_line_per_case(name, tmp_path):
@@ -149,3 +206,14 @@ def test_tiny_run_writes_a_line_per_case(name, tmp_path):
         assert line["case"].startswith(name) or line["case"].startswith("freeze")
         assert line["size"] == "tiny"
         assert line["case"] in done.stdout
+
+
+@pytest.mark.slow
+def test_gpu_script_runs_dry(tmp_path):
+    script = Path(__file__).resolve().parent.parent / "benchmarks/gpu.sh"
+    environment = {**os.environ, "CWFAST_BENCH_DEVICE": "cpu", "CWFAST_BENCH_RESULTS": str(tmp_path)}
+    environment["PATH"] = f"{Path(sys.executable).parent}:{environment['PATH']}"
+    done = subprocess.run(["bash", script], capture_output=True, text=True, check=False, env=environment)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert len((tmp_path / "dry-run.jsonl").read_text().splitlines()) == 4
+    assert "FAILED" not in done.stdout

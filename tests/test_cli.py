@@ -9,6 +9,7 @@ import torch
 
 from cwfast import demo
 from cwfast.cli import main
+from cwfast.report import benchmarks
 
 
 def test_env_lists_backends_with_reasons(capsys):
@@ -40,6 +41,7 @@ def write_results(command):
     cases = [
         {"case": "select a", "seconds": {"ours": 0.002, "peer": 1.0}, "ratios": {"times_peer": 500.0, "reads": 1.5}},
         {"case": "rewind", "seconds": {"ours": 1.0}, "ratios": {}, "bytes": {"peak": 2 * 10**6, "no": None}},
+        {"case": "select memory", "seconds": {}, "ratios": {}, "bytes": {"peak": 10**6}},
     ]
     cases[1]["skipped_peers"] = ["opacus"]
     with open(command[command.index("--out") + 1], "a") as file:
@@ -55,13 +57,34 @@ def test_bench_prints_one_table_and_appends_lines(tmp_path, monkeypatch, capsys)
     lines = capsys.readouterr().out.splitlines()
     assert lines[0].split() == ["case", "time", "ratios", "memory"]
     assert lines[1].split() == ["select", "a", "2", "ms", "times_peer", "500,", "reads", "1.5"]
-    assert lines[2].split() == ["rewind", "1e+03", "ms", "peak", "2.0", "MB"]
+    assert lines[2].split() == ["rewind", "1000", "ms", "peak", "2.0", "MB"]
+    assert lines[3].split() == ["select", "memory", "peak", "1.0", "MB"]
     assert lines[-1] == "Peers not installed, skipped: opacus"
-    assert len(out.read_text().splitlines()) == 3
-    assert main(["bench", "--json", "--size", "full"]) == 0
+    assert len(out.read_text().splitlines()) == 4
+    assert main(["bench", "--json", "--size", "normal"]) == 0
     document = json.loads(capsys.readouterr().out)
-    assert document["size"] == "full"
-    assert [result["case"] for result in document["results"]] == ["select a", "rewind"]
+    assert document["size"] == "normal"
+    assert [result["case"] for result in document["results"]] == ["select a", "rewind", "select memory"]
+
+
+def test_bench_draws_a_chart(tmp_path, monkeypatch, capsys):
+    run_benchmarks(monkeypatch, write_results)
+    chart = tmp_path / "chart.png"
+    assert main(["bench", "--chart", str(chart)]) == 0
+    assert capsys.readouterr().out.splitlines()[-1] == f"Chart: {chart}"
+    assert chart.read_bytes().startswith(b"\x89PNG")
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    assert main(["bench", "--chart", str(tmp_path / "other.png")]) == 0
+    assert "No chart: matplotlib must be installed" in capsys.readouterr().out
+    assert not (tmp_path / "other.png").exists()
+    run_benchmarks(monkeypatch, lambda command: pytest.fail("ran"))
+    assert main(["bench", "--chart", str(tmp_path / "no" / "chart.png")]) == 1
+    assert "--chart must name a file in a folder that exists" in capsys.readouterr().err
+
+
+def test_chart_needs_a_ratio():
+    with pytest.raises(ValueError, match="needs results with ratios; got 1 without"):
+        benchmarks.figure([{"case": "memory", "ratios": {"bytes_per_score": 0.1}}])
 
 
 def test_bench_that_fails_is_one_line(tmp_path, monkeypatch, capsys):

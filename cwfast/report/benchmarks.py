@@ -1,7 +1,7 @@
 """The picture of a benchmark run: a row per case, our time over its limits on the left, the peers' over ours right."""
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from cwfast.report.plots import GUIDE, styled
 
@@ -58,8 +58,10 @@ def figure(results: Sequence[Mapping[str, Any]]) -> "Figure":
         axes.grid(True)
         axes.set_title(title)
         axes.set_xlabel(label)
-        corner = "outside lower left" if axes is panels[0] else "outside lower right"
-        drawing.legend(*axes.get_legend_handles_labels(), loc=corner, ncols=2, title=title)
+        handles, labels = axes.get_legend_handles_labels()
+        place: Literal["outside lower left", "outside lower right"]
+        place = "outside lower left" if axes is panels[0] else "outside lower right"
+        drawing.legend(handles, labels, loc=place, ncols=2, title=title)
     panels[0].set_yticks(range(len(rows)), [row["case"] for row in rows])
     panels[0].set_ylim(len(rows) - 0.5, -0.5)
     return drawing

@@ -1,0 +1,99 @@
+"""Ops and scorer on a GPU against the reference and float64; on the CPU the same tests run with backend "cpu".
+
+Not yet run on a GPU. ``benchmarks/gpu.sh`` runs this file there; elsewhere the GPU's cases are skipped.
+"""
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional
+
+from cwfast import SaliencyScorer, _backends, reference
+from cwfast.ops import accumulate_saliency_, select_topk
+from cwfast.testing import HOSTILE, assert_no_worse, hostile_scores
+
+SHAPES = [(5, 1, 7, 9), (3, 4, 33, 65), (2, 128, 128, 128), (9, 17, 130, 257), (4, 600, 256, 192), (1, 1, 1, 1)]
+
+
+@pytest.fixture(params=["cpu", "cuda", "triton"])
+def place(request):
+    """Backend and device."""
+    backend = request.param
+    if backend == "cpu":
+        return backend, torch.device("cpu")
+    if not torch.cuda.is_available():
+        pytest.skip("torch has no GPU here")
+    available, reason = _backends.backends()[backend]
+    if not available or _backends.interpreted():
+        pytest.skip(reason or "Triton is interpreted")
+    return backend, torch.device("cuda")
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("power", [1, 2])
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_saliency_is_no_worse_than_a_loop(place, shape, power, dtype):
+    backend, device = place
+    samples, steps, fan_in, fan_out = shape
+    x, d = (torch.randn(samples, steps, width).to(device, dtype) for width in (fan_in, fan_out))
+    factor = torch.randn(fan_out, fan_in).to(device)
+    sums = {}
+    for exact in (torch.float64, torch.float32):
+        each = [(b.T @ a) for a, b in zip(x.to(exact), d.to(exact), strict=True)]
+        sums[exact] = (sum((g * factor.to(exact)).abs() ** power for g in each), sum(each))
+    out, grad = (torch.zeros(fan_out, fan_in, device=device) for _ in range(2))
+    accumulate_saliency_(out, x, d, power=power, factor=factor, grad=grad, backend=backend)
+    for i, ours in enumerate((out, grad)):
+        assert_no_worse(ours, sums[torch.float64][i], sums[torch.float32][i], factor=4)
+    again, grad = (torch.zeros(fan_out, fan_in, device=device) for _ in range(2))
+    accumulate_saliency_(again, x, d, power=power, factor=factor, grad=grad, backend=backend)
+    assert torch.equal(out, again)  # same bits on every run
+
+
+@pytest.mark.parametrize("steps", [(), (5,)], ids=["one_row", "sequences"])
+def test_scorer_equals_one_backward_per_sample(place, steps):
+    backend, device = place
+    model = nn.Sequential(nn.Linear(40, 70), nn.GELU(), nn.LayerNorm(70), nn.Linear(70, 12)).to(device)
+    x, y = torch.randn(6, *steps, 40, device=device), torch.randint(12, (6, *steps), device=device)
+
+    def loss(x, y):
+        return functional.cross_entropy(model(x).flatten(0, -2), y.flatten())
+
+    sums = {}
+    for exact in (torch.float64, torch.float32):
+        model.to(exact)
+        each = [torch.autograd.grad(loss(x[i : i + 1].to(exact), y[i : i + 1]), model.parameters()) for i in range(6)]
+        sums[exact] = [
+            sum(g.abs() for g in found) * p.abs() for p, *found in zip(model.parameters(), *each, strict=True)
+        ]
+    scorer = SaliencyScorer(model, backend=backend)
+    with scorer:
+        loss(x, y).backward()
+    for ours, truth, looped in zip(scorer.scores().values(), *sums.values(), strict=True):
+        assert_no_worse(ours, truth.detach(), looped.detach(), factor=4)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("kind", HOSTILE)
+def test_selection_equals_the_reference(place, kind, dtype):
+    backend, device = place
+    scores = hostile_scores(kind, dtype, 200_000)
+    total = sum(score.numel() for score in scores)
+    for k in (0, 1, total // 100, total // 2, total):
+        expected = select_topk(scores, k, backend="reference")
+        found = select_topk([score.to(device) for score in scores], k, backend=backend)
+        assert found.threshold == expected.threshold
+        assert list(found.counts) == list(expected.counts)
+        for ours, theirs in zip(found.bits, expected.bits, strict=True):
+            assert torch.equal(ours.cpu(), theirs)
+
+
+def test_selection_of_a_large_tensor(place):
+    backend, device = place
+    numel = 10**6 if device.type == "cpu" else 2 * 10**8
+    scores = torch.randn(numel, device=device).abs_()
+    selection = select_topk([scores], numel // 100, backend=backend)
+    mask = reference.unpack(selection.bits[0], numel)
+    assert int(mask.sum()) == numel // 100
+    assert float(scores[mask].min()) == selection.threshold
+    assert float(scores[~mask].max()) <= selection.threshold
