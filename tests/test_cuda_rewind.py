@@ -11,6 +11,7 @@ from cuda_on_cpu import build
 from cuda_on_cpu.emulate import emulate, sparse
 from test_rewind import by_form, check, masks_of
 
+import cwfast
 from cwfast import ops, reference
 
 pytestmark = pytest.mark.skipif(bool(build.why_not()), reason=f"CUDA on the CPU {build.why_not()}")
@@ -83,6 +84,28 @@ def test_packed_bits_at_any_byte(library):
     bits.copy_(reference.pack(mask))
     (kept,) = ops.gather([torch.arange(200)], [bits], backend="cuda")
     assert torch.equal(kept, mask.nonzero().reshape(-1))
+
+
+def test_a_model_is_rewound_and_frozen(library):
+    model = torch.nn.Sequential(torch.nn.Linear(40, 30), torch.nn.LayerNorm(30), torch.nn.Linear(30, 5))
+    initial, before = ({name: torch.randn_like(p) for name, p in model.named_parameters()} for _ in range(2))
+    shares = {"0.weight": 0.03, "1.weight": 0.5, "2.weight": 0.3}  # a list and two packed; nothing elsewhere
+    masks = cwfast.MaskSet.from_masks({n: torch.rand(p.shape) < shares.get(n, 0) for n, p in initial.items()})
+    model.load_state_dict(before)
+    cwfast.rewind_(model, masks, initial, backend="cuda")
+    for name, parameter in model.named_parameters():
+        assert torch.equal(parameter, torch.where(masks[name], initial[name], before[name]))
+    start = {name: p.detach().clone() for name, p in model.named_parameters()}
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9, weight_decay=0.1)
+    with cwfast.freeze(model, optimizer, masks, backend="cuda"):
+        for _ in range(3):
+            optimizer.zero_grad()
+            model(torch.randn(8, 40)).square().sum().backward()
+            assert not any(p.grad[masks[name]].any() for name, p in model.named_parameters())
+            optimizer.step()
+    for name, parameter in model.named_parameters():
+        assert torch.equal(parameter[masks[name]], start[name][masks[name]])
+        assert not (parameter == start[name])[~masks[name]].all()
 
 
 def far(monkeypatch, library, dtype, form):
