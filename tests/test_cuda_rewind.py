@@ -1,5 +1,9 @@
 """The CUDA kernels of rewind_, gather and scatter_, executed on the CPU through the ops."""
 
+import os
+import subprocess
+import sys
+
 import pytest
 import test_rewind
 import torch
@@ -7,6 +11,7 @@ from cuda_on_cpu import build
 from cuda_on_cpu.emulate import emulate, sparse
 from test_rewind import by_form, check, masks_of
 
+import cwfast
 from cwfast import ops, reference
 
 pytestmark = pytest.mark.skipif(bool(build.why_not()), reason=f"CUDA on the CPU {build.why_not()}")
@@ -62,6 +67,10 @@ def test_broken_picks_are_refused_before_anything_is_written(library, broken):
     test_rewind.test_broken_picks_are_refused_before_anything_is_written("cuda", broken)
 
 
+def test_picks_that_only_one_word_or_block_shows_to_be_broken(library):
+    test_rewind.test_picks_that_only_one_word_or_block_shows_to_be_broken("cuda")
+
+
 def test_a_list_for_an_empty_tensor_must_be_empty(library):
     low, offset = test_rewind.block_list([3], [0])
     with pytest.raises(ValueError, match=r"bits\[0\] must have offsets from 0 to 1"):
@@ -75,6 +84,28 @@ def test_packed_bits_at_any_byte(library):
     bits.copy_(reference.pack(mask))
     (kept,) = ops.gather([torch.arange(200)], [bits], backend="cuda")
     assert torch.equal(kept, mask.nonzero().reshape(-1))
+
+
+def test_a_model_is_rewound_and_frozen(library):
+    model = torch.nn.Sequential(torch.nn.Linear(40, 30), torch.nn.LayerNorm(30), torch.nn.Linear(30, 5))
+    initial, before = ({name: torch.randn_like(p) for name, p in model.named_parameters()} for _ in range(2))
+    shares = {"0.weight": 0.03, "1.weight": 0.5, "2.weight": 0.3}  # a list and two packed; nothing elsewhere
+    masks = cwfast.MaskSet.from_masks({n: torch.rand(p.shape) < shares.get(n, 0) for n, p in initial.items()})
+    model.load_state_dict(before)
+    cwfast.rewind_(model, masks, initial, backend="cuda")
+    for name, parameter in model.named_parameters():
+        assert torch.equal(parameter, torch.where(masks[name], initial[name], before[name]))
+    start = {name: p.detach().clone() for name, p in model.named_parameters()}
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9, weight_decay=0.1)
+    with cwfast.freeze(model, optimizer, masks, backend="cuda"):
+        for _ in range(3):
+            optimizer.zero_grad()
+            model(torch.randn(8, 40)).square().sum().backward()
+            assert not any(p.grad[masks[name]].any() for name, p in model.named_parameters())
+            optimizer.step()
+    for name, parameter in model.named_parameters():
+        assert torch.equal(parameter[masks[name]], start[name][masks[name]])
+        assert not (parameter == start[name])[~masks[name]].all()
 
 
 def far(monkeypatch, library, dtype, form):
@@ -111,3 +142,68 @@ def far(monkeypatch, library, dtype, form):
 @pytest.mark.parametrize("dtype", [torch.uint8, torch.float32], ids=str)
 def test_offsets_above_2_to_the_31(monkeypatch, dtype, form):
     far(monkeypatch, emulate(monkeypatch, "rewind"), dtype, form)
+
+
+PLANTED = {  # text in csrc/cuda/rewind.cu, replacement
+    "tensor of the block off by one": ("tensors[middle].first <= block", "tensors[middle].first < block"),
+    "rank includes the entry": ("((1u << lane) - 1)", "((2u << lane) - 1)"),
+    "twice the same position": ("low[i] <= low[i - 1]", "low[i] < low[i - 1]"),
+    "wrong picks without atomic": (
+        "atomicOr(wrong + (part.tensor - tensors), found)",
+        "wrong[part.tensor - tensors] |= found",
+    ),
+    "32-bit start": ("start = own * kBlock,", "start = (int)(own * kBlock),"),
+    "block past the tensor": ("left < kBlock ? left : kBlock", "kBlock"),
+    "ends not checked": ("part.block == 0 && (", "false && ("),
+    "falling offsets": ("begin < 0 || end < begin ||", "begin < 0 ||"),
+    "offsets past the list": (" || end > tensor.k)", ")"),
+    "position past the tensor": ("low[i] >= part.length", "low[i] > part.length"),
+    "compared with the block before": ("(i > begin && low[i]", "(i > 0 && low[i]"),
+    "padding of the last word": (
+        "used < 32 && word >> (used < 0 ? 0 : used)",
+        "used >= 0 && used < 32 && word >> used",
+    ),
+    "half a slice counted": (
+        "w < (warp + 1) * kSliceWords && w < padded",
+        "w < warp * kSliceWords + 128 && w < padded",
+    ),
+    "rank of the first slice": ("tensor.ranks[8 * part.block + warp]", "tensor.ranks[8 * part.block]"),
+    "rank among all tensors": (" - tensor.ranks[0] : 0", " : 0"),
+    "slice runs into the next": ("w < (warp + 1) * kSliceWords && w < word_count", "w < word_count"),
+    "word past the tensor": ("w + lane < word_count ? words[w + lane] : 0", "words[w + lane]"),
+    "entries that are not selected": ("if (word[u] >> lane & 1) target[", "target["),
+    "divided too early": (
+        "at += flat % dim[0] * dim[1];\n    flat /= dim[0];",
+        "flat /= dim[0];\n    at += flat % dim[0];",
+    ),
+    "offset behind an empty tensor": ("if (part.length == 0) return 0;", ""),
+}
+
+
+def catch(name: str) -> None:
+    """Plant one defect and run; called in a process of its own, which the defect may crash."""
+    patch = pytest.MonkeyPatch()
+    library = emulate(patch, "rewind", checked=True, changes=(PLANTED[name],) if name else ())
+    sizes = [33, 0, 8193, 70_001, 0]
+    for seed, form in enumerate(("bits", "list")):
+        library.coc_configure(seed, 1 + seed, None, 0)
+        weights, initial = ([torch.randn(size) for size in sizes] for _ in range(2))
+        check(weights, initial, masks_of(weights, 0.3, seed), form, "cuda")
+        test_rewind.test_flat_index_is_logical_in_any_memory_format("cuda", form)
+    for broken in test_rewind.BROKEN:
+        test_rewind.test_broken_picks_are_refused_before_anything_is_written("cuda", broken)
+    test_rewind.test_picks_that_only_one_word_or_block_shows_to_be_broken("cuda")
+    with pytest.raises(ValueError, match="ascend"):  # seen by many threads at once
+        ops.rewind_([weights[0]], [initial[0]], [test_rewind.block_list([5] * 600, [0, 600])], backend="cuda")
+    for form in ("bits", "list"):
+        far(patch, library, torch.uint8, form)
+
+
+@pytest.mark.parametrize("name", build.some_slow(["", *PLANTED]))
+def test_planted_defect_is_caught(name):
+    code = f"import test_cuda_rewind as t; t.catch({name!r})"
+    folder = os.path.dirname(__file__)
+    ran = subprocess.run([sys.executable, "-c", code], cwd=folder, capture_output=True, text=True)
+    assert (ran.returncode == 0) == (name == ""), ran.stdout + ran.stderr
+    assert "must occur once" not in ran.stderr
+    assert "error:" not in ran.stderr, ran.stderr  # of the compiler

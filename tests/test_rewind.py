@@ -157,6 +157,17 @@ def test_broken_picks_are_refused_before_anything_is_written(backend, broken):
     assert not any(w.any() for w in weights)
 
 
+def test_picks_that_only_one_word_or_block_shows_to_be_broken(backend):
+    behind = torch.zeros(8, dtype=torch.uint8)
+    behind[5] = 1  # bit 40 of 10 entries: in a 32-bit word of its own
+    falls = block_list([1, 2], [0, 2, 1, 2])  # for three blocks; each offset is from 0 to 2
+    for size, bits in ((10, behind), (140_000, falls)):
+        weight = torch.zeros(size)
+        with pytest.raises(ValueError, match=r"bits\[0\] must"):
+            ops.rewind_([weight], [torch.ones(size)], [bits], backend=backend)
+        assert not weight.any()
+
+
 GOOD = {"weights": [torch.zeros(9)], "initial": [torch.ones(9)], "bits": [torch.zeros(8, dtype=torch.uint8)]}
 
 

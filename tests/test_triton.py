@@ -48,7 +48,7 @@ assert torch.equal(down, a)
 
 
 @pytest.mark.exhaustive
-@pytest.mark.parametrize("stem", ["saliency", "select"])
+@pytest.mark.parametrize("stem", ["saliency", "select", "rewind"])
 def test_property_tests_in_the_interpreter(stem):
     command = [sys.executable, "-P", "-m", "pytest", "-q", f"tests/test_{stem}.py", "-k", "triton"]
     env = {**os.environ, "TRITON_INTERPRET": "1"}

@@ -16,7 +16,7 @@ SLICES = tl.constexpr(8)  # of a block: their bits are counted apart, as backend
 ROW = tl.constexpr(12)  # columns of the table: first block, entries, picks, offset, k, ranks, and of target and source
 TARGET, SOURCE = tl.constexpr(6), tl.constexpr(9)  # address, dimensions, layout
 TENSORS = tl.constexpr(128)  # rows looked through at a time
-AT_ONCE = tl.constexpr(1024)  # entries moved together: 8 a thread; 1% of a block is less
+AT_ONCE = tl.constexpr(1024)  # entries moved together: 4 a thread; 1% of a block is less
 
 
 @triton.jit
@@ -150,4 +150,4 @@ def survey(table: Tensor, tensors: int, blocks: int, counts: Tensor, wrong: Tens
 
 def move(table: Tensor, tensors: int, blocks: int, item_size: int) -> None:
     """Launch; ``item_size``: bytes of an entry, which is only copied: the unsigned integer of its size does."""
-    _move_kernel[(blocks,)](table, tensors, TYPE=integer(item_size), num_warps=4)
+    _move_kernel[(blocks,)](table, tensors, TYPE=integer(item_size), num_warps=8)

@@ -96,10 +96,9 @@ class Emulated:
         dims = [(v.layout, v.dims) for row in rows for v in (row.target, row.source) if v.dims > 0]
         spans[layouts] = max((16 * n + 8 * at for at, n in dims), default=0)
         for row in rows:
-            selected = row.k if row.offset else 0
-            if row.ranks:
+            selected = row.k
+            if row.ranks:  # of packed bits, and one side is compact
                 spans[row.ranks] = max(1, -(-row.numel // BLOCK)) * 64
-            if not row.offset:
                 packed = ctypes.string_at(row.picks, (row.numel + 63) // 64 * 8) if row.numel else b""
                 selected = int.from_bytes(packed, "little").bit_count()
             for view in (row.target, row.source):
