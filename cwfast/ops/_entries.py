@@ -45,18 +45,18 @@ class Entries:
         """``scatter_(tensors, bits, values)``.
 
         Args:
-            tensors: wherever they lie by now, dense.
+            tensors: strided; wherever they lie by now.
             values: contiguous, one entry per selected one, of each tensor's dtype and device; not checked.
 
         Raises:
             ValueError: a tensor has not kept its shape, dtype or device, or is not dense; nothing has been written.
         """
         for name, kind, tensor in zip(self._names, self._kinds, tensors, strict=True):
-            if (tensor.shape, tensor.dtype, tensor.device) != kind or tensor.layout is not torch.strided:
+            if (tensor.shape, tensor.dtype, tensor.device) != kind:
                 shape, dtype, device = kind
                 raise ValueError(
                     f"{name} must stay a dense tensor of shape {tuple(shape)}, {dtype}, on {device}; "
-                    f"got {tuple(tensor.shape)}, {tensor.dtype}, {tensor.layout}, on {tensor.device}"
+                    f"got {tuple(tensor.shape)}, {tensor.dtype}, on {tensor.device}"
                 )
             if not tensor.is_contiguous():
                 _writable(name, [tensor])
