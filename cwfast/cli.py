@@ -9,6 +9,16 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+_SETTINGS = (  # every environment variable that the code reads, so that a misspelt one is seen
+    "CWFAST_BENCH_OUT",
+    "CWFAST_BENCH_SIZE",
+    "CWFAST_CPU_ISA",
+    "CWFAST_CUDA",
+    "CWFAST_CUDA_ARCHS",
+    "CWFAST_NO_EXT",
+    "CWFAST_WRITE_GATES",
+)
+
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; return its exit code: 0 done, 1 failed, 2 wrong usage."""
@@ -39,6 +49,7 @@ def _parser() -> argparse.ArgumentParser:
         prog="cwfast",
         description="Find the few weights that leak a model's training data, rewind them, retrain the rest.",
     )
+    parser.add_argument("--version", action=_Version, nargs=0, help="print the version and exit")
     commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
 
     demo = commands.add_parser(
@@ -74,6 +85,16 @@ def _parser() -> argparse.ArgumentParser:
     )
     env.set_defaults(run=_env)
     return parser
+
+
+class _Version(argparse.Action):
+    """Looks the version up when it is asked for: it takes longer than everything else that ``--help`` does."""
+
+    def __call__(self, parser: argparse.ArgumentParser, *_: object) -> None:
+        from importlib.metadata import version
+
+        print(f"cwfast {version('cwfast')}")
+        parser.exit()
 
 
 def _demo(options: argparse.Namespace) -> tuple[dict[str, Any], str]:
@@ -172,6 +193,7 @@ def _env(options: argparse.Namespace) -> tuple[dict[str, Any], str]:
             return None
 
     native = _backends.extension()
+    settings = {key: value for key, value in sorted(os.environ.items()) if key.startswith("CWFAST_")}
     document = {
         "versions": {name: find(name) for name in ("cwfast", "torch", "triton", "numpy", "safetensors")},
         "python": platform.python_version(),
@@ -180,7 +202,8 @@ def _env(options: argparse.Namespace) -> tuple[dict[str, Any], str]:
         "instruction_sets": [] if isinstance(native, str) else native.isas(),
         "instruction_set": None if isinstance(native, str) else native.isa(),
         "threads": None if isinstance(native, str) else native.threads(),
-        "environment": {key: value for key, value in sorted(os.environ.items()) if key.startswith("CWFAST_")},
+        "environment": settings,
+        "unknown_environment": [key for key in settings if key not in _SETTINGS],
     }
     lines = [f"{name:<14}{value or 'not installed'}" for name, value in document["versions"].items()]
     lines += [f"{'python':<14}{document['python']}, {document['platform']}", ""]
@@ -192,7 +215,7 @@ def _env(options: argparse.Namespace) -> tuple[dict[str, Any], str]:
         f"instruction set {document['instruction_set']} of {document['instruction_sets']}",
         f"threads {document['threads']}",
     ]
-    lines += [f"{key}={value}" for key, value in document["environment"].items()]
+    lines += [f"{k}={v}" + ("" if k in _SETTINGS else "  (unknown: nothing reads it)") for k, v in settings.items()]
     return document, "\n".join(lines)
 
 

@@ -49,7 +49,7 @@ def freeze(
         TypeError: ``optimizer`` is no torch optimizer and holds none, or ``also`` is no sequence of such.
         ValueError: ``masks``, ``initial`` or a member of ``also`` is not of this model, or the optimizer holds none of
             their tensors; nothing has been changed. From a step: a parameter has been replaced in ``model``, or got
-            another shape, dtype or device.
+            another shape, dtype or device. From ``backward``: a gradient is sparse (TypeError).
     """
     parameters = {name: p for name, p in matching(model, masks).items() if masks.counts[name]}
     inner = _inner(optimizer)
@@ -113,6 +113,8 @@ def _zeroing(
         gradient = parameter.grad
         if gradient is None:
             return
+        if gradient.layout is not torch.strided:
+            raise TypeError(f"gradients must be dense to be frozen in part; that of {name!r} is {gradient.layout}")
         if gradient.dtype not in checked:
             checked[gradient.dtype] = prepare(gradient)
         entries, zero = checked[gradient.dtype]

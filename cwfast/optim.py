@@ -9,8 +9,7 @@ from torch.optim import Optimizer
 
 from cwfast import _picks
 from cwfast.masks import MaskSet, matching
-from cwfast.ops.adamw import selected_adamw_
-from cwfast.ops.rewind import Bits
+from cwfast.ops.adamw import CheckedBits, selected_adamw_
 
 
 class SelectedAdamW(Optimizer):
@@ -64,11 +63,11 @@ class SelectedAdamW(Optimizer):
         for name, parameter in chosen.items():
             if not parameter.is_floating_point():
                 raise TypeError(f"selected parameters must be of a floating dtype; {name!r} is {parameter.dtype}")
-        self._bits: dict[Tensor, Bits] = {
-            p: _picks.to_device(masks.picks(name), p.device) for name, p in chosen.items()
+        self._bits: dict[Tensor, CheckedBits] = {
+            p: CheckedBits(p.detach(), _picks.to_device(masks.picks(name), p.device), backend)
+            for name, p in chosen.items()
         }
         self._counts: dict[Tensor, int] = {p: masks.counts[name] for name, p in chosen.items()}
-        self._backend = backend
         defaults = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay, "maximize": maximize}
         super().__init__(list(chosen.values()), defaults)
 
@@ -78,6 +77,7 @@ class SelectedAdamW(Optimizer):
 
         Raises:
             TypeError: a gradient is sparse.
+            ValueError: a parameter has moved to another device, or its state does not fit.
         """
         loss = None
         if closure is not None:
@@ -101,12 +101,12 @@ class SelectedAdamW(Optimizer):
             [state["exp_avg"] for state in states],
             [state["exp_avg_sq"] for state in states],
             [state["step"] for state in states],
-            lr=group["lr"],
+            [self._counts[p] for p in parameters],
+            lr=float(group["lr"]),
             betas=group["betas"],
             eps=group["eps"],
             weight_decay=group["weight_decay"],
             maximize=group["maximize"],
-            backend=self._backend,
         )
 
     def _state_of(self, parameter: Tensor) -> dict[str, Any]:

@@ -1,16 +1,21 @@
 """What each process of test_distributed.py does: a module of its own, since spawned processes import it by name."""
 
+import contextlib
+import copy
 import itertools
 import random
 
 import pytest
 import torch
 import torch.distributed as dist
+from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import Replicate, distribute_tensor
 from torch.distributed.tensor import Shard as ShardOf
 
-from cwfast import ops, reference
+import cwfast
+from cwfast import MaskSet, ops, reference
 from cwfast.distributed import Shard, select_topk, shard_of
 from cwfast.testing import HOSTILE, hostile_scores
 
@@ -82,6 +87,7 @@ def options(rank, ranks):
         3,
     )
     check([torch.arange(9.0)], 4, 3)  # and they still go on together
+    _ties(rank, ranks)
 
 
 def dtensors(rank, ranks):
@@ -100,6 +106,86 @@ def dtensors(rank, ranks):
     assert shard_of(distribute_tensor(scores[0], mesh, [Replicate()]), 0).offset == 0
     with pytest.raises(TypeError, match="must be a DTensor"):
         shard_of(scores[0], 0)
+
+
+def fsdp(rank, ranks):
+    """Gradients that FSDP2 has sharded, of layers that no number of ranks divides; on 4 ranks HSDP: 2 copies of 2."""
+    copies = 2 if ranks == 4 else 1
+    mesh = init_device_mesh("cpu", (copies, ranks // copies), mesh_dim_names=("copy", "shard"))
+    torch.manual_seed(0)
+    plain = nn.Sequential(nn.Linear(7, 5), nn.Tanh(), nn.Linear(5, 3), nn.Linear(3, 1, bias=False))
+    model = copy.deepcopy(plain)
+    for layer in (model[0], model[2], model):
+        fully_shard(layer, mesh=mesh if copies > 1 else mesh["shard"])
+    x = torch.randint(-2, 3, (8, 7)).float()  # every rank has the same batch: the mean of gradients is the gradient
+    for net in (plain, model):
+        net(x).sum().backward()
+    shards = [shard_of(p.grad, i) for i, p in enumerate(model.parameters())]
+    whole = [p.grad.full_tensor() for p in model.parameters()]
+    for gradient, p in zip(whole, plain.parameters(), strict=True):
+        torch.testing.assert_close(gradient, p.grad)
+    group = mesh["shard"].get_group()
+    for k in (1, 20, 60):
+        _same_as_whole(shards, [gradient.abs() for gradient in whole], k, group, transform="abs")
+    masks = MaskSet.from_masks({n: torch.rand(p.shape) < 0.5 for n, p in plain.named_parameters()})
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    for call in (
+        lambda: cwfast.rewind_(model, masks, plain),
+        lambda: cwfast.freeze(model, optimizer, masks).__enter__(),
+        lambda: cwfast.optim.SelectedAdamW(model, masks),
+    ):
+        with pytest.raises(TypeError, match=r"plain tensors; '0\.weight' is a DTensor"):
+            call()
+
+
+def _ties(rank, ranks):
+    """Equal scores on both sides of every border, and thresholds that fall before, on and after one."""
+    scores = [torch.ones(64 * ranks), torch.ones(7)]
+    shards = [Shard(scores[0][64 * rank : 64 * rank + 64], 0, 64 * rank)]
+    shards += [Shard(scores[1], 1)] if rank == ranks - 1 else []
+    for k in (1, 63, 64, 65, 64 * ranks - 1, 64 * ranks, 64 * ranks + 1, 64 * ranks + 7):
+        _same_as_whole(shards, scores, k)
+    scores[0][:64:2] = 2  # the first rank alone has larger ones
+    for k in (31, 32, 33, 32 + 64):
+        _same_as_whole(shards, scores, k)
+
+
+def _same_as_whole(shards, scores, k, group=None, **options):
+    expected = ops.select_topk(scores, k)
+    found = select_topk(shards, k, group=group, **options)
+    assert (found.k, found.threshold) == (k, expected.threshold)
+    for shard, bits in zip(shards, found.bits, strict=True):
+        part = reference.unpack(expected.bits[shard.tensor], scores[shard.tensor].numel())[shard.offset :]
+        assert torch.equal(bits, reference.pack(part[: shard.values.numel()]))
+
+
+def ddp(rank, ranks):
+    """Frozen training under DDP: replicas stay equal, frozen entries keep their bits, gradients are those of one."""
+    for view in (False, True):
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Linear(20, 33), nn.Tanh(), nn.Linear(33, 10))
+        masks = MaskSet.from_masks({name: torch.rand(p.shape) < 0.3 for name, p in model.named_parameters()})
+        before = {name: p.detach().clone() for name, p in model.named_parameters()}
+        parallel = nn.parallel.DistributedDataParallel(model, gradient_as_bucket_view=view, bucket_cap_mb=0.001)
+        optimizer = torch.optim.AdamW(model.parameters(), 0.01, weight_decay=0.1)
+        torch.manual_seed(rank + 1)  # other data on each rank
+        with cwfast.freeze(model, optimizer, masks):
+            for step in range(6):
+                with parallel.no_sync() if step % 2 else contextlib.nullcontext():
+                    parallel(torch.randn(4, 20)).square().sum().backward()
+                if step % 2:
+                    continue
+                assert not any(p.grad[masks[name]].any() for name, p in model.named_parameters())
+                nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+                optimizer.step()
+                optimizer.zero_grad()
+                for name, p in model.named_parameters():
+                    copies = [torch.empty_like(p) for _ in range(ranks)]
+                    dist.all_gather(copies, p.detach())
+                    assert all(torch.equal(copies[0], other) for other in copies)
+                    same = p == before[name]
+                    assert same[masks[name]].all()
+                    assert not same[~masks[name]].all()
 
 
 def run(rank, ranks, store, work):

@@ -1,13 +1,16 @@
 """The command line: exit codes, one-line errors, JSON on stdout, and the demo end to end at a small size."""
 
 import json
+import re
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
 
-from cwfast import demo
+import cwfast
+from cwfast import cli, demo
 from cwfast.cli import main
 from cwfast.report import benchmarks
 
@@ -204,6 +207,37 @@ def test_json_output_is_one_document(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr("cwfast.report.table.table", lambda report: "")
     assert main(["env", "--json"]) == 0
     json.loads(capsys.readouterr().out)
+
+
+def test_version_alone_needs_no_command(capsys):
+    with pytest.raises(SystemExit) as stop:
+        main(["--version"])
+    assert stop.value.code == 0
+    assert capsys.readouterr().out == f"cwfast {cwfast.__version__}\n"
+
+
+def test_env_names_settings_that_nothing_reads(monkeypatch, capsys):
+    monkeypatch.setenv("CWFAST_CPU_ISO", "avx2")
+    monkeypatch.setenv("CWFAST_BENCH_SIZE", "tiny")
+    assert main(["env"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert "CWFAST_CPU_ISO=avx2  (unknown: nothing reads it)" in lines
+    assert "CWFAST_BENCH_SIZE=tiny" in lines
+    assert main(["env", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["unknown_environment"] == ["CWFAST_CPU_ISO"]
+
+
+def test_every_setting_that_is_read_is_known():
+    root = Path(__file__).parent.parent
+    if not (root / "setup.py").exists():
+        pytest.skip("needs the repository")
+    sources = [
+        root / "setup.py",
+        *(p for d in ("cwfast", "csrc", "benchmarks", "tests") for p in (root / d).rglob("*")),
+    ]
+    read = re.compile(r"""(?:environ\.get\(|environ\[|getenv\()"(CWFAST_\w+)""")
+    found = {name for p in sources if p.suffix in (".py", ".cpp") for name in read.findall(p.read_text("utf-8"))}
+    assert found == set(cli._SETTINGS)
 
 
 @pytest.mark.slow

@@ -1,13 +1,22 @@
 """Selection over ranks equals the selection of one process that has everything, bit for bit."""
 
+import itertools
+
 import pytest
 import ranks as work_of
 import torch
 import torch.distributed as dist
 
 
-@pytest.mark.parametrize("ranks", [2, 3])
-@pytest.mark.parametrize("work", ["hostile", "options", "dtensors"])
+@pytest.mark.parametrize(
+    ("work", "ranks"),
+    [
+        *itertools.product(["hostile", "options", "dtensors"], [2, 3]),
+        ("fsdp", 3),
+        ("fsdp", 4),  # HSDP: two copies of two shards
+        ("ddp", 2),
+    ],
+)
 def test_ranks(tmp_path, monkeypatch, ranks, work):
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     torch.multiprocessing.spawn(work_of.run, (ranks, str(tmp_path / "store"), work), nprocs=ranks)

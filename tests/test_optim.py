@@ -192,3 +192,37 @@ def test_wrong_masks():
     masks = masks_of(Net())
     with pytest.raises(ValueError, match="must select some weight"):
         SelectedAdamW(Net(), masks - masks)
+
+
+@pytest.mark.parametrize("share", [0.02, 0.3])  # a list, packed bits
+def test_the_op_is_registered(backend, share):
+    weight, grad = torch.randn(70), torch.randn(70)
+    masks = MaskSet.from_masks({"w": torch.rand(70) < share})
+    picks = masks.picks("w")
+    low, offset = picks if isinstance(picks, tuple) else (picks, None)
+    moments = [torch.zeros(masks.total) for _ in range(2)]
+    arguments = ([weight], [grad], [low], [offset], *([m] for m in moments), [torch.tensor(0.0)])
+    call = torch.ops.cwfast.selected_adamw_.default
+    torch.library.opcheck(call, (*arguments, 0.1, 0.9, 0.99, 1e-8, 0.1, False, backend))
+
+
+@pytest.mark.parametrize("share", [0.01, 0.3])
+def test_weights_that_were_exchanged_are_checked_before_the_kernel_sees_them(share):
+    model = nn.ParameterList([torch.zeros(1000)])
+    optimizer = SelectedAdamW(model, MaskSet.from_masks({"0": torch.rand(1000) < share}))
+    model[0].data = torch.zeros(1000)  # of the same shape: as if it had always been there
+    model[0].grad = torch.ones(1000)
+    optimizer.step()
+    assert (model[0] != 0).sum() == len(optimizer.state[model[0]]["exp_avg"])
+    model[0].data = torch.zeros(10)
+    model[0].grad = torch.ones(10)
+    with pytest.raises(ValueError, match=r"weights\[0\] must have shape \(1000,\)"):
+        optimizer.step()
+
+
+def test_a_sparse_gradient_is_refused():
+    model = nn.Embedding(9, 3, sparse=True)
+    optimizer = SelectedAdamW(model, MaskSet.from_masks({"weight": torch.ones(9, 3).bool()}))
+    model(torch.tensor([1, 2])).sum().backward()
+    with pytest.raises(TypeError, match="must be a strided tensor"):
+        optimizer.step()

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from cwfast import _backends
 from cwfast.ops._library import written
-from cwfast.ops.rewind import Bits, _resolve, _views, _writable
+from cwfast.ops.rewind import Bits, _picks, _pointers, _resolve, _views, _writable
 
 
 class Entries:
@@ -34,29 +34,24 @@ class Entries:
         self._kinds = [(tensor.shape, tensor.dtype, tensor.device) for tensor in tensors]
         self._names = list(names)
         self._sizes = sorted({tensor.element_size() for tensor in tensors})
-        self.pointers = [
-            (tensor.numel(), low.data_ptr(), 0, 0, 0)
-            if offset is None
-            else (tensor.numel(), 0, low.data_ptr(), offset.data_ptr(), len(low))
-            for tensor, low, offset in zip(tensors, self._packed, self._offsets, strict=True)
-        ]
+        self.pointers = _pointers(_picks(tensors, self._packed, self._offsets))
 
     def write(self, tensors: Sequence[Tensor], values: Sequence[Tensor]) -> None:
         """``scatter_(tensors, bits, values)``.
 
         Args:
-            tensors: wherever they lie by now, dense.
+            tensors: strided; wherever they lie by now.
             values: contiguous, one entry per selected one, of each tensor's dtype and device; not checked.
 
         Raises:
             ValueError: a tensor has not kept its shape, dtype or device, or is not dense; nothing has been written.
         """
         for name, kind, tensor in zip(self._names, self._kinds, tensors, strict=True):
-            if (tensor.shape, tensor.dtype, tensor.device) != kind or tensor.layout is not torch.strided:
+            if (tensor.shape, tensor.dtype, tensor.device) != kind:
                 shape, dtype, device = kind
                 raise ValueError(
                     f"{name} must stay a dense tensor of shape {tuple(shape)}, {dtype}, on {device}; "
-                    f"got {tuple(tensor.shape)}, {tensor.dtype}, {tensor.layout}, on {tensor.device}"
+                    f"got {tuple(tensor.shape)}, {tensor.dtype}, on {tensor.device}"
                 )
             if not tensor.is_contiguous():
                 _writable(name, [tensor])
