@@ -222,11 +222,11 @@ class Lookup(_Rows):
         self, out: Tensor, power: int, factor: Tensor | None, scale: float, grad: Tensor | None, backend: str
     ) -> None:
         if grad is not None:
-            grad += self.total(grad.shape, grad.dtype, grad.device)
+            _add_rows(grad, self.inputs.reshape(-1), self.grad_outputs.flatten(0, -2), self.padding_idx)
         ops.accumulate_embedding_saliency_(
             out,
             self.inputs[..., 0],
-            self.grad_outputs.to(out.dtype),
+            self.grad_outputs,
             power=power,
             factor=factor,
             padding_idx=self.padding_idx,
