@@ -261,7 +261,7 @@ class SaliencyScorer:
         grad = None
         if self._grads:
             out = place.of(self._scores[use.name])
-            grad = torch.zeros_like(out) if closes else piece.total(out.shape, out.dtype, out.device)
+            grad = torch.empty_like(out) if closes else piece.total(out.shape, out.dtype, out.device)
         if closes:
             self._close(use.name, unit, grad)  # the same pass over the rows gives the gradient as well
         return grad

@@ -223,7 +223,7 @@ class LoopedPiece(Piece):
         if self.index not in self.runs.sums:
             self.runs.run(power, self.coefficients, out.dtype)
         if grad is not None:
-            grad += self.gradient
+            grad.copy_(self.gradient)
         total = self.runs.sums[self.index]
         if factor is not None:
             total = total * factor.to(out.dtype).abs().pow_(power)
