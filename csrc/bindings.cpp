@@ -58,7 +58,7 @@ void bind_runtime(py::module_& m) {
 template <class T>
 void saliency(uintptr_t out, uintptr_t inputs, uintptr_t grad_outputs, int64_t input_stride, int64_t grad_stride,
               uintptr_t row_offsets, int64_t samples, int64_t out_features, int64_t in_features, int power,
-              double scale, uintptr_t factor, uintptr_t grad) {
+              double scale, uintptr_t factor, uintptr_t grad, bool overwrite) {
   const SaliencyArgs<T> args{pointer<T>(out),
                              pointer<const T>(inputs),
                              pointer<const T>(grad_outputs),
@@ -71,7 +71,8 @@ void saliency(uintptr_t out, uintptr_t inputs, uintptr_t grad_outputs, int64_t i
                              power,
                              scale,
                              pointer<const T>(factor),
-                             pointer<T>(grad)};
+                             pointer<T>(grad),
+                             overwrite};
   unlocked([&] { accumulate_saliency(args); });
 }
 

@@ -18,6 +18,7 @@ struct SaliencyArgs {
   double scale;     // >= 0, applied to the sum
   const T* factor;  // [O, I] contiguous, or null
   T* grad;          // [O, I] contiguous, or null; += sum_b G_b
+  bool overwrite;   // grad = sum_b G_b instead, whatever it holds
 };
 
 void accumulate_saliency(const SaliencyArgs<float>& args);

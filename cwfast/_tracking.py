@@ -135,7 +135,7 @@ def swap_class(parameter: nn.Parameter, tracked: type) -> Callable[[], object]:
 def unsupported(names: Sequence[str], call: str) -> UnsupportedLayer:
     return UnsupportedLayer(
         f"parameter {', '.join(map(repr, names))} is used by {call}, which no layer rule scores per sample; "
-        "exclude it (exclude=[...]) or score by granularity='batch'"
+        "exclude it (exclude=[...]), score by granularity='batch', or one sample at a time by fallback='loop'"
     )
 
 

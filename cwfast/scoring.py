@@ -28,6 +28,7 @@ from cwfast._tracking import (
     unsupported,
 )
 from cwfast.layers import rule_for
+from cwfast.layers.loop import Looped
 from cwfast.layers.pieces import Piece, Place, merged
 from cwfast.layers.samples import Batch, Layout
 
@@ -65,6 +66,9 @@ class SaliencyScorer:
         grad_scaler: a ``torch.amp.GradScaler`` whose scale the loss carries.
         include, exclude: ``fnmatch`` patterns of parameter names; the others still train.
         backend: see ``cwfast.ops.accumulate_saliency_``.
+        fallback: "loop": a call that no layer rule scores is run again one sample at a time, in backward, and its
+            parameters are scored so. It must take the samples in the first dimension of its tensors (recurrent layers:
+            in theirs) and have for one sample the result that it has in the batch.
         norms: also measure the norm of each sample's gradient: ``scorer.norms()``.
 
     Raises:
@@ -89,6 +93,7 @@ class SaliencyScorer:
         include: Sequence[str] | None = None,
         exclude: Sequence[str] | None = None,
         backend: str = "auto",
+        fallback: str | None = None,
         norms: bool = False,
     ) -> None:
         if criterion not in CRITERIA:
@@ -97,6 +102,8 @@ class SaliencyScorer:
             raise ValueError(f"granularity must be one of {GRANULARITIES}; got {granularity!r}")
         if not isinstance(reduction, Tensor) and reduction not in REDUCTIONS:
             raise ValueError(f"reduction must be one of {REDUCTIONS} or a tensor [B]; got {reduction!r}")
+        if fallback not in (None, "loop"):
+            raise ValueError(f"fallback must be None or 'loop'; got {fallback!r}")
         if granularity == "batch" and not grads:
             raise ValueError("granularity 'batch' reads .grad and needs grads=True; got grads=False")
         self._parameters = chosen(trainable(model), include, exclude)
@@ -106,6 +113,7 @@ class SaliencyScorer:
         self._model, self._criterion, self._power = model, criterion, CRITERIA[criterion]
         self._granularity, self._reduction, self._grads = granularity, reduction, grads
         self._grad_scaler, self._backend, self._want_norms = grad_scaler, backend, norms
+        self._fallback = fallback
         self._names = {id(parameter): name for name, parameter in self._parameters.items()}
         self._scores = {name: buffer(parameter) for name, parameter in self._parameters.items()}
         self.batch_now = Batch(None, None, None)  # of the current forward pass
@@ -253,7 +261,7 @@ class SaliencyScorer:
         grad = None
         if self._grads:
             out = place.of(self._scores[use.name])
-            grad = torch.zeros_like(out) if closes else piece.total(out.shape, out.dtype, out.device)
+            grad = torch.empty_like(out) if closes else piece.total(out.shape, out.dtype, out.device)
         if closes:
             self._close(use.name, unit, grad)  # the same pass over the rows gives the gradient as well
         return grad
@@ -282,13 +290,16 @@ class SaliencyScorer:
                 result = rule(self, *args, **kwargs)
                 if result is not NotImplemented:
                     return result
+            loop = Looped(self, function, args, kwargs) if scoring and self._fallback == "loop" else None
             result = function(*args, **kwargs)
             graph = [x for x in tree_leaves(result) if isinstance(x, Tensor) and x.grad_fn is not None]
             followed = [self._follow(x) for x in graph] if scoring else []  # each of them: no short cut
             if not all(followed):
                 sources = [self._source(x) for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor)]
                 used = sorted({source.name for source in sources if source is not None})
-                raise unsupported(used, f"{getattr(function, '__qualname__', function)}")
+                if loop is None:
+                    raise unsupported(used, f"{getattr(function, '__qualname__', function)}")
+                return loop.apply(result, used)
         return result
 
     def _source(self, tensor: Tensor) -> Source | None:

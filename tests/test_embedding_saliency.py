@@ -2,12 +2,16 @@
 
 import pytest
 import torch
+from conftest import why_not
 
 from cwfast import ops
 from cwfast.testing import assert_no_worse
 
 V, D = 13, 5
-BACKENDS = ["reference", "cpu"]
+BACKENDS = [
+    pytest.param(name, marks=pytest.mark.skipif(bool(why_not(name)), reason=f"{name}: {why_not(name)}"))
+    for name in ("reference", "cpu", "triton")
+]
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
 
 

@@ -193,7 +193,7 @@ class Largest(TorchDispatchMode):
 
 
 MANY = {
-    "conv": (lambda: nn.Conv2d(48, 48, 3), lambda: torch.randn(16, 48, 3, 3)),
+    "conv": (lambda: nn.Conv2d(128, 128, 3), lambda: torch.randn(16, 128, 3, 3)),  # smaller ones share a chunk
     "linear": (lambda: nn.Linear(160, 160), lambda: torch.randn(16, 4, 160)),
     "embedding": (lambda: nn.Embedding(2000, 16), lambda: torch.randint(2000, (16, 9))),
     "tied": (lambda: Packed(2000), lambda: torch.randint(2000, (16, 1))),

@@ -286,6 +286,20 @@ def test_opcheck(backend, steps):
         )
 
 
+@pytest.mark.parametrize("power", [1, 2])
+@pytest.mark.parametrize("steps", [None, 0, 3, 200])
+@pytest.mark.parametrize("samples", [0, 2])
+def test_grad_may_be_overwritten(backend, samples, steps, power):
+    inputs, grad_outputs = case(samples, steps, 37, 21)
+    options = {"power": power, "factor": integers(37, 21), "backend": backend}
+    out, grad = torch.zeros(37, 21), torch.zeros(37, 21)
+    ops.accumulate_saliency_(out, inputs, grad_outputs, grad=grad, **options)
+    again, poisoned = torch.zeros(37, 21), torch.full((37, 21), torch.nan)
+    ops.accumulate_saliency_(again, inputs, grad_outputs, grad=poisoned, overwrite_grad=True, **options)
+    assert torch.equal(again, out)
+    assert torch.equal(poisoned, grad)
+
+
 @pytest.mark.parametrize("steps", [None, 3])
 def test_compiles_without_a_graph_break(backend, steps):
     def f(out, inputs, grad_outputs, weight):

@@ -90,6 +90,7 @@ struct Pass {
   const T* factor;
   T* grad;
   T scale;
+  bool new_out, new_grad;
 };
 
 template <class T>
@@ -107,11 +108,11 @@ class Accumulator {
     const T scale = static_cast<T>(x_.scale);
     if (one_row_each) {
       add_sample(0, x_.samples == 0 ? 0 : x_.row_offsets[x_.samples]);
-      passes_.push_back({fold, Fold::sum, x_.out, x_.factor, nullptr, scale});
-      if (x_.grad) passes_.push_back({Fold::sum, Fold::sum, x_.grad, nullptr, nullptr, T{1}});
+      passes_.push_back({fold, Fold::sum, x_.out, x_.factor, nullptr, scale, false, false});
+      if (x_.grad) passes_.push_back({Fold::sum, Fold::sum, x_.grad, nullptr, nullptr, T{1}, x_.overwrite, false});
     } else {
       for (int64_t b = 0; b < x_.samples; ++b) add_sample(x_.row_offsets[b], x_.row_offsets[b + 1]);
-      passes_.push_back({Fold::sum, fold, x_.out, x_.factor, x_.grad, scale});
+      passes_.push_back({Fold::sum, fold, x_.out, x_.factor, x_.grad, scale, false, x_.overwrite});
     }
     if (rounds_.empty()) rounds_.push_back({0, 0, 0, 0, true, true});  // no rows: zeros are added
   }
@@ -183,6 +184,7 @@ class Accumulator {
             if (last) {
               step.out = pass.out + at, step.factor = pass.factor ? pass.factor + at : nullptr;
               step.grad = pass.grad ? pass.grad + at : nullptr;
+              step.new_out = pass.new_out, step.new_grad = pass.new_grad;
               step.rows = std::min(kernel_.rows, rows - r), step.columns = std::min(kernel_.columns, columns - c);
             }
             kernel_.step(step);

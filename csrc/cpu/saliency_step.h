@@ -87,8 +87,11 @@ struct Tile {
         Vec value = V::mul(V::load(s.sum + from), scale);
         if (s.factor)
           value = V::mul(value, folded<V>(V::load_n(s.factor + at, n), s.power == 1 ? Fold::abs : Fold::square));
-        V::store_n(s.out + at, V::add(V::load_n(s.out + at, n), value), n);
-        if (s.grad) V::store_n(s.grad + at, V::add(V::load_n(s.grad + at, n), V::load(s.total + from)), n);
+        V::store_n(s.out + at, V::add(s.new_out ? V::zero() : V::load_n(s.out + at, n), value), n);
+        if (s.grad) {
+          const Vec old = s.new_grad ? V::zero() : V::load_n(s.grad + at, n);
+          V::store_n(s.grad + at, V::add(old, V::load(s.total + from)), n);
+        }
       }
   }
 };

@@ -22,6 +22,7 @@ struct TileStep {
   T* out;                         // += scale * |factor|^power * sum, rows `stride` apart
   const T* factor;                // or null
   T* grad;                        // += total, where not null
+  bool new_out, new_grad;         // 0 instead of what out or grad holds
   int64_t stride, rows, columns;  // the part of the micro-tile that lies within the layer
   int power;
   T scale;

@@ -41,7 +41,12 @@ class Piece:
     def accumulate_(
         self, out: Tensor, power: int, factor: Tensor | None, scale: float, grad: Tensor | None, backend: str
     ) -> None:
-        """``out += sum_b |scale factor G_b|**power``; ``grad += sum_b G_b``. One sample at a time in one buffer."""
+        """``out += sum_b |scale factor G_b|**power``; ``grad = sum_b G_b``, whatever it holds.
+
+        One sample at a time in one buffer.
+        """
+        if grad is not None:
+            grad.zero_()
         buffer = torch.empty(out.shape, dtype=out.dtype, device=out.device)
         for sample in range(self.samples):
             self.add_to(buffer.zero_(), sample)
@@ -147,6 +152,7 @@ class Outer(_Rows):
             factor=factor,
             cu_seqlens=self.offsets,
             grad=grad,
+            overwrite_grad=True,
             scale=scale,
             backend=backend,
         )
@@ -178,7 +184,7 @@ class PerSample(Piece):
     ) -> None:
         g = self.gradients.to(out.dtype)
         if grad is not None:
-            grad += g.sum(dim=0)
+            torch.sum(g, dim=0, out=grad)
         total = (g.abs() if power == 1 else g.square()).sum(dim=0)
         if factor is not None:
             total *= factor.to(out.dtype).abs().pow(power)
@@ -222,11 +228,11 @@ class Lookup(_Rows):
         self, out: Tensor, power: int, factor: Tensor | None, scale: float, grad: Tensor | None, backend: str
     ) -> None:
         if grad is not None:
-            grad += self.total(grad.shape, grad.dtype, grad.device)
+            _add_rows(grad.zero_(), self.inputs.reshape(-1), self.grad_outputs.flatten(0, -2), self.padding_idx)
         ops.accumulate_embedding_saliency_(
             out,
             self.inputs[..., 0],
-            self.grad_outputs.to(out.dtype),
+            self.grad_outputs,
             power=power,
             factor=factor,
             padding_idx=self.padding_idx,
@@ -291,6 +297,8 @@ class Computed(Piece):
     def accumulate_(
         self, out: Tensor, power: int, factor: Tensor | None, scale: float, grad: Tensor | None, backend: str
     ) -> None:
+        if grad is not None:
+            grad.zero_()
         total = out if factor is None else torch.zeros(out.shape, dtype=out.dtype, device=out.device)
         for _, gradients in self._chunks(out.dtype):
             if grad is not None:

@@ -1,12 +1,15 @@
 """Per-sample gradient saliency of an embedding, accumulated: a sample's uses of a token sum before the absolute."""
 
+from bisect import bisect_right
+
 import torch
 from torch import Tensor
 
 from cwfast import _backends, _checks, reference
-from cwfast.ops._library import register
+from cwfast.ops._library import register, written
 
-BACKENDS = ("reference", "cpu")
+BACKENDS = ("reference", "cpu", "triton")
+CHUNK = 1 << 20  # entries of the gradients that are summed at once, unless one sample has more
 
 
 def accumulate_embedding_saliency_(
@@ -38,7 +41,7 @@ def accumulate_embedding_saliency_(
         padding_idx: a row that is left as it is, or None.
         cu_seqlens: ``[B + 1]``, see ``accumulate_saliency_``.
         scale: multiplies every ``G_b``.
-        backend: "reference", "cpu" or "auto".
+        backend: "reference", "cpu", "triton" or "auto".
 
     Returns:
         ``out``.
@@ -61,10 +64,9 @@ def accumulate_embedding_saliency_(
     _checks.same_device(out.device, indices=indices, grad_outputs=grad_outputs, factor=factor)
     if padding_idx is not None and not 0 <= padding_idx < len(out):
         raise ValueError(f"padding_idx must be a row of out, 0 to {len(out) - 1}; got {padding_idx}")
-    if indices.numel() and not (int(indices.min()) >= 0 and int(indices.max()) < len(out)):
-        raise ValueError(
-            f"indices must be rows of out, 0 to {len(out) - 1}; got {int(indices.min())} to {int(indices.max())}"
-        )
+    low, high = (int(x) for x in indices.aminmax()) if indices.numel() else (0, -1)
+    if low < 0 or high >= len(out):
+        raise ValueError(f"indices must be rows of out, 0 to {len(out) - 1}; got {low} to {high}")
     owner = _owner(indices, cu_seqlens)
     torch.ops.cwfast.accumulate_embedding_saliency_(
         out.detach(),
@@ -107,20 +109,50 @@ def _run(
     backend: str,
 ) -> None:
     scale = abs(scale) ** power
+    resolved = _backends.resolve(backend, out.device, BACKENDS)
+    if resolved == "cpu":
+        _by_chunks(out, owner, indices, grad_outputs, power, scale, factor, padding_idx)
+        return
     if padding_idx >= 0:
         kept = indices != padding_idx
         owner, indices, grad_outputs = owner[kept], indices[kept], grad_outputs[kept]
-    if _backends.resolve(backend, out.device, BACKENDS) == "reference":
+    if resolved == "reference":
         reference.accumulate_embedding_saliency_(out, owner, indices, grad_outputs, power, scale, factor)
         return
-    # Each (sample, token) is one segment; index_add_ on CPU tensors adds in order.
-    pairs, segment = (owner * len(out) + indices).unique(return_inverse=True)
-    sums = grad_outputs.new_zeros((len(pairs), out.shape[1]), dtype=out.dtype)
-    sums.index_add_(0, segment, grad_outputs.to(out.dtype))
-    tokens = pairs % max(1, len(out))
-    if factor is not None:
-        sums *= factor[tokens]
-    out.index_add_(0, tokens, sums.abs_() if power == 1 else sums.square_(), alpha=scale)
+    kernel = _backends.triton_kernels("embedding_saliency").accumulate_embedding_saliency_
+    kernel(out, owner, indices, grad_outputs, power, scale, factor)
+    written(out)
+
+
+def _by_chunks(
+    out: Tensor,
+    owner: Tensor,
+    indices: Tensor,
+    grad_outputs: Tensor,
+    power: int,
+    scale: float,
+    factor: Tensor | None,
+    padding_idx: int,
+) -> None:
+    """Some samples at once, so that their sums stay in the cache. index_add_ on CPU tensors adds in order."""
+    rows = max(1, CHUNK // max(1, out.shape[1]))
+    ends = owner.bincount().cumsum(0).tolist()
+    begin = 0
+    while begin < len(owner):
+        first = bisect_right(ends, begin)  # the first sample that is left
+        end = max(ends[first], ends[bisect_right(ends, begin + rows) - 1])
+        samples, tokens, grads = (x[begin:end] for x in (owner, indices, grad_outputs))
+        begin = end
+        if padding_idx >= 0:
+            kept = (tokens != padding_idx).nonzero()[:, 0]
+            samples, tokens, grads = samples[kept], tokens[kept], grads[kept]
+        pairs, segment = (samples * len(out) + tokens).unique(return_inverse=True)
+        sums = torch.zeros((len(pairs), out.shape[1]), dtype=out.dtype)
+        sums.index_add_(0, segment, grads.to(out.dtype))
+        found = pairs % max(1, len(out))
+        if factor is not None:
+            sums *= factor[found]
+        out.index_add_(0, found, sums.abs_() if power == 1 else sums.square_(), alpha=scale)
 
 
 register(

@@ -19,6 +19,7 @@ def accumulate_saliency_(
     factor: Tensor | None = None,
     cu_seqlens: Tensor | None = None,
     grad: Tensor | None = None,
+    overwrite_grad: bool = False,
     scale: float = 1.0,
     backend: str = "auto",
 ) -> Tensor:
@@ -38,6 +39,7 @@ def accumulate_saliency_(
         cu_seqlens: ``[B + 1]`` int32 or int64, from 0 to tokens, not decreasing: sample b owns the rows
             ``cu_seqlens[b]`` to ``cu_seqlens[b + 1]``.
         grad: ``[O, I]`` of the dtype of ``out``, contiguous: the same pass adds ``sum_b G_b`` (no scale, no factor).
+        overwrite_grad: write the sum to ``grad`` instead, which may hold anything.
         scale: multiplies every ``G_b`` (a mean loss over B samples has ``scale=B``).
         backend: "reference", "cpu", "triton", "cuda" or "auto".
 
@@ -55,7 +57,9 @@ def accumulate_saliency_(
     _check(out, inputs, grad_outputs, power, factor, cu_seqlens, grad)
     rows, offsets = _rows(inputs.detach(), grad_outputs.detach(), cu_seqlens)
     factor, grad = (None if x is None else x.detach() for x in (factor, grad))
-    torch.ops.cwfast.accumulate_saliency_(out.detach(), *rows, offsets, power, float(scale), factor, grad, backend)
+    torch.ops.cwfast.accumulate_saliency_(
+        out.detach(), *rows, offsets, power, float(scale), factor, grad, backend, overwrite_grad
+    )
     return out
 
 
@@ -115,9 +119,12 @@ def _run(
     factor: Tensor | None,
     grad: Tensor | None,
     backend: str,
+    overwrite_grad: bool = False,
 ) -> None:
     scale = abs(scale) ** power
     resolved = _backends.resolve(backend, out.device, BACKENDS)  # here, where torch.compile does not look
+    if overwrite_grad and grad is not None and resolved != "cpu":
+        grad.zero_()
     if resolved == "reference":
         reference.accumulate_saliency_(out, inputs, grad_outputs, row_offsets.tolist(), power, scale, factor, grad)
     elif resolved == "triton":
@@ -129,9 +136,19 @@ def _run(
         offsets = None if _one_row_each(row_offsets, len(inputs)) else row_offsets
         _cuda(out, inputs, grad_outputs, offsets, power, scale, factor, grad)
     elif _backends.native().isa() == "scalar" and _one_row_each(row_offsets, len(inputs)):
-        _product(out, inputs.to(out.dtype), grad_outputs.to(out.dtype), power, scale, factor, grad)
+        _product(out, inputs.to(out.dtype), grad_outputs.to(out.dtype), power, scale, factor, grad, overwrite_grad)
     else:
-        _kernel(out, inputs.to(out.dtype), grad_outputs.to(out.dtype), row_offsets, power, scale, factor, grad)
+        _kernel(
+            out,
+            inputs.to(out.dtype),
+            grad_outputs.to(out.dtype),
+            row_offsets,
+            power,
+            scale,
+            factor,
+            grad,
+            overwrite_grad,
+        )
 
 
 def _one_row_each(row_offsets: Tensor, rows: int) -> bool:
@@ -146,13 +163,14 @@ def _product(
     scale: float,
     factor: Tensor | None,
     grad: Tensor | None,
+    overwrite_grad: bool,
 ) -> None:
     """T = 1: ``|D|^T |A|`` or ``(D^2)^T (A^2)``, a matrix product.
 
     torch's, because it uses vector instructions that our portable kernel lacks: that one takes six times as long.
     """
     if grad is not None:
-        grad.addmm_(grad_outputs.T, inputs)
+        grad.addmm_(grad_outputs.T, inputs, beta=0 if overwrite_grad else 1)
     a, d = (inputs.abs(), grad_outputs.abs()) if power == 1 else (inputs.square(), grad_outputs.square())
     if factor is None:
         out.addmm_(d.T, a, alpha=scale)
@@ -176,6 +194,7 @@ def _kernel(
     scale: float,
     factor: Tensor | None,
     grad: Tensor | None,
+    overwrite_grad: bool,
 ) -> None:
     inputs, grad_outputs = _dense_rows(inputs), _dense_rows(grad_outputs)
     factor = None if factor is None else factor.to(out.dtype).contiguous()
@@ -195,6 +214,7 @@ def _kernel(
         scale,
         0 if factor is None else factor.data_ptr(),
         0 if grad is None else grad.data_ptr(),
+        overwrite_grad,
     )
     written([out] if grad is None else [out, grad])
 
@@ -244,7 +264,7 @@ def _cuda(
 
 register(
     "accumulate_saliency_(Tensor(a!) out, Tensor inputs, Tensor grad_outputs, Tensor row_offsets, int power, "
-    "float scale, Tensor? factor, Tensor(b!)? grad, str backend) -> ()",
+    "float scale, Tensor? factor, Tensor(b!)? grad, str backend, bool overwrite_grad=False) -> ()",
     _run,
-    lambda *args: None,
+    lambda *args, **kwargs: None,
 )
