@@ -8,6 +8,7 @@
 #include <tuple>
 
 #include "adamw.h"
+#include "logit_stats.h"
 #include "peak.h"
 #include "rewind.h"
 #include "runtime.h"
@@ -166,6 +167,25 @@ void bind_adamw(py::module_& m) {
   });
 }
 
+void bind_logit_stats(py::module_& m) {
+  m.def("logit_stats", [](uintptr_t logits, Dtype dtype, int64_t rows, int64_t classes, int64_t row_stride,
+                          int64_t class_stride, uintptr_t labels, uintptr_t loss, uintptr_t confidence, uintptr_t phi,
+                          uintptr_t entropy, uintptr_t modified_entropy, uintptr_t correct, uintptr_t margin) {
+    LogitStatsArgs args{pointer<const void>(logits),
+                        dtype,
+                        rows,
+                        classes,
+                        row_stride,
+                        class_stride,
+                        pointer<const int64_t>(labels),
+                        {},
+                        pointer<unsigned char>(correct)};
+    const uintptr_t values[] = {loss, confidence, phi, entropy, modified_entropy, margin};
+    for (int v = 0; v < 6; ++v) args.values[v] = pointer<void>(values[v]);
+    unlocked([&] { logit_stats(args); });
+  });
+}
+
 #ifdef CWFAST_WITH_CUDA
 void check_cuda(int error, const char* what) {
   if (error)
@@ -233,6 +253,7 @@ PYBIND11_MODULE(_C, m) {
   cwfast::bind_select(m);
   cwfast::bind_rewind(m);
   cwfast::bind_adamw(m);
+  cwfast::bind_logit_stats(m);
 #ifdef CWFAST_WITH_CUDA
   cwfast::bind_cuda(m);
 #endif

@@ -3,9 +3,9 @@
 #include <cstdint>
 #include <vector>
 
-namespace cwfast {
+#include "dtype.h"
 
-enum class Dtype { float32, float64, bfloat16, float16 };
+namespace cwfast {
 
 struct ScoreTensor {
   const void* data;  // [numel] contiguous, of one dtype for the whole list

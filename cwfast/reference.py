@@ -145,7 +145,7 @@ def logit_stats(logits: Tensor, labels: Tensor) -> LogitStats:
     log_rest = torch.log1p(-p).scatter(1, top, log_p.scatter(1, top, -torch.inf).logsumexp(dim=1, keepdim=True))
     modified = -torch.sigmoid(-phi) * log_p_label.clamp(min=CLIP)
     modified -= (p * log_rest.clamp(min=CLIP)).masked_fill(is_label, 0).sum(dim=1)
-    return LogitStats(
+    stats = LogitStats(
         loss=-log_p_label,
         confidence=torch.sigmoid(phi),
         phi=phi,
@@ -154,6 +154,9 @@ def logit_stats(logits: Tensor, labels: Tensor) -> LogitStats:
         correct=z.argmax(dim=1) == labels,
         margin=label_logit - others.amax(dim=1),
     )
+    no_softmax = ~z.amax(dim=1).isfinite()
+    blank = dict.fromkeys(LogitStats._fields, torch.nan) | {"correct": False}
+    return LogitStats(*(x.masked_fill(no_softmax, blank[name]) for name, x in stats._asdict().items()))
 
 
 CLIP = -69.07755278982137  # log(1e-30): where Song & Mittal's code clips its logarithms

@@ -59,7 +59,7 @@ def test_unknown_backend_is_a_value_error(call):
 
 def test_backend_without_the_op_is_refused():
     with pytest.raises(BackendUnavailable, match="'cpu' does not have this op"):
-        CALLS["logit_stats"]("cpu")
+        _backends.resolve("cpu", torch.device("cpu"), ("reference", "triton"))
 
 
 def test_cuda_backend_refuses_cpu_tensors_and_float64(monkeypatch):

@@ -48,7 +48,7 @@ assert torch.equal(down, a)
 
 
 @pytest.mark.exhaustive
-@pytest.mark.parametrize("stem", ["saliency", "select", "rewind"])
+@pytest.mark.parametrize("stem", ["saliency", "select", "rewind", "logit_stats"])
 def test_property_tests_in_the_interpreter(stem):
     command = [sys.executable, "-P", "-m", "pytest", "-q", f"tests/test_{stem}.py", "-k", "triton"]
     env = {**os.environ, "TRITON_INTERPRET": "1"}
@@ -96,6 +96,30 @@ def machine_code(cubin, tools, path):
     spills = len(re.findall(r"\b(?:LDL|STL)\b", code))
     registers = int(re.search(r"REG:(\d+)", usage).group(1))
     return {"registers": registers, "spills": spills, "tensor_core": len(re.findall(r"\bHG?MMA\b", code))}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", TARGETS)
+def test_logit_stats_compile_without_spills(name, tmp_path):
+    from cwfast.kernels import logit_stats
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    kernel = logit_stats._logit_stats_kernel
+    tile = logit_stats.tiles(1000)
+    options = {"num_warps": tile.pop("num_warps")}
+    given = dict.fromkeys(["rows", "classes", "row_stride"], "i32") | {"logits": "*bf16", "labels": "*i64"}
+    given |= dict.fromkeys(["loss", "confidence", "phi", "entropy", "modified_entropy", "margin"], "*fp32")
+    given |= {"correct": "*i1"}
+    signature = {argument: given.get(argument, "constexpr") for argument in kernel.arg_names}
+    source = ASTSource(kernel, signature, tile | {"class_stride": 1}, {})
+    binary = triton.compile(source, target=GPUTarget(*TARGETS[name]), options=options)
+    if name.startswith("gfx"):
+        spills = sum(int(n) for n in re.findall(r"\.[sv]gpr_spill_count:\s+(\d+)", binary.asm["amdgcn"]))
+    else:
+        tools = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
+        spills = machine_code(binary.asm["cubin"], tools, tmp_path / "kernel.cubin")["spills"]
+    assert spills == 0
 
 
 @pytest.mark.slow

@@ -1,6 +1,33 @@
 """Membership inference: scores of samples (larger = more likely a member), and exact metrics over such scores."""
 
 from cwfast.mia import metrics
-from cwfast.mia.attacks import lira, loss, rmia
+from cwfast.mia.attacks import (
+    attack_p,
+    attack_r,
+    base,
+    calibrated_loss,
+    class_thresholds,
+    correctness,
+    gradient_norm,
+    lira,
+    lira_carlini,
+    loss,
+    quantile_regression,
+    rmia,
+)
 
-__all__ = ["lira", "loss", "metrics", "rmia"]
+__all__ = [
+    "attack_p",
+    "attack_r",
+    "base",
+    "calibrated_loss",
+    "class_thresholds",
+    "correctness",
+    "gradient_norm",
+    "lira",
+    "lira_carlini",
+    "loss",
+    "metrics",
+    "quantile_regression",
+    "rmia",
+]

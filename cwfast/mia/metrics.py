@@ -10,11 +10,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
-import torch
 
-Array = npt.ArrayLike | torch.Tensor
-Floats = npt.NDArray[np.float64]
-Ints = npt.NDArray[np.int64]
+from cwfast.mia._inputs import Array, Floats, Ints, to_numpy
 
 _CHUNK = 1 << 16  # weights drawn at once: 0.5 MB of int64; the six arrays alive together then stay in cache (1.8x)
 _FEW = 10  # below so many allowed false positives one sample more or less moves the threshold a lot
@@ -239,24 +236,6 @@ def summary(
         "balanced_accuracy": float(np.mean([_best_accuracy(curve) for curve in curves])),
         "tpr_at_fpr": at_fpr,
     }
-
-
-def to_numpy(name: str, value: Array, kinds: str) -> npt.NDArray[Any]:
-    """``value`` as a numpy array, of a dtype whose kind ("b" bool, "iu" integer, "f" float) is in ``kinds``.
-
-    Where "f" is among them, the result is float64. ``name`` is the argument, for the message.
-
-    Raises:
-        TypeError: another dtype.
-    """
-    if isinstance(value, torch.Tensor):
-        value = value.detach().cpu()
-        value = (value.double() if value.is_floating_point() else value).numpy()  # numpy has no bfloat16
-    array = np.asarray(value)
-    if array.dtype.kind not in kinds:
-        expected = {"b": "bool", "iu": "an integer dtype", "f": "a floating-point dtype"}.get(kinds, "a real dtype")
-        raise TypeError(f"{name} must have {expected}; got {array.dtype}")
-    return array.astype(np.float64, copy=False) if "f" in kinds else array
 
 
 def _pair(scores: Array, members: Array, ndim: int) -> tuple[Floats, npt.NDArray[np.bool_]]:

@@ -7,7 +7,7 @@ from cwfast import _backends, _checks, reference
 from cwfast.ops._library import register
 from cwfast.reference import LogitStats
 
-BACKENDS = ("reference",)
+BACKENDS = ("reference", "cpu", "triton")
 
 
 def logit_stats(logits: Tensor, labels: Tensor, *, backend: str = "auto") -> LogitStats:
@@ -17,19 +17,20 @@ def logit_stats(logits: Tensor, labels: Tensor, *, backend: str = "auto") -> Log
     ``log(p_y / (1 - p_y))`` without cancellation; ``entropy = -sum p log p``;
     ``modified_entropy = -(1 - p_y) log p_y - sum_{c != y} p_c log(1 - p_c)``, logarithms clipped at ``log 1e-30``;
     ``correct``: the label has the largest logit (ties: the lowest class); ``margin = z_y - max_{c != y} z_c``.
-    In nats; a class with logit -inf has probability 0; NaN propagates; N = 0 gives empty results.
+    In nats; a class with logit -inf has probability 0; N = 0 gives empty results. A row whose largest logit is not
+    finite (NaN, +inf, or every class -inf) has no probabilities: its values are NaN, and it is not correct.
 
     Args:
-        logits: ``[N, C]``, C at least 2, float32, bfloat16, float16 (computed in float32) or float64.
+        logits: ``[N, C]``, C at least 2, float32, bfloat16, float16 (computed in float32) or float64; any strides.
         labels: ``[N]`` int64, each in ``0 .. C - 1``.
-        backend: "reference" or "auto".
+        backend: "reference", "cpu", "triton" or "auto".
 
     Returns:
         ``LogitStats`` of tensors ``[N]``: float32 (float64 for float64), ``correct`` bool.
 
     Raises:
         TypeError, ValueError: an argument does not hold what is written above.
-        BackendUnavailable: the named backend does not have this op.
+        BackendUnavailable: the named backend cannot run here.
 
     Source:
         phi: Carlini et al., "Membership Inference Attacks From First Principles", S&P 2022, section V. Modified
@@ -50,14 +51,33 @@ def logit_stats(logits: Tensor, labels: Tensor, *, backend: str = "auto") -> Log
 
 
 def _run(logits: Tensor, labels: Tensor, backend: str) -> tuple[Tensor, ...]:
-    return tuple(reference.logit_stats(logits, labels))
+    if backend == "reference":
+        return tuple(reference.logit_stats(logits, labels))
+    stats = _empty(logits)
+    labels = labels.contiguous()
+    if backend == "triton":
+        _backends.triton_kernels("logit_stats").logit_stats(logits, labels, stats)
+        return tuple(stats)
+    native = _backends.native()
+    native.logit_stats(
+        logits.data_ptr(),
+        getattr(native.Dtype, str(logits.dtype).removeprefix("torch.")),
+        *logits.shape,
+        *logits.stride(),
+        labels.data_ptr(),
+        *(value.data_ptr() for value in stats),
+    )
+    return tuple(stats)
+
+
+def _empty(logits: Tensor) -> LogitStats:
+    dtype = torch.promote_types(logits.dtype, torch.float32)
+    dtypes = [torch.bool if name == "correct" else dtype for name in LogitStats._fields]
+    return LogitStats(*(logits.new_empty(len(logits), dtype=dtype) for dtype in dtypes))
 
 
 def _fake(logits: Tensor, labels: Tensor, backend: str) -> tuple[Tensor, ...]:
-    dtype = torch.promote_types(logits.dtype, torch.float32)
-    rows = [logits.new_empty(len(labels), dtype=dtype) for _ in LogitStats._fields]
-    rows[LogitStats._fields.index("correct")] = logits.new_empty(len(labels), dtype=torch.bool)
-    return tuple(rows)
+    return tuple(_empty(logits))
 
 
 register(

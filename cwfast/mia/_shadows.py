@@ -1,0 +1,143 @@
+"""Which models serve against a target, and statistics of the others for every target in one pass.
+
+Which one is left out of a balanced split, and why: `cwfast.mia.attacks`.
+Either way a side (IN or OUT) loses at most one model per sample: the target itself or the one left out for it. So the
+statistics of a side without model k, for every k, serve all targets.
+"""
+
+from typing import NamedTuple
+
+import numpy as np
+
+from cwfast.mia._inputs import Bools, Floats, Ints
+
+
+class Side(NamedTuple):
+    """The models of one side and, per target, the one that is not used.
+
+    Attributes:
+        use: bool [K, N].
+        lost: int64 [targets, N]; a model that is not of this side stands for none.
+        left: int64 [targets, N], how many models that leaves.
+    """
+
+    use: Bools
+    lost: Ints
+    left: Ints
+
+    def pick(self, without: Floats, row: int) -> Floats:
+        """[N], for one target, of [K, N] "without model k"."""
+        return np.take_along_axis(without, self.lost[row][None], axis=0)[0]
+
+
+class Moments(NamedTuple):
+    """Of the used entries of a column but entry k: [K, N] each; entries that are not used leave nothing out."""
+
+    mean: Floats
+    squares: Floats  # sum of squares about the mean
+    median: Floats | None
+
+
+def sides(member: Bools, targets: list[int]) -> tuple[Side, Side]:
+    """IN and OUT models for these targets."""
+    following = _next_of_other_side(member)
+    trained = member.sum(axis=0)
+    mixed = (trained > 0) & (trained < len(member))
+    lost = np.empty((2, len(targets), member.shape[1]), np.int64)
+    for row, target in enumerate(targets):
+        own = member[target]
+        lost[:, row] = target
+        yes, no = mixed & own, mixed & ~own
+        if yes.any() and no.any() and (trained[yes] - 1).mean() < trained[no].mean() - 0.5:
+            lost[0, row, no] = following[target, no]
+            lost[1, row, yes] = following[target, yes]
+    result = []
+    for use, gone in ((member, lost[0]), (~member, lost[1])):
+        result.append(Side(use, gone, use.sum(axis=0) - np.take_along_axis(use, gone, axis=0)))
+    return result[0], result[1]
+
+
+def enough(count: Ints, side: str, targets: list[int], least: int, some: int = 1) -> None:
+    """Against every target, each sample has at least ``least`` of these models, and some sample has ``some``."""
+    for target, left in zip(targets, count, strict=True):
+        rest = f"{side} models besides target {target} (and, in a balanced split, besides one more)"
+        if left.min() < least:
+            worst = int(left.argmin())
+            raise ValueError(
+                f"membership must give every sample at least {least} {rest}; sample {worst} has {left[worst]}"
+            )
+        if left.max() < some:
+            raise ValueError(f"membership must give some sample at least {some} {rest}; each has {left.max()}")
+
+
+def moments(x: Floats, use: Bools, *, median: bool = False) -> Moments:
+    """Mean, sum of squares about it and median of the used entries of x [K, N] but one, for each that may be left out.
+
+    Sums run from both ends up to the entry, so nothing is subtracted again, and about the column's median, from which
+    no mean of the others is further than their deviation: no digits are lost to an outlier that is left out.
+    """
+    rising = np.where(use, x, np.inf)
+    if median:
+        order = rising.argsort(axis=0)
+        rising = np.take_along_axis(rising, order, axis=0)
+    else:
+        rising.sort(axis=0)
+    total = use.sum(axis=0)
+    center = np.take_along_axis(rising, np.maximum(total - 1, 0)[None] // 2, axis=0)[0]
+    center = np.where(total > 0, center, 0)
+    count = total - use
+    off = np.where(use, x - center, 0)
+    with np.errstate(invalid="ignore", divide="ignore"):  # of no entry there is no mean
+        sums = _all_but_one(off)
+        mean = sums / count
+        squares = np.maximum(_all_but_one(off * off) - sums * mean, 0)
+    if not median:
+        return Moments(center + mean, squares, None)
+    rank = np.empty_like(order)
+    np.put_along_axis(rank, order, np.arange(len(x))[:, None], axis=0)
+    rank = np.where(use, rank, len(x))
+    middle = np.zeros_like(x)
+    for place in (np.maximum(count - 1, 0) // 2, count // 2):
+        middle += np.take_along_axis(rising, np.minimum(place + (place >= rank), len(x) - 1), axis=0) / 2
+    return Moments(center + mean, squares, middle)
+
+
+def sums_of_exp(x: Floats, use: Bools) -> tuple[Floats, Floats]:
+    """(top, sum): sum of e^(x - top) over the used entries of a column but entry k, [K, N] each.
+
+    ``top`` is the largest of those that are left, so the sum neither overflows nor vanishes (0 only for no entry).
+    """
+    masked = np.where(use, x, -np.inf)
+    first = masked.argmax(axis=0)[None]
+    largest = np.take_along_axis(masked, first, axis=0)
+    np.put_along_axis(masked, first, -np.inf, axis=0)
+    second = masked.max(axis=0, keepdims=True)
+    np.put_along_axis(masked, first, largest, axis=0)
+    finite, rest = (np.where(np.isfinite(top), top, 0) for top in (largest, second))
+    sums = _all_but_one(np.exp(masked - finite))
+    tops = np.broadcast_to(largest, x.shape).copy()
+    np.put_along_axis(masked, first, -np.inf, axis=0)
+    np.put_along_axis(sums, first, np.exp(masked - rest).sum(axis=0, keepdims=True), axis=0)
+    np.put_along_axis(tops, first, second, axis=0)
+    return tops, sums
+
+
+def _all_but_one(x: Floats) -> Floats:
+    """[K, N]: the sum of each column without entry k."""
+    result = np.zeros_like(x)
+    np.cumsum(x[:-1], axis=0, out=result[1:])
+    result[:-1] += np.cumsum(x[:0:-1], axis=0)[::-1]
+    return result
+
+
+def _next_of_other_side(member: Bools) -> Ints:
+    """[K, N]: the first model after k, cyclically, that is IN where k is OUT or the reverse; k itself where none is."""
+    models, samples = member.shape
+    found = np.empty((models, samples), np.int64)
+    ahead = np.full((2, samples), -1)  # the nearest OUT and IN model met so far
+    for step in range(2 * models - 1, -1, -1):
+        k = step % models
+        found[k] = np.where(member[k], ahead[0], ahead[1])
+        ahead[0, ~member[k]] = k
+        ahead[1, member[k]] = k
+    return np.where(found < 0, np.arange(models)[:, None], found)
