@@ -28,14 +28,14 @@ OURS = {
     "cwfast_deferred": (True, True),  # last: a step of any optimizer ends the deferral of every scorer that is active
     "cwfast_deferred_no_grads": (False, True),
 }
-ROUNDS = {"seq": 5, "mlp": 15}
+ROUNDS = {"seq": 5}
 SECONDS = _harness.by_size(tiny=8.0, normal=1.0, full=8.0)  # a peer slower than this in all leaves after three rounds
 NORMAL = ("seq", "mlp", "conv")  # without embeddings and the Llama layer
 SAMPLES: dict[str, int | None] = _harness.by_size(tiny={}, normal={"seq": 4}, full={})  # else the case's own batch
 
 
 def _rounds(case: str) -> int:
-    return _harness.by_size(tiny=3, normal=5, full=ROUNDS.get(case, 11))
+    return _harness.by_size(tiny=3, normal=5, full=ROUNDS.get(case, 9))
 
 
 def _described(case: str, samples: int | None = None) -> dict[str, Any]:

@@ -98,7 +98,7 @@ def table(results: list[Mapping[str, Any]]) -> str:
     ]
     for row in found:
         share = f"{row.bound / row.measured:.0%}"
-        lines.append(f"| {row.case} | {row.unit} | {row.bound:.3g} | {row.measured:.3g} | {share} | `{row.suite}` |")
+        lines.append(f"| {row.case} | {row.unit} | {row.bound:.4g} | {row.measured:.4g} | {share} | `{row.suite}` |")
     return "\n".join(lines)
 
 
