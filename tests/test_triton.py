@@ -1,5 +1,6 @@
 """Triton without a GPU: the property tests in the interpreter, and machine code with limits on what it uses."""
 
+import itertools
 import json
 import os
 import re
@@ -8,9 +9,11 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 ROOT = Path(__file__).resolve().parent.parent
 triton = pytest.importorskip("triton")
+saliency = pytest.importorskip("cwfast.kernels.saliency")
 triton_gates = pytest.importorskip("triton_gates")
 
 
@@ -57,7 +60,8 @@ def interpret(stem, which):
 # What takes minutes in the interpreter, which spends milliseconds on every block of every program.
 LONG = {
     "saliency": "block_edge or expanded or float64 and no_worse",
-    "select": "many_chunks or heavy_ties or small_tensors or 30000 or word_and_chunk or skipped_nan or threads",
+    "select": "stable_sort and float16 or many_chunks or heavy_ties or small_tensors or 30000 or word_and_chunk "
+    "or skipped_nan or threads",
 }
 
 
@@ -120,3 +124,28 @@ def test_machine_code_keeps_to_the_committed_table(arch):
 def test_all_machine_code_keeps_to_the_committed_table(arch):
     for entry in triton_gates.entries(arch):
         holds(arch, entry)
+
+
+@pytest.mark.parametrize("lengths", [[1], [0, 5, 0, 0, 4, 8, 1, 0], [9, 9, 9], [64, 1]])
+@pytest.mark.parametrize("shares", [1, 2, 3])
+def test_blocks_cover_every_row_once_and_shares_begin_at_samples(lengths, shares):
+    shares = min(shares, len(lengths))
+    offsets = torch.tensor([0, *lengths]).cumsum(0)
+    blocks, first = saliency.blocks_of(offsets, 4, shares)
+    want = [
+        2 * row + (row == begin) for begin, end in itertools.pairwise(offsets.tolist()) for row in range(begin, end, 4)
+    ]
+    assert blocks.tolist() == [*want, 2 * sum(lengths) + 1]
+    assert first[0] == 0
+    assert first[-1] == len(want)
+    assert (first.diff() >= 0).all()
+    assert (blocks[first] % 2 == 1).all()
+
+
+def test_samples_are_shared_out_only_where_tiles_are_few():
+    tile = 128 * 128 * 4
+    assert saliency.shares_of(64, 64, tile, 132) == 2  # 1024 x 1024
+    assert saliency.shares_of(64, 133, tile, 132) == 1
+    assert saliency.shares_of(3, 1, tile, 132) == 3  # samples
+    assert saliency.shares_of(64, 1, tile, 132) == saliency.MOST_SHARES
+    assert saliency.shares_of(64, 128, 8 * tile, 1024) == 1  # the workspace
