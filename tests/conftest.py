@@ -16,15 +16,17 @@ PATHS = ("reference", *(f"cpu-{isa}" for isa in ISAS), "triton")
 if _backends.interpreted():  # a test process of its own: test_triton.py
     import numpy as np
     import triton_bf16
+    from cwfast.kernels import select
 
     triton_bf16.patch()
+    select.BLOCK = select.CHUNK // 2  # an operation costs the interpreter about the same for any number of entries
     np.seterr(all="ignore")  # the interpreter computes with numpy, which warns of NaN where a kernel does not
 
 settings.register_profile(
     "cwfast",
     derandomize=True,
     deadline=None,
-    max_examples=50,
+    max_examples=8 if _backends.interpreted() else 50,
     database=None,
     suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
 )

@@ -1,5 +1,6 @@
 """Triton without a GPU: the property tests in the interpreter, and machine code with limits on what it uses."""
 
+import itertools
 import json
 import os
 import re
@@ -11,9 +12,9 @@ import pytest
 import torch
 
 ROOT = Path(__file__).resolve().parent.parent
-GATES = ROOT / "benchmarks" / "results" / "triton-gates.json"
-TARGETS = {"sm_80": ("cuda", 80, 32), "sm_90": ("cuda", 90, 32), "gfx942": ("hip", "gfx942", 64)}
 triton = pytest.importorskip("triton")
+saliency = pytest.importorskip("cwfast.kernels.saliency")
+triton_gates = pytest.importorskip("triton_gates")
 
 
 def test_bfloat16_in_the_interpreter_is_as_in_torch(tmp_path):
@@ -47,99 +48,104 @@ assert torch.equal(down, a)
     assert done.returncode == 0, done.stderr
 
 
-@pytest.mark.exhaustive
-@pytest.mark.parametrize("stem", ["saliency", "select", "rewind", "logit_stats"])
-def test_property_tests_in_the_interpreter(stem):
-    command = [sys.executable, "-P", "-m", "pytest", "-q", f"tests/test_{stem}.py", "-k", "triton"]
+def interpret(stem, which):
+    """The tests of a stem in a process whose Triton interprets; what must have run on the path "triton"."""
+    command = [sys.executable, "-P", "-m", "pytest", "-q", f"tests/test_{stem}.py", "-k", f"triton and {which}"]
     env = {**os.environ, "TRITON_INTERPRET": "1"}
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=1800, env=env)
     assert done.returncode == 0, done.stdout[-5000:]
     assert "triton (run)" in done.stdout
 
 
-def compiled_saliency(target, power, has_grad, path):
-    """The bf16 kernel for T > 1: its registers, spills, shared memory and tensor-core instructions."""
-    import triton.language as tl
-    from cwfast.kernels import saliency
-    from triton.backends.compiler import GPUTarget
-    from triton.compiler import ASTSource
-
-    kernel = saliency._saliency_kernel
-    tile = saliency.tiles(torch.bfloat16, False, power, has_grad)
-    options = {name: tile.pop(name) for name in ("num_warps", "num_stages")}
-    pointers = {"out": "*fp32", "inputs": "*bf16", "grad_outputs": "*bf16", "factor": "*fp32", "grad": "*fp32"}
-    numbers = dict.fromkeys(["n_out", "n_in", "input_row", "grad_output_row", "factor_row"], "i32")
-    given = pointers | numbers | {"row_offsets": "*i64", "scale": "fp64", "samples": "i32"}
-    constants = tile | {"POWER": power, "ONE_ROW": False, "HAS_FACTOR": True, "HAS_GRAD": has_grad, "GROUP": 8}
-    constants |= {"OFFSET": tl.int32, "input_col": 1, "grad_output_col": 1, "factor_col": 1}
-    names = kernel.arg_names
-    signature = {name: given.get(name, "constexpr") for name in names}
-    attrs = {(names.index(name),): [["tt.divisibility", 16]] for name in pointers | numbers}
-    binary = triton.compile(ASTSource(kernel, signature, constants, attrs), target=GPUTarget(*target), options=options)
-    result = {"tile": [tile["BO"], tile["BI"]], "shared": binary.metadata.shared}
-    if target[0] == "hip":
-        code = binary.asm["amdgcn"]
-        spills = sum(int(n) for n in re.findall(r"\.[sv]gpr_spill_count:\s+(\d+)", code))
-        registers = int(re.search(r"\.vgpr_count:\s+(\d+)", code).group(1))
-        return result | {"registers": registers, "spills": spills, "tensor_core": len(re.findall("v_mfma", code))}
-    tools = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
-    return result | machine_code(binary.asm["cubin"], tools, path)
+# What takes minutes in the interpreter, which spends milliseconds on every block of every program.
+LONG = {
+    "saliency": "block_edge or expanded or float64 and no_worse",
+    "select": "stable_sort and float16 or many_chunks or heavy_ties or small_tensors or 30000 or word_and_chunk "
+    "or skipped_nan or threads",
+}
 
 
-def machine_code(cubin, tools, path):
-    """Registers, spills and tensor-core instructions of an NVIDIA binary."""
-    path.write_bytes(cubin)
-    usage, code = (
-        subprocess.run([tools / tool, *arguments, path], capture_output=True, text=True, check=True).stdout
-        for tool, *arguments in (("cuobjdump", "-res-usage"), ("nvdisasm",))
-    )
-    spills = len(re.findall(r"\b(?:LDL|STL)\b", code))
-    registers = int(re.search(r"REG:(\d+)", usage).group(1))
-    return {"registers": registers, "spills": spills, "tensor_core": len(re.findall(r"\bHG?MMA\b", code))}
+@pytest.mark.parametrize("stem", LONG)
+def test_property_tests_in_the_interpreter(stem):
+    interpret(stem, f"not ({LONG[stem]})")
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("name", TARGETS)
-def test_logit_stats_compile_without_spills(name, tmp_path):
-    from cwfast.kernels import logit_stats
-    from triton.backends.compiler import GPUTarget
-    from triton.compiler import ASTSource
-
-    kernel = logit_stats._logit_stats_kernel
-    tile = logit_stats.tiles(1000)
-    options = {"num_warps": tile.pop("num_warps")}
-    given = dict.fromkeys(["rows", "classes", "row_stride"], "i32") | {"logits": "*bf16", "labels": "*i64"}
-    given |= dict.fromkeys(["loss", "confidence", "phi", "entropy", "modified_entropy", "margin"], "*fp32")
-    given |= {"correct": "*i1"}
-    signature = {argument: given.get(argument, "constexpr") for argument in kernel.arg_names}
-    source = ASTSource(kernel, signature, tile | {"class_stride": 1}, {})
-    binary = triton.compile(source, target=GPUTarget(*TARGETS[name]), options=options)
-    if name.startswith("gfx"):
-        spills = sum(int(n) for n in re.findall(r"\.[sv]gpr_spill_count:\s+(\d+)", binary.asm["amdgcn"]))
-    else:
-        tools = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
-        spills = machine_code(binary.asm["cubin"], tools, tmp_path / "kernel.cubin")["spills"]
-    assert spills == 0
+@pytest.mark.exhaustive
+@pytest.mark.parametrize("stem", LONG)
+def test_long_property_tests_in_the_interpreter(stem):
+    interpret(stem, f"({LONG[stem]})")
 
 
-@pytest.mark.slow
-def test_machine_code_keeps_to_the_committed_gates(tmp_path):
-    """CWFAST_WRITE_GATES=1 writes the table anew."""
-    found = {
-        f"saliency bf16 T>1 power {power}{' grad' if has_grad else ''} {name}": compiled_saliency(
-            target, power, has_grad, tmp_path / "kernel.cubin"
-        )
-        for power in (1, 2)
-        for has_grad in (False, True)
-        for name, target in TARGETS.items()
+def test_loops_are_found():
+    straight = "/*0010*/ HMMA.16816.F32 R0 ; /*0020*/ BRA 0x40 ; /*0030*/ LDGSTS.E R0 ; /*0040*/ EXIT ;"
+    assert triton_gates.nvidia_loop(straight) == []
+    assert len(triton_gates.nvidia_loop(straight + "/*0050*/ @P0 BRA P1, 0x10 ;")) == 5
+    inner = straight + "/*0050*/ @P0 BRA 0x20 ; /*0060*/ @P0 BRA 0x10 ;"
+    assert len(triton_gates.nvidia_loop(inner)) == 6  # the shorter one holds no matrix instruction
+    amd = ".LBB0_1:\n v_mfma_f32_16x16x16_bf16 v0\n s_cbranch_scc1 .LBB0_1\n s_branch .LBB0_2\n.LBB0_2:\n s_endpgm"
+    assert len(triton_gates.amd_loop(amd)) == 3
+
+
+def test_committed_table_passes_the_gates():
+    table = json.loads(triton_gates.TABLE.read_text())
+    wanted = {
+        f"{arch} {entry.name}": (arch, entry) for arch in triton_gates.TARGETS for entry in triton_gates.entries(arch)
     }
-    if os.environ.get("CWFAST_WRITE_GATES") == "1":
-        GATES.write_text(json.dumps(found, indent=1) + "\n")
-    for name, limit in json.loads(GATES.read_text()).items():
-        have = found[name]
-        assert have["spills"] == 0, (name, have)
-        assert have["tensor_core"] > 0, (name, have)
-        assert have["registers"] <= limit["registers"], (name, have)
-        assert have["shared"] <= limit["shared"], (name, have)
-        assert have["tile"] == limit["tile"]
-    assert found.keys() == json.loads(GATES.read_text()).keys()
+    assert table.keys() == wanted.keys()
+    for name, have in table.items():
+        triton_gates.check(*wanted[name], have)
+    assert len([name for name in table if "bf16 T>1" in name]) == 14 * len(triton_gates.TARGETS)
+    version = re.search(r"with Triton (\S+);", triton_gates.PAGE.read_text()).group(1)
+    if version == triton.__version__:
+        assert triton_gates.PAGE.read_text() == triton_gates.page(table), "run python tests/triton_gates.py"
+
+
+SOME = ["saliency bf16 T>1 power 1 grad factor", "select 32 bits emit"]
+
+
+def holds(arch, entry):
+    have = triton_gates.measure(entry, arch)
+    triton_gates.check(arch, entry, have)
+    limit = json.loads(triton_gates.TABLE.read_text())[f"{arch} {entry.name}"]
+    assert have["registers"] <= limit["registers"], (arch, entry.name, have)
+    assert have["shared"] <= limit["shared"], (arch, entry.name, have)
+    assert have["tile"] == limit["tile"]
+
+
+@pytest.mark.parametrize("arch", triton_gates.TARGETS)
+def test_machine_code_keeps_to_the_committed_table(arch):
+    for entry in triton_gates.entries(arch):
+        if entry.name in SOME:
+            holds(arch, entry)
+
+
+@pytest.mark.exhaustive
+@pytest.mark.parametrize("arch", triton_gates.TARGETS)
+def test_all_machine_code_keeps_to_the_committed_table(arch):
+    for entry in triton_gates.entries(arch):
+        holds(arch, entry)
+
+
+@pytest.mark.parametrize("lengths", [[1], [0, 5, 0, 0, 4, 8, 1, 0], [9, 9, 9], [64, 1]])
+@pytest.mark.parametrize("shares", [1, 2, 3])
+def test_blocks_cover_every_row_once_and_shares_begin_at_samples(lengths, shares):
+    shares = min(shares, len(lengths))
+    offsets = torch.tensor([0, *lengths]).cumsum(0)
+    blocks, first = saliency.blocks_of(offsets, 4, shares)
+    want = [
+        2 * row + (row == begin) for begin, end in itertools.pairwise(offsets.tolist()) for row in range(begin, end, 4)
+    ]
+    assert blocks.tolist() == [*want, 2 * sum(lengths) + 1]
+    assert first[0] == 0
+    assert first[-1] == len(want)
+    assert (first.diff() >= 0).all()
+    assert (blocks[first] % 2 == 1).all()
+
+
+def test_samples_are_shared_out_only_where_tiles_are_few():
+    tile = 128 * 128 * 4
+    assert saliency.shares_of(64, 64, tile, 132) == 2  # 1024 x 1024
+    assert saliency.shares_of(64, 133, tile, 132) == 1
+    assert saliency.shares_of(3, 1, tile, 132) == 3  # samples
+    assert saliency.shares_of(64, 1, tile, 132) == saliency.MOST_SHARES
+    assert saliency.shares_of(64, 128, 8 * tile, 1024) == 1  # the workspace

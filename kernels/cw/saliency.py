@@ -15,9 +15,12 @@ from torch import Tensor
 
 
 @triton.jit
-def _halves(tile, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
-    """The left and the right half of the columns; each thread keeps its registers."""
-    return tl.split(tl.permute(tl.reshape(tile, (ROWS, 2, COLUMNS // 2)), (0, 2, 1)))
+def _quarters(tile, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+    """The tile in four strips of columns; each thread keeps its registers."""
+    left, right = tl.split(tl.permute(tl.reshape(tile, (ROWS, 2, COLUMNS // 2)), (0, 2, 1)))
+    a, b = tl.split(tl.permute(tl.reshape(left, (ROWS, 2, COLUMNS // 4)), (0, 2, 1)))
+    c, d = tl.split(tl.permute(tl.reshape(right, (ROWS, 2, COLUMNS // 4)), (0, 2, 1)))
+    return a, b, c, d
 
 
 @triton.jit
@@ -83,7 +86,7 @@ def _saliency_kernel(
             d, a = d.to(TYPE), a.to(TYPE)
             d, a = d * d, a * a
         acc = tl.dot(d, a, acc, input_precision="ieee", out_dtype=TYPE)
-        if not ONE_ROW:
+        if not ONE_ROW:  # noqa: SIM102 - the first is decided by the compiler
             if (after & 1) != 0:  # the sample ends here
                 if POWER == 1:
                     total += tl.abs(acc)
@@ -95,31 +98,31 @@ def _saliency_kernel(
     if ONE_ROW:
         total = acc
 
-    # By halves, with barriers: or the registers of all the loads are wanted at once.
-    HALF: tl.constexpr = BI // 2
-    i = tl.arange(0, HALF).to(OFFSET)
+    # By quarters, with barriers: or the registers of all the loads are wanted at once.
+    STRIP: tl.constexpr = BI // 4
+    i = tl.arange(0, STRIP).to(OFFSET)
     in_o = o < tl.minimum(n_out - top, BO).to(OFFSET)
     at = o[:, None] * n_in + i[None, :]
     corner = (share * n_out + top) * n_in + left
     if HAS_GRAD:
-        plains = _halves(plain, BO, BI)
-        for half in tl.static_range(2):
-            mask = in_o[:, None] & (i < tl.minimum(n_in - left - half * HALF, HALF).to(OFFSET))[None, :]
-            grad_tile = grad + corner + half * HALF + at
-            tl.store(grad_tile, tl.load(grad_tile, mask, other=0.0) + plains[half], mask)
+        plains = _quarters(plain, BO, BI)
+        for part in tl.static_range(4):
+            mask = in_o[:, None] & (i < tl.minimum(n_in - left - part * STRIP, STRIP).to(OFFSET))[None, :]
+            grad_tile = grad + corner + part * STRIP + at
+            tl.store(grad_tile, tl.load(grad_tile, mask, other=0.0) + plains[part], mask)
             tl.debug_barrier()
-    totals = _halves(total, BO, BI)
-    for half in tl.static_range(2):
-        mask = in_o[:, None] & (i < tl.minimum(n_in - left - half * HALF, HALF).to(OFFSET))[None, :]
-        sums = totals[half] * tl.cast(scale, TYPE)
+    totals = _quarters(total, BO, BI)
+    for part in tl.static_range(4):
+        mask = in_o[:, None] & (i < tl.minimum(n_in - left - part * STRIP, STRIP).to(OFFSET))[None, :]
+        sums = totals[part] * tl.full((1, 1), scale, TYPE)
         if HAS_FACTOR:
-            factor_base = factor + top * factor_row + (left + half * HALF) * factor_col
+            factor_base = factor + top * factor_row + (left + part * STRIP) * factor_col
             w = tl.load(factor_base + o[:, None] * factor_row + i[None, :] * factor_col, mask, other=0.0).to(TYPE)
             if POWER == 1:
                 sums *= tl.abs(w)
             else:
                 sums *= w * w
-        out_tile = out + corner + half * HALF + at
+        out_tile = out + corner + part * STRIP + at
         tl.store(out_tile, tl.load(out_tile, mask, other=0.0) + sums, mask)
         tl.debug_barrier()
 
