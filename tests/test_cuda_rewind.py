@@ -48,7 +48,7 @@ def test_dtypes_and_memory_formats(library, form):
 @pytest.mark.parametrize("sizes", [[0], [0, 0], []], ids=str)
 def test_nothing_to_select_from(library, form, sizes):
     weights, initial = ([torch.zeros(size) for size in sizes] for _ in range(2))
-    check(weights, initial, masks_of(weights, 1.0), form, "cuda") if sizes else test_rewind.test_empty_lists()
+    check(weights, initial, masks_of(weights, 1.0), form, "cuda") if sizes else test_rewind.test_empty_lists("cuda")
 
 
 def test_both_forms_in_one_list(library):

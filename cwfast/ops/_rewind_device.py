@@ -75,7 +75,7 @@ def survey(picks: list[Picks], backend: str) -> Survey:
 
 def wrong_picks(picks: list[Picks], backend: str) -> tuple[int, str]:
     """The first tensor whose picks are wrong, and what about them; -1 where none are."""
-    for i, found in enumerate(survey(picks, backend).wrong.tolist()):
+    for i, found in enumerate(survey(picks, backend).wrong.tolist() if picks else []):
         if found:
             k, numel = len(picks[i].low), picks[i].numel
             return i, next(text for code, text in _WRONG.items() if found & code).format(k=k, numel=numel)

@@ -51,8 +51,9 @@ def _compile(source: Path, obj: Path, include: Path, *flags: str) -> Path:
 
 
 @functools.cache
-def _runtime() -> Path:
-    return _compile(HERE / "runtime.cpp", Path(_folder().name) / "runtime.o", CSRC)
+def _runtime() -> list[Path]:
+    folder = Path(_folder().name)
+    return [_compile(source, folder / f"{source.stem}.o", CSRC) for source in sorted(HERE.glob("*.cpp"))]
 
 
 @functools.cache
@@ -70,7 +71,7 @@ def library(stem: str, checked: bool = False, changes: tuple[tuple[str, str], ..
             hits[0].write_text(hits[0].read_text().replace(text, replacement))
     kernels = _compile(include / f"cuda/{stem}.cu", work / "kernels.o", include, *(CHECKED if checked else []))
     target = work / f"{stem}.so"
-    subprocess.run(["g++", "-shared", kernels, _runtime(), "-o", target, "-ldl"], check=True)
+    subprocess.run(["g++", "-shared", kernels, *_runtime(), "-o", target, "-ldl"], check=True)
     loaded = ctypes.CDLL(str(target))
     loaded.coc_errors.restype = ctypes.c_char_p
     loaded.coc_unregister.argtypes = [ctypes.c_void_p]
