@@ -275,4 +275,9 @@ def _optimizer(parameters: Iterable[nn.Parameter], recipe: Recipe) -> torch.opti
 
 
 def _factor(recipe: Recipe, step: int, steps: int) -> float:
-    return 1.0 if recipe.schedule == "constant" else 0.5 * (1 + math.cos(math.pi * step / max(1, steps)))
+    return 1.0 if recipe.schedule == "constant" else cosine(step, steps)
+
+
+def cosine(step: int, steps: int) -> float:
+    """The share of the learning rate at ``step``, the number of batches done: from 1 to 0 over ``steps``."""
+    return 0.5 * (1 + math.cos(math.pi * step / max(1, steps)))

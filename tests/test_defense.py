@@ -227,6 +227,32 @@ def test_cwrf_rewinds_exactly_the_selected_weights_and_trains_the_others(criteri
         assert not torch.equal(p[~mask], end[name][~mask]), name
 
 
+class NoLength:
+    """As a DataLoader of a stream."""
+
+    def __init__(self, batches):
+        self.batches = batches
+
+    def __iter__(self):
+        return iter(self.batches)
+
+
+@pytest.mark.parametrize("kind", [list, NoLength])
+def test_fine_tuning_follows_the_cosine_of_a_recipe_over_all_batches(kind):
+    model, initial, members, reference = trained_pair(dtype=torch.float32)
+    members, rates = kind(list(members)), []
+
+    def optimizer(parameters):
+        found = torch.optim.SGD(parameters, 0.1)
+        found.register_step_pre_hook(lambda *_: rates.append(found.param_groups[0]["lr"]))
+        return found
+
+    cwrf_(model, initial, members, reference, rate=0.1, epochs=3, optimizer=optimizer)
+    total = 3 * len(list(members))
+    assert total > 3
+    assert rates == pytest.approx([0.05 * (1 + math.cos(math.pi * step / total)) for step in range(total)])
+
+
 def test_gap_refuses_to_rewind_weights_that_narrow_the_gap():
     model, initial, members, reference = trained_pair()
     shares = gap_shares(model, initial, members, reference)

@@ -17,7 +17,7 @@ from cwfast.defense.pve import vulnerability
 from cwfast.freezing import freeze
 from cwfast.masks import MaskSet, rewind_, select
 from cwfast.scoring import CRITERIA as TAYLOR_CRITERIA
-from cwfast.training import Defense, Fitted, Loss, Task, cross_entropy, fit_from_scratch, train_many
+from cwfast.training import Defense, Fitted, Loss, Task, cosine, cross_entropy, fit_from_scratch, train_many
 
 CRITERIA = (*TAYLOR_CRITERIA, "gap")
 Batch = tuple[Tensor, Tensor]
@@ -104,8 +104,8 @@ def cwrf_(
         update: see ``vulnerability``.
         lr: the initial learning rate of training: estimation takes a tenth of it, fine-tuning starts from it.
         optimizer: parameters -> a fresh optimizer for fine-tuning; None: SGD at ``lr`` with momentum 0.9.
-        epochs: of fine-tuning, in training mode, by a cosine schedule over epochs; 0: none, the rewound model is yours
-            to fine-tune inside ``cwfast.freeze``.
+        epochs: of fine-tuning, in training mode, by a cosine schedule over all batches as in ``Recipe``; 0: none, the
+            rewound model is yours to fine-tune inside ``cwfast.freeze``.
 
     Raises:
         TypeError: ``members`` or ``reference`` can be iterated only once, or ``optimizer`` cannot be called.
@@ -137,14 +137,14 @@ def cwrf_(
     if epochs:  # built before the model changes: this may refuse lr
         parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
         fresh = optimizer(parameters) if optimizer else torch.optim.SGD(parameters, lr, momentum=0.9)
+        total = epochs * _length(members)
+        schedule = torch.optim.lr_scheduler.LambdaLR(fresh, lambda step: cosine(min(step, total), total))
     rewind_(model, masks, initial)
     history = []
     if epochs:
-        schedule = torch.optim.lr_scheduler.CosineAnnealingLR(fresh, epochs)
         with _training(model), freeze(model, fresh, masks):
             for epoch in range(epochs):
-                history.append(_train_epoch(model, members, fresh, loss or cross_entropy, epoch))
-                schedule.step()
+                history.append(_train_epoch(model, members, fresh, schedule, loss or cross_entropy, epoch))
     return CWRFResult(masks, scores, history)
 
 
@@ -160,8 +160,20 @@ def _training(model: nn.Module) -> Iterator[None]:
             module.training = mode
 
 
+def _length(batches: Iterable[Batch]) -> int:
+    try:
+        return len(batches)  # type: ignore[arg-type]
+    except TypeError:  # no length, as a DataLoader of an IterableDataset
+        return sum(1 for _ in batches)
+
+
 def _train_epoch(
-    model: nn.Module, batches: Iterable[Batch], optimizer: torch.optim.Optimizer, loss: Loss, epoch: int
+    model: nn.Module,
+    batches: Iterable[Batch],
+    optimizer: torch.optim.Optimizer,
+    schedule: torch.optim.lr_scheduler.LRScheduler,
+    loss: Loss,
+    epoch: int,
 ) -> float:
     total, samples = 0.0, 0
     for inputs, targets in batches:
@@ -169,6 +181,7 @@ def _train_epoch(
         value = loss(model(inputs), targets, epoch=epoch)
         value.backward()
         optimizer.step()
+        schedule.step()
         total, samples = total + float(value.detach()) * len(targets), samples + len(targets)
     return total / max(1, samples)
 

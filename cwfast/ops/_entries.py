@@ -34,7 +34,7 @@ class Entries:
         self._kinds = [(tensor.shape, tensor.dtype, tensor.device) for tensor in tensors]
         self._names = list(names)
         self._sizes = sorted({tensor.element_size() for tensor in tensors})
-        self.pointers = _pointers(_picks(tensors, self._packed, self._offsets))
+        self._pointers = _pointers(_picks(tensors, self._packed, self._offsets))
 
     def write(self, tensors: Sequence[Tensor], values: Sequence[Tensor]) -> None:
         """``scatter_(tensors, bits, values)``.
@@ -56,11 +56,12 @@ class Entries:
             if not tensor.is_contiguous():
                 _writable(name, [tensor])
         if self._backend != "cpu":
-            torch.ops.cwfast.scatter_(tensors, self._packed, self._offsets, values, self._backend)
+            detached = [tensor.detach() for tensor in tensors]
+            torch.ops.cwfast.scatter_(detached, self._packed, self._offsets, values, self._backend)
             return
         native, views = _backends.native(), _views(list(tensors))
         for size in self._sizes:
             which = [i for i, tensor in enumerate(tensors) if tensor.element_size() == size]
             given = [values[i].data_ptr() for i in which]
-            native.scatter([views[i] for i in which], [self.pointers[i] for i in which], given, size)
+            native.scatter([views[i] for i in which], [self._pointers[i] for i in which], given, size)
         written(tensors)
