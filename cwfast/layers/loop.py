@@ -12,7 +12,7 @@ from torch.autograd.function import once_differentiable
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
 
 from cwfast.errors import UnsupportedLayer
-from cwfast.layers.pieces import Piece
+from cwfast.layers.pieces import Piece, magnitude
 from cwfast.layers.rows import owner_of
 
 if TYPE_CHECKING:
@@ -226,7 +226,7 @@ class LoopedPiece(Piece):
             grad.copy_(self.gradient)
         total = self.runs.sums[self.index]
         if factor is not None:
-            total = total * factor.to(out.dtype).abs().pow_(power)
+            total = total * magnitude(factor, out.dtype, power)
         out.add_(total, alpha=abs(scale) ** power)
 
     def square_norms(self, shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> Tensor:

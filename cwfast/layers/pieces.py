@@ -187,7 +187,7 @@ class PerSample(Piece):
             torch.sum(g, dim=0, out=grad)
         total = (g.abs() if power == 1 else g.square()).sum(dim=0)
         if factor is not None:
-            total *= factor.to(out.dtype).abs().pow(power)
+            total *= magnitude(factor, out.dtype, power)
         out.add_(total, alpha=abs(scale) ** power)
 
     def square_norms(self, shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> Tensor:
@@ -307,7 +307,7 @@ class Computed(Piece):
             for gradient in gradients.abs_() if power == 1 else gradients.square_():
                 total.add_(gradient, alpha=abs(scale) ** power)
         if factor is not None:
-            out.addcmul_(total, factor.to(out.dtype).abs().pow_(power))
+            out.addcmul_(total, magnitude(factor, out.dtype, power))
 
     def square_norms(self, shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> Tensor:
         norms = torch.zeros(self.samples, dtype=dtype, device=device)
@@ -417,6 +417,12 @@ def _add_rows(out: Tensor, indices: Tensor, grads: Tensor, padding_idx: int | No
         kept = indices != padding_idx
         indices, grads = indices[kept], grads[kept]
     out.index_add_(0, indices, grads.to(out.dtype))
+
+
+def magnitude(factor: Tensor, dtype: torch.dtype, power: int) -> Tensor:
+    """``|factor|**power``."""
+    factor = factor.to(dtype)
+    return factor.abs() if power == 1 else factor.square()
 
 
 def _over(coefficients: Tensor, x: Tensor) -> Tensor:
