@@ -58,6 +58,7 @@ LANGUAGE = {
     "llama tied": lambda: language("Llama", num_key_value_heads=2, tie_word_embeddings=True, **SMALL),
     "gemma": lambda: language("Gemma", num_key_value_heads=2, head_dim=4, pad_token_id=0, **SMALL),
     "qwen3 moe": lambda: qwen3_moe("eager"),
+    "qwen3 moe batched": lambda: qwen3_moe("batched_mm"),
 }
 
 
@@ -145,7 +146,7 @@ def checkpointed(model):
 
 
 @pytest.mark.filterwarnings("ignore:.*gradient_checkpointing_enable.*:FutureWarning")
-@pytest.mark.parametrize("name", ["gpt2", "llama"])
+@pytest.mark.parametrize("name", ["gpt2", "llama", "qwen3 moe batched"])
 def test_activation_checkpointing(name):
     model = checkpointed(LANGUAGE[name]())
     check(model, next_token(model), [torch.randint(1, V, (B, T))])

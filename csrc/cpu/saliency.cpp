@@ -25,6 +25,8 @@ constexpr int64_t kTileRows = 448, kTileColumns = 512;
 // Rows packed at once, so that a panel stays in the first-level cache. Longer samples take several rounds, each summed
 // by itself: rounding errors then grow with the root of their length.
 constexpr int64_t kDepth = 128;
+// Products below which waking other threads takes longer than computing alone.
+constexpr int64_t kAlone = 1 << 20;
 
 // Sixteen bytes by the compiler's own vectors: whatever the processor has.
 template <class T>
@@ -99,15 +101,17 @@ class Accumulator {
   explicit Accumulator(const SaliencyArgs<T>& args) : x_(args), kernel_(tile_kernel<T>()) {
     tile_rows_ = round_up(std::min(kTileRows, x_.out_features), kernel_.rows);
     tile_columns_ = round_up(std::min(kTileColumns, x_.in_features), kernel_.columns);
+    const int64_t rows = x_.samples == 0 ? 0 : x_.row_offsets[x_.samples];
+    workers_ = rows < kAlone / (x_.out_features * x_.in_features) ? 1 : threads();
     // Small layers: smaller tiles, so that every thread has some.
-    while (tiles() < 2 * threads() && tile_columns_ > 2 * kernel_.columns)
+    while (tiles() < 2 * workers_ && workers_ > 1 && tile_columns_ > 2 * kernel_.columns)
       tile_columns_ = round_up(tile_columns_ / 2, kernel_.columns);
     bool one_row_each = true;
     for (int64_t b = 0; b < x_.samples; ++b) one_row_each &= x_.row_offsets[b + 1] - x_.row_offsets[b] <= 1;
     const Fold fold = x_.power == 1 ? Fold::abs : Fold::square;
     const T scale = static_cast<T>(x_.scale);
     if (one_row_each) {
-      add_sample(0, x_.samples == 0 ? 0 : x_.row_offsets[x_.samples]);
+      add_sample(0, rows);
       passes_.push_back({fold, Fold::sum, x_.out, x_.factor, nullptr, scale, false, false});
       if (x_.grad) passes_.push_back({Fold::sum, Fold::sum, x_.grad, nullptr, nullptr, T{1}, x_.overwrite, false});
     } else {
@@ -119,7 +123,7 @@ class Accumulator {
 
   void run() {
     Region region;
-#pragma omp parallel num_threads(threads())
+#pragma omp parallel num_threads(workers_)
     {
       std::unique_ptr<T, Free> workspace;
       region.run([&] {
@@ -194,6 +198,7 @@ class Accumulator {
 
   const SaliencyArgs<T>& x_;
   const TileKernel<T> kernel_;
+  int workers_ = 1;
   int64_t tile_rows_ = 0, tile_columns_ = 0;
   int64_t depth_ = 0;  // the most rows of a round
   std::vector<Round> rounds_;

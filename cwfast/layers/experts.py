@@ -1,4 +1,4 @@
-"""Stacks of experts ``[E, O, I]`` that share one call: each expert is a linear layer of its own rows."""
+"""Stacks of experts ``[E, O, I]`` that share one call: each expert is a linear layer of its own rows, or looked up."""
 
 from typing import Any
 
@@ -8,8 +8,10 @@ from torch.nn import functional
 
 from cwfast.layers import Tracker, register
 from cwfast.layers.linear import matmul
+from cwfast.layers.pieces import Lookup, Piece
 from cwfast.layers.rows import owner_of
-from cwfast.layers.scored import with_owner
+from cwfast.layers.samples import Layout
+from cwfast.layers.scored import scored, with_owner
 
 _FUNCTIONS = [getattr(functional, "grouped_mm", None), getattr(torch, "_grouped_mm", None)]
 
@@ -45,3 +47,21 @@ def grouped_mm(
     ]
     parts.append(input.new_zeros((len(input) - ends[-1], mat2.shape[2])))
     return with_owner(torch.cat(parts), owner)
+
+
+@register(Tensor.__getitem__)
+def picked(tracker: Tracker, input: Tensor, index: Any) -> Any:
+    """Scores ``W[experts]``, the expert of each row: rows in the order of the samples, as many for each."""
+    samples = tracker.batch_now.size
+    chosen = isinstance(index, Tensor) and index.ndim == 1 and index.dtype in (torch.int32, torch.int64)
+    if not chosen or not tracker.tracks(input) or input.ndim != 3 or not input.is_contiguous():
+        return NotImplemented
+    in_order = len(index) > 1 and bool((index.diff() == 1).all())  # a slice of the stack, not one expert for each row
+    if not samples or len(index) % samples or in_order or tracker.dim or tracker.batch_now.cu_seqlens is not None:
+        return NotImplemented
+
+    def gradient(layout: Layout, x: Tensor | None, grad: Tensor, weight: Tensor) -> Piece:
+        rows = [part.unflatten(0, (samples, -1)) for part in (index[:, None].long(), grad.flatten(1))]
+        return Lookup(rows[0], rows[1])
+
+    return scored(tracker, lambda _, w: w[index], None, (input,), (gradient,))

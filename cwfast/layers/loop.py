@@ -12,7 +12,7 @@ from torch.autograd.function import once_differentiable
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
 
 from cwfast.errors import UnsupportedLayer
-from cwfast.layers.pieces import Piece
+from cwfast.layers.pieces import Piece, magnitude
 from cwfast.layers.rows import owner_of
 
 if TYPE_CHECKING:
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 # A sample's results may differ from the batch's by rounding, relative to the largest entry.
 _TOLERANCE = {torch.float64: 1e-8, torch.float32: 1e-3}
 _ROUGH = 0.05  # 16 bits
-_RECURRENT = ("lstm", "gru", "rnn_tanh", "rnn_relu")  # of torch._VF
+_RECURRENT = (torch.lstm, torch.gru, torch.rnn_tanh, torch.rnn_relu)
 
 
 class Looped:
@@ -39,7 +39,7 @@ class Looped:
         self.tensors: list[Tensor] = [leaves[i] for i in self.at]
         self.constants = [None if isinstance(leaf, Tensor) else leaf for leaf in leaves]
         self.versions = [x._version for x in self.tensors]
-        self.recurrent = getattr(function, "__name__", "") in _RECURRENT
+        self.recurrent = function in _RECURRENT
         self.names: Sequence[str] = ()
 
     def refuse(self, why: str) -> UnsupportedLayer:
@@ -53,6 +53,8 @@ class Looped:
         """For each tensor, the dimension of its samples; None: all samples share it."""
         where = dict.fromkeys(map(id, self.tensors), self.tracker.dim)
         if self.recurrent:
+            if len(self.args) < 9:
+                raise self.refuse("its arguments must be given by position")
             if isinstance(self.args[3], list | tuple):
                 raise self.refuse("its sequences are packed; give padded ones")
             where |= dict.fromkeys(map(id, tree_leaves(self.args[1])), 1)
@@ -226,7 +228,7 @@ class LoopedPiece(Piece):
             grad.copy_(self.gradient)
         total = self.runs.sums[self.index]
         if factor is not None:
-            total = total * factor.to(out.dtype).abs().pow_(power)
+            total = total * magnitude(factor, out.dtype, power)
         out.add_(total, alpha=abs(scale) ** power)
 
     def square_norms(self, shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> Tensor:

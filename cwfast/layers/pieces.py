@@ -1,6 +1,7 @@
 """One use's gradient of a weight, sample by sample, in the form in which it costs least."""
 
 import itertools
+import math
 from collections.abc import Callable, Iterator, Sequence
 from typing import Self
 
@@ -187,7 +188,7 @@ class PerSample(Piece):
             torch.sum(g, dim=0, out=grad)
         total = (g.abs() if power == 1 else g.square()).sum(dim=0)
         if factor is not None:
-            total *= factor.to(out.dtype).abs().pow(power)
+            total *= magnitude(factor, out.dtype, power)
         out.add_(total, alpha=abs(scale) ** power)
 
     def square_norms(self, shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> Tensor:
@@ -197,7 +198,8 @@ class PerSample(Piece):
 class Lookup(_Rows):
     """``G_b[v] = sum of grad_outputs[b,t] over the t with inputs[b,t] = v``: embeddings.
 
-    ``inputs`` are the int64 indices, with a last dimension of 1; the row ``padding_idx`` gets no gradient.
+    ``inputs`` are the int64 indices, with a last dimension of 1; the row ``padding_idx`` gets no gradient. The row of
+    a contiguous weight of more dimensions (a stack of experts) is ``w[i]``, flattened.
     """
 
     def __init__(
@@ -230,11 +232,11 @@ class Lookup(_Rows):
         if grad is not None:
             _add_rows(grad.zero_(), self.inputs.reshape(-1), self.grad_outputs.flatten(0, -2), self.padding_idx)
         ops.accumulate_embedding_saliency_(
-            out,
+            _as_rows(out),
             self.inputs[..., 0],
             self.grad_outputs,
             power=power,
-            factor=factor,
+            factor=None if factor is None else _as_rows(factor),
             padding_idx=self.padding_idx,
             cu_seqlens=self.offsets,
             scale=scale,
@@ -307,7 +309,7 @@ class Computed(Piece):
             for gradient in gradients.abs_() if power == 1 else gradients.square_():
                 total.add_(gradient, alpha=abs(scale) ** power)
         if factor is not None:
-            out.addcmul_(total, factor.to(out.dtype).abs().pow_(power))
+            out.addcmul_(total, magnitude(factor, out.dtype, power))
 
     def square_norms(self, shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> Tensor:
         norms = torch.zeros(self.samples, dtype=dtype, device=device)
@@ -416,7 +418,17 @@ def _add_rows(out: Tensor, indices: Tensor, grads: Tensor, padding_idx: int | No
     if padding_idx is not None:
         kept = indices != padding_idx
         indices, grads = indices[kept], grads[kept]
-    out.index_add_(0, indices, grads.to(out.dtype))
+    _as_rows(out).index_add_(0, indices, grads.to(out.dtype))
+
+
+def _as_rows(weight: Tensor) -> Tensor:
+    return weight if weight.ndim == 2 else weight.view(len(weight), math.prod(weight.shape[1:]))
+
+
+def magnitude(factor: Tensor, dtype: torch.dtype, power: int) -> Tensor:
+    """``|factor|**power``."""
+    factor = factor.to(dtype)
+    return factor.abs() if power == 1 else factor.square()
 
 
 def _over(coefficients: Tensor, x: Tensor) -> Tensor:

@@ -105,8 +105,9 @@ def _rows(inputs: Tensor, grad_outputs: Tensor, cu_seqlens: Tensor | None) -> tu
             )
         return (inputs, grad_outputs), offsets
     steps = inputs.shape[1] if inputs.ndim == 3 else 1
-    offsets = torch.arange(inputs.shape[0] + 1, dtype=torch.int64) * steps
-    return (inputs.flatten(0, -2), grad_outputs.flatten(0, -2)), offsets
+    offsets = torch.arange(inputs.shape[0] + 1, dtype=torch.int64)
+    rows = inputs.flatten(0, -2), grad_outputs.flatten(0, -2)
+    return rows, offsets if steps == 1 else offsets * steps
 
 
 def _run(

@@ -59,7 +59,7 @@ def _embedding_saliency_kernel(
     tl.store(place, tl.load(place, mask=inside, other=0.0) + total, mask=inside)
 
 
-BD, BT, WARPS = 128, 8, 4  # 512 bytes of a float32 row at once; most tokens occur a few times in a sample
+BD, BT, WARPS = 128, 4, 4  # 512 bytes of a float32 row at once; most tokens occur a few times in a sample
 
 
 def accumulate_embedding_saliency_(
