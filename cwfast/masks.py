@@ -2,6 +2,7 @@
 
 import math
 import os
+import re
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import NamedTuple
@@ -392,8 +393,12 @@ def _select_group(
     scores: Mapping[str, Tensor] | Checkpoint, names: list[str], k: int, nan: str, backend: str
 ) -> tuple[Sequence[Bits], float]:
     if isinstance(scores, Checkpoint):
-        return _streaming.select_topk(scores, names, k, nan)
-    selection = ops.select_topk([scores[name] for name in names], k, nan=nan, backend=backend)
+        return _streaming.select_topk(scores, names, k, nan, backend)
+    try:
+        selection = ops.select_topk([scores[name] for name in names], k, nan=nan, backend=backend)
+    except (TypeError, ValueError) as error:  # the ops know places, not names
+        message = re.sub(r"scores\[(\d+)\]", lambda place: f"scores[{names[int(place[1])]!r}]", str(error))
+        raise type(error)(message) from None
     return selection.bits, selection.threshold
 
 

@@ -2,8 +2,8 @@
 
 Each build is a copy of the package whose C++ module is compiled with the sanitizer; torch and Python are not, so what
 is watched is every read and write that our code does. ``address`` (with ``undefined``) also tries CWFAST_FUZZ (10)
-times as many broken files. ``thread``: OpenMP is replaced by sanitizers/gomp.cpp, because of the real libgomp every fork
-and join would be reported. Faults planted in sanitizers/planted.cpp must be reported before the tests count.
+times as many broken files. ``thread``: OpenMP is replaced by sanitizers/gomp.cpp, because of the real libgomp every
+fork and join would be reported. Faults planted in sanitizers/planted.cpp must be reported before the tests count.
 Needs the compiler's libasan, libubsan and libtsan; exits 1 at the first report or failed test.
 """
 
@@ -76,7 +76,7 @@ def python(kind: str) -> list[str]:
 
 def check_that_faults_are_seen(kind: str, place: Path, env: dict[str, str]) -> None:
     for name in (*PLANTED[kind], "clean"):
-        code = f"import ctypes; ctypes.CDLL({str(place / 'planted.so')!r}).{name}(1000)"
+        code = f"import ctypes; ctypes.CDLL({str(place / 'planted.so')!r}).{name}(10**7)"
         done = subprocess.run([*python(kind), "-c", code], env=env, capture_output=True, text=True)
         reported = done.returncode != 0 and name in done.stderr
         if reported == (name == "clean"):
