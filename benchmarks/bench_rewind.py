@@ -16,7 +16,7 @@ from torch.nn import functional
 
 from cwfast import MaskSet, freeze, ops, reference
 
-RATES = (0.001, 0.01, 0.03)
+RATES = (0.001, 0.01, 0.03, 0.5)
 SIZES = _harness.by_size(tiny=(10**5,), normal=(10**7,), full=(10**7, 10**8))
 REPEATS = _harness.by_size(tiny=3, normal=5, full=11)
 SECONDS = 5.0  # a peer slower than this in all leaves after three rounds
@@ -64,6 +64,31 @@ def test_rewind(benchmark: BenchmarkFixture, numel: int, rate: float) -> None:
     _harness.report(
         benchmark, case, times, variants["cwfast_list"], ratios=ratios, numel=numel, k=len(indices), bytes=stored
     )
+
+
+@pytest.mark.parametrize("rate", RATES[:3])
+def test_rewind_large(benchmark: BenchmarkFixture, rate: float) -> None:
+    """2 GB of weights: the list alone, against index_copy_ and one read."""
+    numel = _harness.by_size(tiny=10**6, normal=10**7, full=5 * 10**8)
+    mask = torch.rand(numel, generator=torch.Generator().manual_seed(0)) < rate
+    indices = mask.nonzero()[:, 0]
+    weight, values, picks = torch.zeros(numel), torch.ones(len(indices)), _list_form(indices, numel)
+    ops.scatter_([weight], [picks], [values])
+    if not torch.equal(weight, mask.float()):
+        raise AssertionError("scatter_ must write exactly the selected entries")
+    del mask
+    variants: dict[str, Callable[[], object]] = {
+        "cwfast_list": lambda: ops.scatter_([weight], [picks], [values]),
+        "index_copy": lambda: weight.index_copy_(0, indices, values),
+        "read": _harness.read(weight),
+    }
+    times = _harness.interleaved(variants, _harness.by_size(tiny=3, normal=3, full=7), seconds=SECONDS)
+    ratios = {
+        "reads_cwfast_list": _harness.ratio(times, "cwfast_list", "read"),
+        "times_index_copy": _harness.ratio(times, "index_copy", "cwfast_list"),
+    }
+    case = f"rewind N={numel:.0e} k={rate:.1%} list".replace("e+0", "e")
+    _harness.report(benchmark, case, times, variants["cwfast_list"], ratios=ratios, numel=numel, k=len(indices))
 
 
 def _layers(width: int, layers: int) -> nn.Module:

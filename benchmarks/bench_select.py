@@ -4,6 +4,7 @@ A peer only finds the threshold (or, topk and sort, also unordered indices); our
 settles ties by index. ``times_<peer>``: how many of our times the peer takes.
 """
 
+import time
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
@@ -18,12 +19,14 @@ from torch.nn.utils import prune
 from cwfast import reference
 from cwfast.ops import Selection, select_topk
 
-RATES = (0.001, 0.01, 0.03)
+RATES = (0.001, 0.01, 0.03, 0.5)
 CASES = _harness.by_size(
     tiny=[(10**5, rate) for rate in RATES],
     normal=[(10**7, 0.01)],
-    full=[*((10**7, rate) for rate in RATES), (10**8, 0.01)],
+    full=[(numel, rate) for numel in (10**7, 10**8) for rate in RATES],
 )
+LARGE = _harness.by_size(tiny=10**6, normal=10**7, full=5 * 10**8)  # 2 GB
+KINDS = ("squares", "equal", "ascending", "mostly_zero", "two_values", "denormal", "infinite")
 DTYPES = (torch.float32, torch.bfloat16)
 REPEATS = _harness.by_size(tiny=3, normal=5, full=9)
 SECONDS = 4.0  # a peer slower than this in all leaves after three rounds
@@ -58,12 +61,23 @@ METHODS = {
 
 
 def _scores(numel: int, dtype: torch.dtype, kind: str = "normal") -> Tensor:
+    """Half-normal scores, or what becomes of them."""
     generator = torch.Generator().manual_seed(0)
     if kind == "equal":
         return torch.full((numel,), 0.5, dtype=dtype)
     scores = torch.randn(numel, generator=generator).abs_()
-    if kind == "mostly_zero":  # fewer positive scores than are selected, as behind dead units
+    if kind == "squares":  # as the Fisher criterion gives them
+        scores.square_()
+    elif kind == "ascending":
+        scores = torch.arange(numel, dtype=torch.float32)  # beyond 2^24 some are equal
+    elif kind == "mostly_zero":  # fewer positive scores than are selected, as behind dead units
         scores[torch.rand(numel, generator=generator) > 0.005] = 0
+    elif kind == "two_values":
+        scores = (scores > 1).float()
+    elif kind == "denormal":
+        scores.mul_(1e-39)
+    elif kind == "infinite":  # as many as are selected, nearly
+        scores[torch.rand(numel, generator=generator) < 0.009] = torch.inf
     return scores.to(dtype)
 
 
@@ -90,7 +104,10 @@ def test_one_tensor(benchmark: BenchmarkFixture, numel: int, rate: float, dtype:
     scores, k = _scores(numel, dtype), int(numel * rate)
     selection = select_topk([scores], k)
     _check([scores], selection, k)
-    names = [name for name in METHODS if name != "torch_sort" or numel < 10**8]
+    # these take seconds, and about the same at every rate: 1% stands for all
+    slow = {"torch_sort"} if numel == 10**8 or rate != 0.01 else set()
+    slow |= {"torch_topk", "torch_kthvalue"} if numel == 10**8 and rate != 0.01 else set()
+    names = [name for name in METHODS if name not in slow]
     for name in names[1:]:
         threshold = METHODS[name].threshold(METHODS[name].run(scores, k), k)
         if threshold != selection.threshold:
@@ -103,9 +120,9 @@ def test_one_tensor(benchmark: BenchmarkFixture, numel: int, rate: float, dtype:
     _harness.report(benchmark, case, times, variants["cwfast"], ratios=ratios, numel=numel, k=k, dtype=str(dtype))
 
 
-@pytest.mark.parametrize("kind", ["equal", "mostly_zero"])
+@pytest.mark.parametrize("kind", KINDS)
 def test_hard_scores(benchmark: BenchmarkFixture, kind: str) -> None:
-    """Where no sampled bracket can hold: the threshold's value is shared by (nearly) all entries."""
+    """Other distributions; of some the threshold's value is shared by (nearly) all, so that no bracket can hold."""
     numel, rate = _harness.by_size(tiny=10**5, normal=10**7, full=10**8), 0.01
     scores, k = _scores(numel, torch.float32, kind), int(numel * rate)
     _check([scores], select_topk([scores], k), k)
@@ -117,6 +134,31 @@ def test_hard_scores(benchmark: BenchmarkFixture, kind: str) -> None:
     }
     case = _case(numel, rate, torch.float32, kind)
     _harness.report(benchmark, case, times, variants["cwfast"], ratios=ratios, numel=numel, k=k, dtype="torch.float32")
+
+
+def test_large(benchmark: BenchmarkFixture) -> None:
+    """2 GB of scores: the check (np.partition) and torch.topk run once each, and their times are of that run."""
+    rates = (0.001, 0.01, 0.03, 0.5)
+    scores = _scores(LARGE, torch.float32)
+    k = LARGE // 100
+    once = {}
+    for name in ("numpy_partition", "torch_topk"):
+        begin = time.perf_counter()
+        threshold = METHODS[name].threshold(METHODS[name].run(scores, k), k)
+        once[name] = time.perf_counter() - begin
+        selection = select_topk([scores], k)
+        if threshold != selection.threshold or sum(selection.counts) != k:
+            raise AssertionError(f"{name} must find the threshold {selection.threshold}; got {threshold}")
+    variants: dict[str, Callable[[], object]] = {
+        f"cwfast_{rate:.1%}": lambda rate=rate: select_topk([scores], int(LARGE * rate)) for rate in rates
+    }
+    times = _harness.interleaved({**variants, "read": _harness.read(scores)}, _harness.by_size(tiny=3, full=5))
+    ratios = {f"reads_{rate:.1%}": _harness.ratio(times, f"cwfast_{rate:.1%}", "read") for rate in rates}
+    ours = _harness.medians(times)["cwfast_1.0%"]
+    ratios |= {f"times_{name}": seconds / ours for name, seconds in once.items()}
+    case = f"select float32 N={LARGE:.0e}".replace("e+0", "e")
+    every = {**times, **{name: [seconds] for name, seconds in once.items()}}
+    _harness.report(benchmark, case, every, variants["cwfast_1.0%"], ratios=ratios, numel=LARGE, k=k)
 
 
 def test_many_tensors(benchmark: BenchmarkFixture) -> None:

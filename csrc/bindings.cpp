@@ -101,6 +101,17 @@ void bind_select(py::module_& m) {
       scores.push_back({pointer<const void>(data), numel, pointer<uint64_t>(bits)});
     return unlocked([&] { return select_topk(scores, dtype, k, abs, skip_nan); });
   });
+  m.def("score_histogram",
+        [](uintptr_t data, int64_t numel, Dtype dtype, uint64_t low, int shift, uintptr_t bins, int64_t bin_count) {
+          const ScoreTensor scores{pointer<const void>(data), numel, nullptr};
+          unlocked([&] { score_histogram(scores, dtype, low, shift, pointer<int64_t>(bins), bin_count); });
+        });
+  m.def("mark_scores", [](uintptr_t data, int64_t numel, Dtype dtype, uint64_t low, uint64_t high, uintptr_t bits,
+                          uintptr_t inside) {
+    const ScoreTensor scores{pointer<const void>(data), numel, pointer<uint64_t>(bits)};
+    const Marks marks = unlocked([&] { return mark_scores(scores, dtype, low, high, pointer<uint64_t>(inside)); });
+    return std::make_tuple(marks.above, marks.inside, marks.nans, marks.negatives);
+  });
 }
 
 using PickItem = std::tuple<int64_t, uintptr_t, uintptr_t, uintptr_t, int64_t>;      // numel, bits, low, offset, k

@@ -23,4 +23,15 @@ struct Selected {
 // abs_transform: rank |score|. skip_nan: NaN is allowed and never selected. Requires 0 <= k <= sum of numel.
 Selected select_topk(const std::vector<ScoreTensor>& scores, Dtype dtype, int64_t k, bool abs_transform, bool skip_nan);
 
+// What one piece of scores holds.
+struct Marks {
+  int64_t above, inside;    // entries at or above the bracket, and inside it
+  int64_t nans, negatives;  // entries that are no valid score
+};
+
+// Adds the entries whose key lies in [low, low + (bin_count << shift)) to bins[(key - low) >> shift]; NaN is left out.
+void score_histogram(const ScoreTensor& scores, Dtype dtype, uint64_t low, int shift, int64_t* bins, int64_t bin_count);
+// Writes the bits of entries with key >= high to scores.bits, of those in [low, high) to `inside`, of the same length.
+Marks mark_scores(const ScoreTensor& scores, Dtype dtype, uint64_t low, uint64_t high, uint64_t* inside);
+
 }  // namespace cwfast

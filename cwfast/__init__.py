@@ -12,7 +12,7 @@ _HOME = {  # public name -> the module that holds it
     "backends": "_backends",
     "freeze": "freezing",
     "rewind_": "masks",
-    "select": "masks",
+    "select": "_selecting",
 }
 _ROOMS = (
     "checkpoint",

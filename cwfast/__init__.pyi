@@ -17,7 +17,7 @@ from cwfast._backends import backends as backends
 from cwfast.freezing import freeze as freeze
 from cwfast.masks import MaskSet as MaskSet
 from cwfast.masks import rewind_ as rewind_
-from cwfast.masks import select as select
+from cwfast._selecting import select as select
 from cwfast.scoring import SaliencyScorer as SaliencyScorer
 
 __version__: str

@@ -1,20 +1,73 @@
 """Select and gather over tensors on disk, read in bounded pieces: memory does not grow with the checkpoint."""
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from cwfast import _checks, _picks, _radix, ops
+from cwfast import _backends, _checks, _picks, _radix, ops
 from cwfast.checkpoint import Checkpoint
 from cwfast.ops.rewind import Bits
+from cwfast.ops.select import packed_bytes
+
+_DIGIT = 16  # bits of a key that one read decides: the counters of a thread (256 KB) stay in its second-level cache
+_KEPT = 1 << 22  # entries that the last read may keep, 16 bytes each
 
 
-def select_topk(scores: Checkpoint, names: Sequence[str], k: int, nan: str) -> tuple[list[Bits], float]:
+class _Marks(NamedTuple):
+    bits: Tensor  # packed, of the entries at or above the bracket
+    inside: Tensor  # packed, of those inside it
+    above: int
+    within: int
+    nans: int
+    negatives: int
+
+
+class _Pieces:
+    """What a read of the named tensors does with each piece, by the kernels or by torch."""
+
+    def __init__(self, scores: Checkpoint, names: Sequence[str], dtype: torch.dtype, backend: str) -> None:
+        self.scores, self.names, self.dtype = scores, names, dtype
+        self.native = _backends.native() if backend == "cpu" else None
+        self.code = getattr(self.native.Dtype, str(dtype).removeprefix("torch.")) if self.native else None
+
+    def histogram(self, low: int, shift: int, count: int) -> Tensor:
+        """One read: how many keys lie in ``[low + (b << shift), low + (b + 1 << shift))``, for ``count`` bins b."""
+        bins = torch.zeros(count, dtype=torch.int64)
+        for piece in (piece for name in self.names for piece in self.scores.pieces(name)):
+            if self.native:
+                where = (piece.data_ptr(), len(piece), self.code)
+                self.native.score_histogram(*where, low, shift, bins.data_ptr(), count)
+            else:
+                keys = _radix.keys(piece).long()
+                places = (keys[keys >= low] - low) >> shift
+                bins += torch.bincount(places[places < count], minlength=count)
+        return bins
+
+    def mark(self, piece: Tensor, low: int, high: int) -> _Marks:
+        """The entries of one piece above and inside the keys ``[low, high)``."""
+        if self.native:
+            bits, inside = (torch.empty(packed_bytes(len(piece)), dtype=torch.uint8) for _ in range(2))
+            where = (piece.data_ptr(), len(piece), self.code)
+            counts = self.native.mark_scores(*where, low, high, bits.data_ptr(), inside.data_ptr())
+            return _Marks(bits, inside, *counts)
+        keys = _radix.keys(piece)
+        above, within = keys >= high, (keys >= low) & (keys < high)
+        counts = (int(above.sum()), int(within.sum()), *_radix.check(piece, False).tolist())
+        return _Marks(_picks.pack(above), _picks.pack(within), *counts)
+
+
+def select_topk(
+    scores: Checkpoint, names: Sequence[str], k: int, nan: str, backend: str = "auto"
+) -> tuple[list[Bits], float]:
     """``ops.select_topk`` of the named tensors, bit for bit: picks in the smaller form, and the threshold.
 
-    Reads everything once per 16 bits of the dtype, and once more. Raises as ``ops.select_topk`` does.
+    One read counts keys by their upper 16 bits; one marks what lies above the bin of the k-th largest and keeps what
+    lies inside it. A bin of more than ``_KEPT`` entries is first counted by its next 16 bits. Memory: a piece, the
+    packed bits of one tensor, the kept entries, the result. Raises as ``ops.select_topk`` does.
     """
     dtypes = {scores.entries[name].dtype for name in names}
     if len(dtypes) > 1 or not dtypes <= set(_checks.FLOATS):
@@ -25,29 +78,99 @@ def select_topk(scores: Checkpoint, names: Sequence[str], k: int, nan: str) -> t
     if not 0 <= k <= sum(numel.values()):
         raise ValueError(f"k must lie between 0 and {sum(numel.values())}, the number of scores; got {k}")
     dtype = dtypes.pop() if dtypes else torch.float32
-    nans = 0
+    pieces = _Pieces(scores, names, dtype, _backends.resolve(backend, torch.device("cpu"), ("reference", "cpu")))
+    bracket = _bracket(pieces, k)
+    picks, keys, at = [], [torch.empty(0, dtype=torch.int64)], [torch.empty(0, dtype=torch.int64)]
+    ties, nans = bracket.needed, 0  # ties: entries that are still to be taken, where all inside are equal
     for name in names:
-        bad = sum((_radix.check(piece, False) for piece in scores.pieces(name)), torch.zeros(2, dtype=torch.int64))
-        nans += int(bad[0])
+        parts, bad = [torch.empty(0, dtype=torch.uint8)], [0, 0]
+        for begin, piece in _numbered(scores.pieces(name)):
+            marks = pieces.mark(piece, bracket.low, bracket.high)
+            bad = [bad[0] + marks.nans, bad[1] + marks.negatives]
+            if bracket.high - bracket.low > 1 and marks.within:
+                inside = _picks.to_indices(marks.inside, len(piece))
+                keys.append(_radix.keys(piece[inside]).long())
+                at.append(inside + begin)
+            elif ties and marks.within:
+                inside = _picks.to_indices(marks.inside, len(piece))[:ties]
+                _set(marks.bits, inside)
+                ties -= len(inside)
+            parts.append(marks.bits)
         if bad[1] or (bad[0] and nan == "raise"):
             raise ValueError(f"scores must not be NaN or negative; got {bad[0]} NaN and {bad[1]} negative in {name!r}")
+        nans += bad[0]
+        picks.append(_picks.compact(torch.cat(parts), numel[name]))
+        at.append(torch.tensor([-1]))  # ends a tensor's
+        keys.append(at[-1])
     if k > sum(numel.values()) - nans:
         raise ValueError(f"k must be at most {sum(numel.values()) - nans}, the scores that are not NaN; got {k}")
+    if k == 0:
+        return picks, math.inf
+    if bracket.high - bracket.low == 1:
+        return picks, _radix.score_of(bracket.low, dtype)
+    return _finish(picks, list(numel.values()), torch.cat(keys), torch.cat(at), bracket.needed, dtype)
 
-    def pieces() -> Iterator[Tensor]:
-        for name in names:
-            for piece in scores.pieces(name):
-                yield _radix.keys(piece)
 
-    found = _radix.threshold(pieces, dtype.itemsize, k, lambda histogram: histogram)
-    ties, picks = found.ties, []
-    for name in names:
-        parts = [torch.empty(0, dtype=torch.uint8)]
-        for piece in scores.pieces(name):
-            part, ties = _radix.mark(_radix.keys(piece), found.key, ties)
-            parts.append(part)
-        picks.append(_picks.compact(torch.cat(parts), numel[name]))
-    return picks, _radix.score_of(found.key, dtype)
+class _Bracket(NamedTuple):
+    low: int
+    high: int  # of the keys [low, high) among which the k-th largest is
+    needed: int  # selected entries inside
+
+
+def _bracket(pieces: _Pieces, k: int) -> _Bracket:
+    """By reads that count; nothing is above and inside it where k is 0 or more than there are valid scores."""
+    top = int(_radix.keys(torch.tensor([math.inf], dtype=pieces.dtype)))
+    low, above, shift = 0, 0, max(top.bit_length() - _DIGIT, 0)
+    count = (top >> shift) + 1
+    while k:
+        bins = pieces.histogram(low, shift, count)
+        from_top = bins.flip(0).cumsum(0) + above
+        if k > from_top[-1]:
+            break
+        place = int(torch.searchsorted(from_top, k))
+        inside = int(bins[count - 1 - place])
+        above = int(from_top[place]) - inside
+        low += (count - 1 - place) << shift
+        if shift == 0 or inside <= _KEPT:
+            return _Bracket(low, low + (1 << shift), k - above)
+        before, shift = shift, max(shift - _DIGIT, 0)
+        count = 1 << (before - shift)
+    return _Bracket(top + 1, top + 1, 0)
+
+
+def _finish(
+    picks: list[Bits], numel: Sequence[int], keys: Tensor, at: Tensor, needed: int, dtype: torch.dtype
+) -> tuple[list[Bits], float]:
+    """Adds the ``needed`` largest of the kept entries, ties to the first; -1 ends those of a tensor."""
+    ranked = keys.numpy()
+    threshold = int(np.partition(ranked, len(ranked) - needed)[len(ranked) - needed])
+    equal = (keys == threshold).nonzero()[:, 0]
+    chosen = keys > threshold
+    chosen[equal[: needed - int(chosen.sum())]] = True
+    begin, found = 0, []
+    for i, end in enumerate((at < 0).nonzero()[:, 0].tolist()):
+        bits = picks[i]
+        more = at[begin:end][chosen[begin:end]]
+        if len(more):
+            bits = _picks.to_bits(bits, numel[i])
+            _set(bits, more)
+            bits = _picks.compact(bits, numel[i])
+        found.append(bits)
+        begin = end + 1
+    return found, _radix.score_of(threshold, dtype)
+
+
+def _numbered(pieces: Iterable[Tensor]) -> Iterator[tuple[int, Tensor]]:
+    """Each piece with the index of its first entry."""
+    begin = 0
+    for piece in pieces:
+        yield begin, piece
+        begin += len(piece)
+
+
+def _set(bits: Tensor, indices: Tensor) -> None:
+    """Sets bits that are not set: a sum of different bits is their union."""
+    bits.scatter_add_(0, indices >> 3, (1 << (indices & 7)).to(torch.uint8))
 
 
 def positive(scores: Checkpoint, names: Sequence[str]) -> int:
@@ -67,9 +190,7 @@ def gather(source: Checkpoint, picks: Mapping[str, Bits], names: Mapping[str, st
     for name, bits in picks.items():
         parts = [torch.empty(0, dtype=source.entries[names[name]].dtype)]
         if _picks.count(bits):
-            begin = 0
-            for piece in source.pieces(names[name]):
+            for begin, piece in _numbered(source.pieces(names[name])):
                 parts += ops.gather([piece], [_picks.part(bits, begin, begin + len(piece))])
-                begin += len(piece)
         found.append(torch.cat(parts))
     return found

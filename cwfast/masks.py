@@ -1,32 +1,23 @@
-"""Sets of critical weights: selected from scores, combined, saved, and used to rewind a model."""
+"""Sets of critical weights: combined, counted, saved, and used to rewind a model."""
 
 import math
 import os
-import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import NamedTuple
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
-from cwfast import _mask_files, _picks, _streaming, ops, reference
+from cwfast import _mask_files, _mask_view, _picks, _streaming, ops, reference
 from cwfast._parameters import Initial, check_apart, check_shapes, initial_values
-from cwfast._scopes import Scope, groups_of
 from cwfast.checkpoint import Checkpoint
 from cwfast.errors import CheckpointError
 from cwfast.ops.rewind import Bits
-from cwfast.ops.select import packed_bytes
 
-Scores = Mapping[str, Tensor] | str | os.PathLike[str]
-
-
-class Count(NamedTuple):
-    """Selected weights, and how many there are to select from."""
-
-    selected: int
-    numel: int
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 
 class MaskSet:
@@ -126,7 +117,7 @@ class MaskSet:
         """Selected flat indices of one parameter: int64, ascending."""
         return _picks.to_indices(self._given(name), self._numel[name])
 
-    def counts_by(self, group: str) -> dict[str, Count]:
+    def counts_by(self, group: str) -> dict[str, _mask_view.Count]:
         """Selected and all weights by part of the model.
 
         Args:
@@ -137,28 +128,27 @@ class MaskSet:
         Raises:
             ValueError: another group.
         """
-        if group not in ("layer", "kind"):
-            raise ValueError(f"group must be 'layer' or 'kind'; got {group!r}")
-        found: dict[str, Count] = {}
-        for name, numel in self._numel.items():
-            key = _layer_of(name) if group == "layer" else _kind_of(name)
-            before = found.get(key, Count(0, 0))
-            found[key] = Count(before.selected + self.counts[name], before.numel + numel)
-        return found
+        return _mask_view.counts_by(group, self.counts, self._numel)
 
     def summary(self, group: str = "layer") -> str:
         """A text table of ``counts_by``: selected, all, share, and share relative to the whole set's."""
-        rows = [*self.counts_by(group).items(), ("all", Count(self.total, self.numel))]
-        width = max(len(group), *(len(key) for key, _ in rows))
-        whole = self.total / self.numel if self.total else math.nan
-        lines = [f"{group:<{width}}  {'selected':>15}  {'weights':>17}  {'share':>9}  {'to all':>7}"]
-        for key, (selected, numel) in rows:
-            share = selected / numel if numel else 0.0
-            relative = f"{share / whole:.2f}" if self.total else "-"
-            lines.append(f"{key:<{width}}  {selected:>15,}  {numel:>17,}  {share:>9.4%}  {relative:>7}")
-        if self.zero_score_selected:
-            lines.append(f"{self.zero_score_selected:,} of the selected weights had score 0")
-        return "\n".join(lines)
+        return _mask_view.summary(group, self.counts_by(group), self.zero_score_selected)
+
+    def plot(self, path: str | os.PathLike[str] | None = None, *, group: str = "layer") -> "Figure":
+        """Bars of the selected share of each part of the model, as ``counts_by`` groups them.
+
+        Args:
+            path: where to write it, as png, pdf or svg by its ending; None writes nothing.
+            group: "layer" or "kind"; beyond 60 parts, those that hold the most selected weights.
+
+        Returns:
+            The matplotlib figure.
+
+        Raises:
+            ImportError: matplotlib is not installed.
+            ValueError: another group.
+        """
+        return _mask_view.plot(group, self.counts_by(group), path)
 
     def _combine(self, other: "MaskSet", operation: Callable[[Tensor, Tensor], Tensor]) -> "MaskSet":
         if not isinstance(other, MaskSet):
@@ -259,67 +249,6 @@ class _PackedBits(Mapping[str, Tensor]):
         return len(self._masks.shapes)
 
 
-def select(
-    scores: Scores,
-    *,
-    rate: float | None = None,
-    k: int | None = None,
-    scope: Scope = "global",
-    exclude: Sequence[str] | None = None,
-    nan: str = "raise",
-    backend: str = "auto",
-) -> MaskSet:
-    """The exactly ``k = floor(rate * N)`` weights with the largest scores; ties to the lowest (parameter, index).
-
-    Args:
-        scores: ``{name: scores}``, as ``SaliencyScorer.scores`` gives them; at least 0. Or a safetensors file or folder
-            of them, on the CPU: it is read in pieces, so that it may be larger than memory, and gives the same masks.
-        rate: share of the N weights that ``exclude`` leaves, 0 to 1; exact (0.3 of 10 is 3). Or
-        k: how many.
-        scope: "global": the largest of all. "layer": the rate in each parameter. ``{pattern: rate}``: each parameter
-            takes the rate of the first ``fnmatch`` pattern that its name matches; unmatched ones select nothing.
-        exclude: ``fnmatch`` patterns of parameters of which nothing is selected.
-        nan: "raise" or "skip" (NaN is never selected).
-        backend: see ``cwfast.ops.select_topk``.
-
-    Returns:
-        A MaskSet over all parameters of ``scores``. Its ``zero_score_selected`` counts selected weights whose score is
-        exactly 0, which say nothing; above 1% of the selection there is a warning that names the largest useful rate.
-
-    Raises:
-        ValueError: rate and k do not fit scope or each other, a pattern of scope matches nothing, or scores are NaN or
-            negative.
-    """
-    if not isinstance(scores, Mapping | str | os.PathLike):
-        raise TypeError(f"scores must be {{name: tensor}} or a safetensors file or folder; got {type(scores).__name__}")
-    source = scores if isinstance(scores, Mapping) else Checkpoint(scores)
-    shapes = {n: tuple(s.shape) for n, s in source.items()} if isinstance(source, Mapping) else source.shapes
-    groups = groups_of({name: math.prod(shape) for name, shape in shapes.items()}, rate, k, scope, exclude)
-    picks: dict[str, Bits] = {}
-    zeros, poorest = 0, (math.inf, "", 0)  # share of positive scores, where, how many
-    for names, count in groups:
-        found, threshold = _select_group(source, names, count, nan, backend)
-        picks.update(zip(names, found, strict=True))
-        if count and threshold == 0:
-            useful = _positive(source, names)
-            zeros += count - useful
-            share = useful / sum(math.prod(shapes[name]) for name in names)
-            poorest = min(poorest, (share, f" of {names[0]!r}" if len(groups) > 1 else "", useful))
-    for name, shape in shapes.items():
-        if name not in picks:  # excluded, or no pattern matches
-            device = scores[name].device if isinstance(scores, Mapping) else "cpu"
-            picks[name] = torch.zeros(packed_bytes(math.prod(shape)), dtype=torch.uint8, device=device)
-    masks = MaskSet({name: picks[name] for name in shapes}, shapes, zero_score_selected=zeros)
-    if zeros > 0.01 * masks.total:
-        share, where, useful = poorest
-        warnings.warn(
-            f"{zeros} of {masks.total} selected weights have score 0, which ranks nothing; the largest useful "
-            f"rate{where} is {share:.6f} ({useful} weights have a positive score)",
-            stacklevel=2,
-        )
-    return masks
-
-
 def rewind_(model: nn.Module, masks: MaskSet, initial: Initial, *, backend: str = "auto") -> nn.Module:
     """Put the selected weights back to their initial values, in place; the others are not touched.
 
@@ -399,31 +328,6 @@ def matching(model: nn.Module, masks: MaskSet) -> dict[str, nn.Parameter]:
                 f"masks must be of this model: {name!r} has shape {tuple(have[name].shape)} there, {shape} here"
             )
     return {name: have[name] for name in masks.shapes}
-
-
-def _select_group(
-    scores: Mapping[str, Tensor] | Checkpoint, names: list[str], k: int, nan: str, backend: str
-) -> tuple[Sequence[Bits], float]:
-    if isinstance(scores, Checkpoint):
-        return _streaming.select_topk(scores, names, k, nan)
-    selection = ops.select_topk([scores[name] for name in names], k, nan=nan, backend=backend)
-    return selection.bits, selection.threshold
-
-
-def _positive(scores: Mapping[str, Tensor] | Checkpoint, names: list[str]) -> int:
-    if isinstance(scores, Checkpoint):
-        return _streaming.positive(scores, names)
-    return sum(int((scores[name] > 0).sum()) for name in names)
-
-
-def _layer_of(name: str) -> str:
-    parts = name.split(".")
-    numbers = [i for i, part in enumerate(parts) if part.isdecimal()]
-    return ".".join(parts[: numbers[0] + 1] if numbers else parts[:-1]) or name
-
-
-def _kind_of(name: str) -> str:
-    return ".".join("*" if part.isdecimal() else part for part in name.split("."))
 
 
 def _device(bits: Bits) -> torch.device:

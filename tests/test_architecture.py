@@ -15,8 +15,8 @@ SOURCE = ROOT / "cwfast"
 LEVELS = [
     {"errors", "_checks", "_backends", "_parameters", "_scopes", "reference", "testing", "checkpoint"},
     {"ops"},
-    {"layers", "_picks", "_radix", "_streaming", "_mask_files"},
-    {"masks", "_tracking", "scoring", "freezing", "optim", "distributed", "data"},
+    {"layers", "_picks", "_radix", "_streaming", "_mask_files", "_mask_view"},
+    {"masks", "_selecting", "_tracking", "scoring", "freezing", "optim", "distributed", "data"},
     {"training"},
     {"defense", "mia"},
     {"integrations"},

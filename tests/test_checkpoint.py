@@ -4,6 +4,7 @@ import contextlib
 import json
 import os
 import struct
+import sys
 import warnings
 
 import pytest
@@ -13,7 +14,7 @@ from hypothesis import strategies as st
 from safetensors.torch import save_file
 from torch import nn
 
-from cwfast import MaskSet, SaliencyScorer, freeze, rewind_, select
+from cwfast import MaskSet, SaliencyScorer, _streaming, freeze, rewind_, select
 from cwfast.checkpoint import Checkpoint, reader
 from cwfast.errors import CheckpointError
 from cwfast.testing import HOSTILE, hostile_scores
@@ -211,6 +212,44 @@ def test_streamed_selection_equals_the_one_in_memory(tmp_path, small_pieces, kin
         assert a == b
         assert a.total == k
         assert a.zero_score_selected == b.zero_score_selected
+
+
+@pytest.mark.parametrize("backend", ["reference", "auto"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+def test_streamed_selection_where_the_bin_is_too_full_to_keep(tmp_path, small_pieces, monkeypatch, dtype, backend):
+    """Then further reads count the next bits, down to a single value."""
+    monkeypatch.setattr(_streaming, "_KEPT", 3)
+    torch.manual_seed(1)
+    values = 1 + torch.rand(150_000, dtype=torch.float64) / 4096  # one bin of float32 holds a sixteenth of them
+    scores = {"a": values.to(dtype), "b": torch.full((70_000,), 1.0001, dtype=dtype), "c": values[:9].to(dtype)}
+    folder = write_folder(tmp_path / "scores", scores)
+    scores = {name: scores[name] for name in Checkpoint(folder).entries}
+    for k in (1, 70, 100_000, 150_000, 220_000):
+        assert select(folder, k=k, backend=backend) == select(scores, k=k)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc/self")
+def test_streamed_selection_takes_less_memory_than_the_scores(tmp_path, python):
+    numel = 40_000_000
+    with open(tmp_path / "x.safetensors", "wb") as file:
+        header = json.dumps({"a": {"dtype": "F32", "shape": [numel], "data_offsets": [0, 4 * numel]}}).encode()
+        file.write(struct.pack("<Q", len(header)) + header)
+        for seed in range(4):
+            file.write(torch.rand(numel // 4, generator=torch.Generator().manual_seed(seed)).numpy().tobytes())
+    done = python(
+        f"""
+import cwfast, torch
+def resident(what):
+    return next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith(what)) * 1024
+cwfast.select({{"a": torch.rand(1000)}}, rate=0.1)  # loads the code
+open("/proc/self/clear_refs", "w").write("5")  # the peak begins here
+before = resident("VmRSS:")
+masks = cwfast.select({str(tmp_path / "x.safetensors")!r}, rate=0.01)
+assert masks.total == {numel // 100}
+print(resident("VmHWM:") - before)
+"""
+    )
+    assert int(done.stdout) < 100_000_000  # of 160 MB of scores: pieces of 17 MB, 1 bit an entry, kept entries
 
 
 def test_streamed_selection_by_scope_and_with_nan(tmp_path, small_pieces):

@@ -2,6 +2,7 @@
 
 import copy
 import json
+import sys
 from fractions import Fraction
 
 import numpy as np
@@ -213,7 +214,7 @@ def test_wrong_options(options, message):
 def test_nan_scores_raise_or_are_skipped():
     s = scores()
     s["b"][3] = torch.nan
-    with pytest.raises(ValueError, match="1 NaN"):
+    with pytest.raises(ValueError, match=r"1 NaN of .* in scores\['b'\]"):  # the parameter's name, not its place
         select(s, rate=0.1)
     assert not select(s, k=NUMEL - 1, nan="skip")["b"][3]
 
@@ -401,3 +402,26 @@ def test_initial_weights_in_the_models_own_memory_are_refused():
         rewind_(model, chosen, model.state_dict())
     with pytest.raises(ValueError, match="copy made before training"):
         rewind_(model, chosen, model)
+
+
+def test_the_picture_shows_the_share_of_each_part(tmp_path):
+    masks = MaskSet.from_masks(
+        {f"layers.{i}.weight": torch.arange(100) < 10 * i for i in range(4)} | {"head.weight": torch.zeros(0).bool()}
+    )
+    pytest.importorskip("matplotlib")
+    figure = masks.plot(tmp_path / "m.png")
+    axes = figure.axes[0]
+    assert [bar.get_width() for bar in axes.patches] == pytest.approx([0, 10, 20, 30, 0])
+    assert [label.get_text() for label in axes.get_yticklabels()] == [*(f"layers.{i}" for i in range(4)), "head"]
+    assert "60 of 400 weights" in axes.get_title()
+    assert (tmp_path / "m.png").read_bytes().startswith(b"\x89PNG")
+    many = MaskSet.from_masks({f"layers.{i}.weight": torch.arange(100) < i for i in range(90)})
+    assert [bar.get_width() for bar in many.plot().axes[0].patches] == pytest.approx(list(range(30, 90)))
+    with pytest.raises(ValueError, match="group must be"):
+        masks.plot(group="letter")
+
+
+def test_a_picture_without_matplotlib_says_what_is_missing(monkeypatch):
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    with pytest.raises(ImportError, match=r"MaskSet\.plot needs matplotlib"):
+        MaskSet.from_masks({"a": torch.ones(3).bool()}).plot()

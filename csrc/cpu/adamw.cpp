@@ -8,31 +8,14 @@
 #include <algorithm>
 #include <cmath>
 
+#include "cpu/picks.h"
 #include "runtime.h"
 
 namespace cwfast {
 namespace {
 
-constexpr int64_t kBlock = 1 << 16;
 constexpr int kChunk = 128;  // entries gathered, updated and scattered together: their lines stay in the first cache
 constexpr int kAhead = 64;   // list entries between prefetch and use
-
-constexpr int64_t kRun = 8;  // blocks of one piece of work: prefetching runs on from one block into the next
-
-struct Run {
-  size_t tensor;
-  int64_t first, last;  // blocks [first, last)
-};
-
-// Goes through the flat indices of a list, from the first of a block on.
-struct Cursor {
-  const Picks& picks;
-  int64_t block, at = picks.offset[block];
-  int64_t next() {  // requires that an entry is left
-    while (at == picks.offset[block + 1]) ++block;
-    return block * kBlock + picks.low[at++];
-  }
-};
 
 struct Factors {  // of one tensor, in the precision of the update
   float decay, beta1_rest, beta2, beta2_rest, step, inverse_sqrt, eps, sign;
@@ -95,13 +78,9 @@ void update_run(const AdamwTensor& t, const Picks& p, const Run& run, const Fact
 
 void selected_adamw(const std::vector<AdamwTensor>& tensors, const std::vector<Picks>& picks,
                     const AdamwOptions& options) {
-  std::vector<Run> runs;
+  const std::vector<Run> runs = runs_of(picks);
   std::vector<Factors> factors;
-  for (size_t t = 0; t < tensors.size(); ++t) {
-    factors.push_back(factors_of(tensors[t], options));
-    const int64_t blocks = (picks[t].numel + kBlock - 1) / kBlock;
-    for (int64_t b = 0; b < blocks; b += kRun) runs.push_back({t, b, std::min(b + kRun, blocks)});
-  }
+  for (const AdamwTensor& tensor : tensors) factors.push_back(factors_of(tensor, options));
   Region region;
 #pragma omp parallel for schedule(dynamic) num_threads(threads())
   for (int64_t i = 0; i < static_cast<int64_t>(runs.size()); ++i) {

@@ -1,65 +1,57 @@
-// rewind_, gather and scatter_ on the CPU: only the selected entries are touched, by blocks of 64K, in parallel.
+// rewind_, gather and scatter_ on the CPU: only the selected entries are touched, by runs of blocks, in parallel.
 // Reference: cwfast.reference. Called by cwfast/ops/rewind.py. Traffic: the picks, and two entries per selected one.
 #include "rewind.h"
 
 #include <omp.h>
 
 #include <algorithm>
+#include <utility>
 
+#include "cpu/picks.h"
 #include "runtime.h"
 
 namespace cwfast {
 namespace {
 
-constexpr int64_t kBlock = 1 << 16;
-constexpr int kAhead = 16;  // list entries between prefetch and use
-
-struct Block {
-  size_t tensor;
-  int64_t index;  // inside the tensor
-};
-
-std::vector<Block> blocks_of(const std::vector<Picks>& picks) {
-  std::vector<Block> blocks;
-  for (size_t t = 0; t < picks.size(); ++t)
-    for (int64_t b = 0; b * kBlock < picks[t].numel; ++b) blocks.push_back({t, b});
-  return blocks;
-}
+constexpr int kAhead = 32;  // list entries between prefetch and use
 
 template <class Work>
-void for_each_block(const std::vector<Block>& blocks, Work work) {
+void for_each_run(const std::vector<Run>& runs, Work work) {
   Region region;
-#pragma omp parallel for schedule(dynamic, 4) num_threads(threads())
-  for (int64_t i = 0; i < static_cast<int64_t>(blocks.size()); ++i)
-    region.run([&, i] { work(static_cast<size_t>(i), blocks[static_cast<size_t>(i)]); });
+#pragma omp parallel for schedule(dynamic) num_threads(threads())
+  for (int64_t i = 0; i < static_cast<int64_t>(runs.size()); ++i)
+    region.run([&, i] { work(static_cast<size_t>(i), runs[static_cast<size_t>(i)]); });
   region.finish();
 }
 
-int64_t words_in(const Picks& p, int64_t block) { return (std::min(kBlock, p.numel - block * kBlock) + 63) / 64; }
+// The words of a run's packed bits: [first, last).
+std::pair<int64_t, int64_t> words_of(const Picks& p, const Run& run) {
+  return {run.first * (kBlock / 64), (std::min(run.last * kBlock, p.numel) + 63) / 64};
+}
 
-int64_t count_block(const Picks& p, int64_t block) {
-  if (p.offset != nullptr) return p.offset[block + 1] - p.offset[block];
+int64_t count_run(const Picks& p, const Run& run) {
+  if (p.offset != nullptr) return p.offset[run.last] - p.offset[run.first];
   int64_t count = 0;
-  const uint64_t* word = p.bits + block * (kBlock / 64);
-  for (int64_t w = 0, n = words_in(p, block); w < n; ++w) count += __builtin_popcountll(word[w]);
+  for (auto [word, end] = words_of(p, run); word < end; ++word) count += __builtin_popcountll(p.bits[word]);
   return count;
 }
 
-// Calls use(flat index) for the block's selected entries in order, prefetch(flat index) some entries earlier.
+// Calls use(flat index) for the run's selected entries in order, prefetch(flat index) some entries earlier.
 template <class Prefetch, class Use>
-void visit(const Picks& p, int64_t block, Prefetch prefetch, Use use) {
-  const int64_t base = block * kBlock;
+void visit(const Picks& p, const Run& run, Prefetch prefetch, Use use) {
   if (p.offset != nullptr) {
-    const uint16_t *at = p.low + p.offset[block], *end = p.low + p.offset[block + 1];
-    for (; at < end; ++at) {
-      if (at + kAhead < end) prefetch(base + at[kAhead]);
-      use(base + *at);
+    const int64_t end = p.offset[run.last];
+    Cursor cursor{p, run.first}, ahead{p, run.first};
+    for (int i = 0; i < kAhead && ahead.at < end; ++i) prefetch(ahead.next());
+    while (ahead.at < end) {
+      prefetch(ahead.next());
+      use(cursor.next());
     }
+    while (cursor.at < end) use(cursor.next());
     return;
   }
-  const uint64_t* word = p.bits + base / 64;
-  for (int64_t w = 0, n = words_in(p, block); w < n; ++w)
-    for (uint64_t left = word[w]; left; left &= left - 1) use(base + 64 * w + __builtin_ctzll(left));
+  for (auto [word, end] = words_of(p, run); word < end; ++word)
+    for (uint64_t left = p.bits[word]; left; left &= left - 1) use(64 * word + __builtin_ctzll(left));
 }
 
 // Where entry `flat` of a view lies, in entries.
@@ -70,31 +62,33 @@ inline int64_t place(const View& v, int64_t flat) {
   return at;
 }
 
-// The position of each block's first selected entry among those of its tensor.
-std::vector<int64_t> first_ranks(const std::vector<Picks>& picks, const std::vector<Block>& blocks) {
-  std::vector<int64_t> rank(blocks.size());
-  for_each_block(blocks, [&](size_t i, const Block& b) { rank[i] = count_block(picks[b.tensor], b.index); });
+// The position of each run's first selected entry among those of its tensor.
+std::vector<int64_t> first_ranks(const std::vector<Picks>& picks, const std::vector<Run>& runs) {
+  std::vector<int64_t> rank(runs.size());
+  if (std::all_of(picks.begin(), picks.end(), [](const Picks& p) { return p.offset != nullptr; })) {
+    for (size_t i = 0; i < runs.size(); ++i) rank[i] = picks[runs[i].tensor].offset[runs[i].first];
+    return rank;  // lists know it
+  }
+  for_each_run(runs, [&](size_t i, const Run& run) { rank[i] = count_run(picks[run.tensor], run); });
   int64_t sum = 0;
-  for (size_t i = 0; i < blocks.size(); ++i) {
-    if (blocks[i].index == 0) sum = 0;
-    const int64_t count = rank[i];
-    rank[i] = sum;
-    sum += count;
+  for (size_t i = 0; i < runs.size(); ++i) {
+    if (runs[i].first == 0) sum = 0;
+    sum += std::exchange(rank[i], sum);
   }
   return rank;
 }
 
 template <class T>
 void rewind_typed(const std::vector<View>& weights, const std::vector<View>& initial, const std::vector<Picks>& picks) {
-  for_each_block(blocks_of(picks), [&](size_t, const Block& b) {
-    const View &w = weights[b.tensor], &w0 = initial[b.tensor];
+  for_each_run(runs_of(picks), [&](size_t, const Run& run) {
+    const View &w = weights[run.tensor], &w0 = initial[run.tensor];
     T* to = reinterpret_cast<T*>(w.data);
     const T* from = reinterpret_cast<const T*>(w0.data);
     const auto prefetch = [&](int64_t i) {
       __builtin_prefetch(to + place(w, i), 1);
       __builtin_prefetch(from + place(w0, i));
     };
-    visit(picks[b.tensor], b.index, prefetch, [&](int64_t i) { to[place(w, i)] = from[place(w0, i)]; });
+    visit(picks[run.tensor], run, prefetch, [&](int64_t i) { to[place(w, i)] = from[place(w0, i)]; });
   });
 }
 
@@ -102,15 +96,15 @@ void rewind_typed(const std::vector<View>& weights, const std::vector<View>& ini
 template <class T, class Value, class Move>
 void move_typed(const std::vector<View>& weights, const std::vector<Picks>& picks, const std::vector<Value>& values,
                 Move move) {
-  const std::vector<Block> blocks = blocks_of(picks);
-  const std::vector<int64_t> ranks = first_ranks(picks, blocks);
-  for_each_block(blocks, [&](size_t at, const Block& b) {
-    const View& w = weights[b.tensor];
+  const std::vector<Run> runs = runs_of(picks);
+  const std::vector<int64_t> ranks = first_ranks(picks, runs);
+  for_each_run(runs, [&](size_t at, const Run& run) {
+    const View& w = weights[run.tensor];
     T* data = reinterpret_cast<T*>(w.data);
-    auto* value =
-        reinterpret_cast<std::conditional_t<std::is_same_v<Value, char*>, T*, const T*>>(values[b.tensor]) + ranks[at];
+    auto* value = reinterpret_cast<std::conditional_t<std::is_same_v<Value, char*>, T*, const T*>>(values[run.tensor]) +
+                  ranks[at];
     visit(
-        picks[b.tensor], b.index, [&](int64_t i) { __builtin_prefetch(data + place(w, i), 1); },
+        picks[run.tensor], run, [&](int64_t i) { __builtin_prefetch(data + place(w, i), 1); },
         [&](int64_t i) { move(data[place(w, i)], *value++); });
   });
 }
@@ -168,10 +162,14 @@ std::pair<int64_t, std::string> check_picks(const std::vector<Picks>& picks) {
 }
 
 std::vector<int64_t> count_picks(const std::vector<Picks>& picks) {
-  const std::vector<Block> blocks = blocks_of(picks);
-  std::vector<int64_t> partial(blocks.size()), counts(picks.size(), 0);
-  for_each_block(blocks, [&](size_t i, const Block& b) { partial[i] = count_block(picks[b.tensor], b.index); });
-  for (size_t i = 0; i < blocks.size(); ++i) counts[blocks[i].tensor] += partial[i];
+  std::vector<int64_t> counts;
+  for (const Picks& p : picks) counts.push_back(p.k);
+  if (std::all_of(picks.begin(), picks.end(), [](const Picks& p) { return p.offset != nullptr; })) return counts;
+  const std::vector<Run> runs = runs_of(picks);
+  std::vector<int64_t> partial(runs.size());
+  for_each_run(runs, [&](size_t i, const Run& run) { partial[i] = count_run(picks[run.tensor], run); });
+  std::fill(counts.begin(), counts.end(), 0);
+  for (size_t i = 0; i < runs.size(); ++i) counts[runs[i].tensor] += partial[i];
   return counts;
 }
 

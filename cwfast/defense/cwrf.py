@@ -11,11 +11,12 @@ from torch import Tensor, nn
 
 from cwfast._parameters import Initial, check_apart
 from cwfast._scopes import count
+from cwfast._selecting import select
 from cwfast.data import Batches, check_reiterable
 from cwfast.defense.gap import gap_shares
 from cwfast.defense.pve import vulnerability
 from cwfast.freezing import freeze
-from cwfast.masks import MaskSet, rewind_, select
+from cwfast.masks import MaskSet, rewind_
 from cwfast.scoring import CRITERIA as TAYLOR_CRITERIA
 from cwfast.training import Defense, Fitted, Loss, Task, cosine, cross_entropy, fit_from_scratch, train_many
 

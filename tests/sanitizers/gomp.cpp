@@ -73,5 +73,7 @@ void GOMP_loop_end() {}  // the barrier after a loop is left out: what follows m
 void GOMP_loop_end_nowait() {}
 void GOMP_critical_start() { pthread_mutex_lock(&critical); }
 void GOMP_critical_end() { pthread_mutex_unlock(&critical); }
+void GOMP_atomic_start() { pthread_mutex_lock(&critical); }
+void GOMP_atomic_end() { pthread_mutex_unlock(&critical); }
 
 }  // extern "C"

@@ -1,4 +1,4 @@
-// Faults on purpose: tests/sanitize.py demands that the sanitizers report each of them before it believes their silence.
+// Faults on purpose: tests/sanitize.py demands that the sanitizers report each of them before their silence counts.
 #include <cstdint>
 #include <cstdlib>
 

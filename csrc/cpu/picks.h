@@ -1,0 +1,38 @@
+// Walks over selected entries: runs of blocks as pieces of work, and a cursor that can go ahead of another to prefetch.
+#pragma once
+#include <algorithm>
+#include <cstdint>
+#include <vector>
+
+#include "rewind.h"
+
+namespace cwfast {
+
+constexpr int64_t kBlock = 1 << 16;  // entries of a block of a list
+constexpr int64_t kRun = 8;          // blocks of one piece of work: prefetching runs on from one block into the next
+
+struct Run {
+  size_t tensor;
+  int64_t first, last;  // blocks [first, last)
+};
+
+inline std::vector<Run> runs_of(const std::vector<Picks>& picks) {
+  std::vector<Run> runs;
+  for (size_t t = 0; t < picks.size(); ++t) {
+    const int64_t blocks = (picks[t].numel + kBlock - 1) / kBlock;
+    for (int64_t b = 0; b < blocks; b += kRun) runs.push_back({t, b, std::min(b + kRun, blocks)});
+  }
+  return runs;
+}
+
+// Goes through the flat indices of a list, from the first of a block on.
+struct Cursor {
+  const Picks& picks;
+  int64_t block, at = picks.offset[block];
+  int64_t next() {  // requires that an entry is left
+    while (at == picks.offset[block + 1]) ++block;
+    return block * kBlock + picks.low[at++];
+  }
+};
+
+}  // namespace cwfast
