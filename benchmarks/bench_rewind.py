@@ -72,7 +72,7 @@ def test_rewind_large(benchmark: BenchmarkFixture, rate: float) -> None:
     numel = _harness.by_size(tiny=10**6, normal=10**7, full=5 * 10**8)
     mask = torch.rand(numel, generator=torch.Generator().manual_seed(0)) < rate
     indices = mask.nonzero()[:, 0]
-    weight, values, picks = torch.zeros(numel), torch.ones(len(indices)), _list_form(indices, numel)
+    weight, values, picks = torch.zeros(numel), torch.ones(len(indices)), list_form(indices, numel)
     ops.scatter_([weight], [picks], [values])
     if not torch.equal(weight, mask.float()):
         raise AssertionError("scatter_ must write exactly the selected entries")

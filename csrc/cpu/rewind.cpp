@@ -13,12 +13,21 @@
 namespace cwfast {
 namespace {
 
-constexpr int kAhead = 32;  // list entries between prefetch and use
+constexpr int kAhead = 32;           // list entries between prefetch and use
+constexpr int64_t kAlone = 1 << 14;  // entries that one thread has touched before another would be awake
+
+// Entries of lists and words of packed bits.
+int64_t work_of(const std::vector<Picks>& picks) {
+  int64_t work = 0;
+  for (const Picks& p : picks) work += p.offset != nullptr ? p.k : p.numel / 64;
+  return work;
+}
 
 template <class Work>
-void for_each_run(const std::vector<Run>& runs, Work work) {
+void for_each_run(const std::vector<Picks>& picks, const std::vector<Run>& runs, Work work) {
+  const int count = work_of(picks) <= kAlone ? 1 : threads();
   Region region;
-#pragma omp parallel for schedule(dynamic) num_threads(threads())
+#pragma omp parallel for schedule(dynamic) num_threads(count) if (count > 1)
   for (int64_t i = 0; i < static_cast<int64_t>(runs.size()); ++i)
     region.run([&, i] { work(static_cast<size_t>(i), runs[static_cast<size_t>(i)]); });
   region.finish();
@@ -69,7 +78,7 @@ std::vector<int64_t> first_ranks(const std::vector<Picks>& picks, const std::vec
     for (size_t i = 0; i < runs.size(); ++i) rank[i] = picks[runs[i].tensor].offset[runs[i].first];
     return rank;  // lists know it
   }
-  for_each_run(runs, [&](size_t i, const Run& run) { rank[i] = count_run(picks[run.tensor], run); });
+  for_each_run(picks, runs, [&](size_t i, const Run& run) { rank[i] = count_run(picks[run.tensor], run); });
   int64_t sum = 0;
   for (size_t i = 0; i < runs.size(); ++i) {
     if (runs[i].first == 0) sum = 0;
@@ -80,7 +89,7 @@ std::vector<int64_t> first_ranks(const std::vector<Picks>& picks, const std::vec
 
 template <class T>
 void rewind_typed(const std::vector<View>& weights, const std::vector<View>& initial, const std::vector<Picks>& picks) {
-  for_each_run(runs_of(picks), [&](size_t, const Run& run) {
+  for_each_run(picks, runs_of(picks), [&](size_t, const Run& run) {
     const View &w = weights[run.tensor], &w0 = initial[run.tensor];
     T* to = reinterpret_cast<T*>(w.data);
     const T* from = reinterpret_cast<const T*>(w0.data);
@@ -98,7 +107,7 @@ void move_typed(const std::vector<View>& weights, const std::vector<Picks>& pick
                 Move move) {
   const std::vector<Run> runs = runs_of(picks);
   const std::vector<int64_t> ranks = first_ranks(picks, runs);
-  for_each_run(runs, [&](size_t at, const Run& run) {
+  for_each_run(picks, runs, [&](size_t at, const Run& run) {
     const View& w = weights[run.tensor];
     T* data = reinterpret_cast<T*>(w.data);
     auto* value = reinterpret_cast<std::conditional_t<std::is_same_v<Value, char*>, T*, const T*>>(values[run.tensor]) +
@@ -167,7 +176,7 @@ std::vector<int64_t> count_picks(const std::vector<Picks>& picks) {
   if (std::all_of(picks.begin(), picks.end(), [](const Picks& p) { return p.offset != nullptr; })) return counts;
   const std::vector<Run> runs = runs_of(picks);
   std::vector<int64_t> partial(runs.size());
-  for_each_run(runs, [&](size_t i, const Run& run) { partial[i] = count_run(picks[run.tensor], run); });
+  for_each_run(picks, runs, [&](size_t i, const Run& run) { partial[i] = count_run(picks[run.tensor], run); });
   std::fill(counts.begin(), counts.end(), 0);
   for (size_t i = 0; i < runs.size(); ++i) counts[runs[i].tensor] += partial[i];
   return counts;
