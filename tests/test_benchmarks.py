@@ -203,7 +203,7 @@ def test_tiny_run_writes_a_line_per_case(name, tmp_path):
     lines = [json.loads(line) for line in out.read_text().splitlines()]
     assert lines
     for line in lines:
-        assert line["case"].startswith(name) or line["case"].startswith("freeze")
+        assert line["case"].startswith(name.replace("_", " ")) or line["case"].startswith("freeze")
         assert line["size"] == "tiny"
         assert line["case"] in done.stdout
 
