@@ -96,7 +96,6 @@ def test_rmia_majority_is_the_count_of_every_pair(split, queries, gamma, digits)
     member, _, logprob = setting(split, queries=queries, models=6, samples=220)
     logprob = np.minimum(np.round(logprob, digits), 0)
     every = rmia(logprob, member, gamma=gamma, vote="majority")
-    _inside, _outside = _shadows.sides(member, [0])
     ratio = np.empty((220, queries))
     for i in range(220):
         for q in range(queries):

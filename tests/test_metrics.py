@@ -10,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from cwfast.mia import metrics
+from cwfast.mia.metrics import averages, roc
 
 FPRS = (0.0, 0.1, 0.29, 0.5, 1.0)
 
@@ -158,8 +159,8 @@ def test_weights_are_repetitions():
     rng = np.random.default_rng(3)
     scores, members = (row[0] for row in sample(targets=1, samples=30))
     weights = np.concatenate([np.ones((30, 1), np.int64), rng.multinomial(30, np.full(30, 1 / 30), size=6).T], axis=1)
-    shares = [metrics._share("fprs", fpr) for fpr in FPRS]
-    got = metrics._weighted(metrics._rank(scores, members), weights, shares)
+    shares = [roc.share_of("fprs", fpr) for fpr in FPRS]
+    got = averages._weighted(roc.rank(scores, members), weights, shares)
     for column in range(weights.shape[1]):
         s, m = (np.repeat(x, weights[:, column]) for x in (scores, members))
         expected = [metrics.auc(s, m), *(metrics.tpr_at_fpr(s, m, fpr).tpr for fpr in FPRS)]
@@ -176,7 +177,7 @@ def test_bootstrap_resamples_columns_together(monkeypatch):
     )
     assert one == metrics.summary(scores, members, bootstrap=100)
     assert one["auc_low"] != metrics.summary(scores, members, bootstrap=100, seed=1)["auc_low"]
-    monkeypatch.setattr(metrics, "_CHUNK", 1)
+    monkeypatch.setattr(averages, "_CHUNK", 1)
     tiny = metrics.summary(scores, members, bootstrap=100)
     assert tiny["bootstrap"] == 100
     assert tiny["auc_low"] == pytest.approx(one["auc_low"], abs=0.03)
