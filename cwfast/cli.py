@@ -10,13 +10,14 @@ from pathlib import Path
 from typing import Any
 
 _SETTINGS = (  # every environment variable that the code reads, so that a misspelt one is seen
+    "CWFAST_BENCH_DEVICE",
     "CWFAST_BENCH_OUT",
     "CWFAST_BENCH_SIZE",
     "CWFAST_CPU_ISA",
     "CWFAST_CUDA",
     "CWFAST_CUDA_ARCHS",
+    "CWFAST_FUZZ",
     "CWFAST_NO_EXT",
-    "CWFAST_WRITE_GATES",
 )
 
 

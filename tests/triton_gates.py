@@ -16,7 +16,8 @@ from typing import Any, NamedTuple
 import torch
 import triton
 import triton.language as tl
-from cwfast.kernels import saliency, select
+from cwfast.kernels import embedding_saliency, logit_stats, rewind, saliency, select
+from cwfast.kernels._tl import integer
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
@@ -92,6 +93,33 @@ def select_entries(dtype: torch.dtype) -> list[Entry]:
     ]
 
 
+def rewind_entries() -> list[Entry]:
+    kernel, table, warps = rewind._move_kernel, {"table": "*i64", "tensors": "i32"}, {"num_warps": 8}
+    survey = Entry("rewind survey", rewind._survey_kernel, table | {"counts": "*i64", "wrong": "*i32"}, {}, warps)
+    return [survey, *(Entry(f"rewind {8 * n} bits", kernel, table, {"TYPE": integer(n)}, warps) for n in (1, 2, 4, 8))]
+
+
+def embedding_entry(power: int) -> Entry:
+    module = embedding_saliency
+    types = {"out": "*fp32", "grad_outputs": "*bf16", "factor": "*bf16", "scale": "fp64", "columns": "i32:16"}
+    types |= dict.fromkeys(["order", "segments", "firsts", "tokens"], "*i64")
+    types |= dict.fromkeys(["out_row", "grad_row", "factor_row"], "i32:16")
+    constants = {"out_col": 1, "grad_col": 1, "factor_col": 1, "POWER": power, "HAS_FACTOR": True}
+    constants |= {"BD": module.BD, "BT": module.BT}
+    kernel, options = module._embedding_saliency_kernel, {"num_warps": module.WARPS}
+    return Entry(f"embedding bf16 power {power} factor", kernel, types, constants, options)
+
+
+def logit_stats_entry(classes: int) -> Entry:
+    tile = logit_stats.tiles(classes)
+    options = {"num_warps": tile.pop("num_warps")}
+    types = {"logits": "*bf16", "labels": "*i64", "correct": "*i1"}
+    types |= dict.fromkeys(["loss", "confidence", "phi", "entropy", "modified_entropy", "margin"], "*fp32")
+    types |= dict.fromkeys(["rows", "classes", "row_stride"], "i32")
+    constants = tile | {"class_stride": 1}
+    return Entry(f"logit_stats bf16 {classes} classes", logit_stats._logit_stats_kernel, types, constants, options)
+
+
 def entries(arch: str) -> list[Entry]:
     """Every kernel, as it is launched on this architecture."""
     hip = TARGETS[arch].backend == "hip"
@@ -111,7 +139,7 @@ def entries(arch: str) -> list[Entry]:
         found += select_entries(dtype)
     digit = {"histogram": "*i64", "state": "*i64"}
     found.append(Entry("select digit", select._digit_kernel, digit, {"BINS": select.BINS}, {"num_warps": 4}))
-    return found
+    return [*found, *rewind_entries(), embedding_entry(1), embedding_entry(2), *map(logit_stats_entry, (10, 1000))]
 
 
 def inner_loop(lines: list[tuple[int, str]], target: Callable[[str], int | None], wanted: str) -> list[str]:
