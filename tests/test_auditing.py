@@ -30,7 +30,8 @@ def signals():
 
 @pytest.fixture(scope="module")
 def everything(signals):
-    return audit(signals, attacks=tuple(auditing.ATTACKS), fprs=(0.05, 0.001), bootstrap=20)
+    features = torch.zeros(300, 1)
+    return audit(signals, attacks=tuple(auditing.ATTACKS), features=features, fprs=(0.05, 0.001), bootstrap=20)
 
 
 def test_every_attack_finds_the_planted_members(everything):
@@ -137,6 +138,7 @@ def test_an_audit_of_other_signals_is_refused(signals):
         ({"options": {"magic": {}}}, ValueError, "got 'magic'"),
         ({"attacks": ("rmia",)}, KeyError, "signals must hold 'logprob' for the attack rmia; they hold phi"),
         ({"attacks": ("lira",), "membership": None}, ValueError, "membership must be given with plain arrays"),
+        ({"attacks": ("quantile_regression",)}, ValueError, "features must be given for the attack quantile"),
         ({"attacks": ("class_entropy",), "signals": {"entropy": np.zeros((2, 3))}}, ValueError, "labels must be given"),
     ],
 )
@@ -146,6 +148,17 @@ def test_wrong_arguments(arguments, error, message):
         audit(given.pop("signals"), given.pop("membership"), **given)
 
 
-def test_the_list_holds_every_attack_that_needs_no_more_than_signals():
-    listed = {attack.function.__name__ for attack in auditing.ATTACKS.values()}
-    assert listed == set(attacks.__all__) - {"quantile_regression"}  # which needs features
+def test_the_list_holds_every_attack():
+    assert {attack.function.__name__ for attack in auditing.ATTACKS.values()} == set(attacks.__all__)
+
+
+def test_class_thresholds_report_the_accuracy_of_their_own_rule(everything):
+    rows, members = everything.report["attacks"], everything.membership
+    for name, row in rows.items():
+        if not name.startswith("class"):
+            assert row["balanced_accuracy_at_zero"] is None
+            continue
+        called = everything.scores[name] >= 0
+        own = [(c[m].mean() + (~c)[~m].mean()) / 2 for c, m in zip(called, members, strict=True)]
+        assert row["balanced_accuracy_at_zero"] == pytest.approx(np.mean(own))
+        assert row["balanced_accuracy_at_zero"] > 0.8 or "confidence" not in name

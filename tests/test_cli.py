@@ -125,7 +125,7 @@ def test_demo_writes_what_it_returns(report):
     assert {p.name for p in out.iterdir()} == {"report.json", "report.html", "tradeoff.png", "roc.png", "layers.png"}
     assert document["schema"] == demo.SCHEMA
     assert document["seed"] == 3
-    assert document["backends"] == {"saliency": "cpu", "select": "cpu", "rewind": "cpu", "logit_stats": "reference"}
+    assert document["backends"] == {"saliency": "cpu", "select": "cpu", "rewind": "cpu", "logit_stats": "cpu"}
 
 
 def test_demo_has_every_row_and_its_pairs(report):

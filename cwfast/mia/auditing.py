@@ -20,12 +20,15 @@ _EXPOSED = 20  # samples that a report lists
 
 
 class Attack(NamedTuple):
-    """A function of ``cwfast.mia.attacks``, the signal that it reads, and its options: all that names a variant."""
+    """A function of ``cwfast.mia.attacks``, the signal that it reads, and its options: all that names a variant.
+
+    ``also``: what else of the samples it takes, "labels" or "features".
+    """
 
     function: Callable[..., Floats]
     signal: str
     options: Mapping[str, Any] = {}
-    labels: bool = False  # whether it takes the samples' labels too
+    also: str | None = None
 
 
 ATTACKS: dict[str, Attack] = {
@@ -46,10 +49,11 @@ ATTACKS: dict[str, Attack] = {
     "attack_p": Attack(attacks.attack_p, "logprob"),
     "calibrated_loss": Attack(attacks.calibrated_loss, "logprob"),
     "correctness": Attack(attacks.correctness, "correct"),
-    "class_confidence": Attack(attacks.class_thresholds, "confidence", labels=True),
-    "class_entropy": Attack(attacks.class_thresholds, "entropy", {"larger": False}, labels=True),
-    "class_modified_entropy": Attack(attacks.class_thresholds, "modified_entropy", {"larger": False}, labels=True),
+    "class_confidence": Attack(attacks.class_thresholds, "confidence", also="labels"),
+    "class_entropy": Attack(attacks.class_thresholds, "entropy", {"larger": False}, also="labels"),
+    "class_modified_entropy": Attack(attacks.class_thresholds, "modified_entropy", {"larger": False}, also="labels"),
     "gradient_norm": Attack(attacks.gradient_norm, "gradient_norm"),
+    "quantile_regression": Attack(attacks.quantile_regression, "phi", also="features"),
 }
 
 
@@ -59,7 +63,8 @@ class Audit:
 
     Attributes:
         report: JSON-able, schema ``cwfast-audit/1``: per attack its variant, ``metrics.summary``, thresholds carried
-            over from the other models, and the most exposed samples by id; what was attacked; ROC points.
+            over from the other models, ROC points, the most exposed samples by id and, for attacks by class, the
+            balanced accuracy of their own thresholds; what was attacked.
         scores: float64 [K, N] per attack.
         membership: bool [K, N].
     """
@@ -109,6 +114,7 @@ def audit(
     attacks: Sequence[str] = ("loss", "lira", "rmia"),
     options: Mapping[str, Mapping[str, Any]] | None = None,
     labels: Array | None = None,
+    features: Array | None = None,
     target: int | None = None,
     plan: Mapping[str, Any] | None = None,
     fprs: Sequence[float] = (1e-2, 1e-3),
@@ -124,6 +130,7 @@ def audit(
         attacks: names of ``cwfast.mia.auditing.ATTACKS``.
         options: further keyword arguments by attack, as ``{"rmia": {"gamma": 1.0}}``.
         labels: int [N], for the attacks by class; None takes those of ``Signals``.
+        features: [N, F], for ``quantile_regression``.
         target: row of the attacked model, or None for every row in turn.
         plan: what the signals must be, see ``Signals.require``; an audit of other signals is refused.
         fprs: false-positive rates for TPR at FPR.
@@ -163,10 +170,11 @@ def audit(
         attack = ATTACKS[name]
         more = {**attack.options, **(options or {}).get(name, {})}
         given = [_signal(signals, attack.signal, name), member]
-        if attack.labels:
-            if labels is None:
-                raise ValueError(f"labels must be given for the attack {name}; got None")
-            given.append(labels)
+        if attack.also is not None:
+            more_of_samples = labels if attack.also == "labels" else features
+            if more_of_samples is None:
+                raise ValueError(f"{attack.also} must be given for the attack {name}; got None")
+            given.append(more_of_samples)
         own = attack.function(*given, target=target, **more)
         scores[name] = own if target is None else own[None]
         found[name] = {
@@ -178,6 +186,7 @@ def audit(
             ),
             "shadow_calibrated": _shadow(scores[name], member[rows], fprs),
             "roc": _roc(scores[name], member[rows], bootstrap, confidence, seed),
+            "balanced_accuracy_at_zero": _at_zero(scores[name], member[rows]) if attack.also == "labels" else None,
             "most_exposed": _exposed(scores[name], member[rows], max(fprs, default=0.01), kept),
         }
     report = {
@@ -204,6 +213,14 @@ def _signal(signals: Signals | Mapping[str, Array], name: str, attack: str) -> A
     if name not in signals:
         raise KeyError(f"signals must hold {name!r} for the attack {attack}; they hold {', '.join(signals)}")
     return signals[name]
+
+
+def _at_zero(scores: Floats, members: Bools) -> float:
+    """Mean balanced accuracy of "member where the score is at least 0", the rule of the attacks by class."""
+    called = scores >= 0
+    tpr = (called & members).sum(axis=1) / members.sum(axis=1)
+    tnr = (~called & ~members).sum(axis=1) / (~members).sum(axis=1)
+    return float((tpr + tnr).mean() / 2)
 
 
 def _shadow(scores: Floats, members: Bools, fprs: Sequence[float]) -> dict[str, Any] | None:
