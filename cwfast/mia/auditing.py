@@ -2,59 +2,22 @@
 
 import json
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 from torch import Tensor
 
 from cwfast.checkpoint.files import atomic_write
-from cwfast.mia import _page, attacks, metrics
+from cwfast.mia import _page, metrics
 from cwfast.mia._inputs import Array, Bools, Floats, to_numpy
+from cwfast.mia.attacks import ATTACKS
 from cwfast.mia.signals import Signals
 
 SCHEMA = "cwfast-audit/1"
 PRIORS = (0.01, 0.1, 0.5)
 _EXPOSED = 20  # samples that a report lists
-
-
-class Attack(NamedTuple):
-    """A function of ``cwfast.mia.attacks``, the signal that it reads, and its options: all that names a variant.
-
-    ``also``: what else of the samples it takes, "labels" or "features".
-    """
-
-    function: Callable[..., Floats]
-    signal: str
-    options: Mapping[str, Any] = {}
-    also: str | None = None
-
-
-ATTACKS: dict[str, Attack] = {
-    "loss": Attack(attacks.loss, "logprob"),
-    "lira": Attack(attacks.lira, "phi"),
-    "lira_per_example": Attack(attacks.lira, "phi", {"variance": "per_example"}),
-    "lira_fixed": Attack(attacks.lira, "phi", {"variance": "fixed"}),
-    "lira_offline": Attack(attacks.lira, "phi", {"mode": "offline"}),
-    "lira_carlini": Attack(attacks.lira_carlini, "phi"),
-    "lira_carlini_fixed": Attack(attacks.lira_carlini, "phi", {"fixed_variance": True}),
-    "lira_carlini_offline": Attack(attacks.lira_carlini, "phi", {"mode": "offline"}),
-    "rmia": Attack(attacks.rmia, "logprob"),
-    "rmia_offline": Attack(attacks.rmia, "logprob", {"mode": "offline"}),
-    "rmia_majority": Attack(attacks.rmia, "logprob", {"vote": "majority"}),
-    "base": Attack(attacks.base, "logprob"),
-    "base_offline": Attack(attacks.base, "logprob", {"mode": "offline"}),
-    "attack_r": Attack(attacks.attack_r, "logprob"),
-    "attack_p": Attack(attacks.attack_p, "logprob"),
-    "calibrated_loss": Attack(attacks.calibrated_loss, "logprob"),
-    "correctness": Attack(attacks.correctness, "correct"),
-    "class_confidence": Attack(attacks.class_thresholds, "confidence", also="labels"),
-    "class_entropy": Attack(attacks.class_thresholds, "entropy", {"larger": False}, also="labels"),
-    "class_modified_entropy": Attack(attacks.class_thresholds, "modified_entropy", {"larger": False}, also="labels"),
-    "gradient_norm": Attack(attacks.gradient_norm, "gradient_norm"),
-    "quantile_regression": Attack(attacks.quantile_regression, "phi", also="features"),
-}
 
 
 @dataclass(frozen=True)
@@ -127,7 +90,7 @@ def audit(
     Args:
         signals: ``Signals``, or a mapping of [K, N] or [K, N, Q] arrays named as in there ("logprob" or "loss", "phi").
         membership: bool [K, N]; None takes that of ``Signals``. Given besides, it must be the same.
-        attacks: names of ``cwfast.mia.auditing.ATTACKS``.
+        attacks: names of ``cwfast.mia.attacks.ATTACKS``.
         options: further keyword arguments by attack, as ``{"rmia": {"gamma": 1.0}}``.
         labels: int [N], for the attacks by class; None takes those of ``Signals``.
         features: [N, F], for ``quantile_regression``.
