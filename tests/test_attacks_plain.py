@@ -98,13 +98,13 @@ def test_rmia_majority_is_the_count_of_every_pair(split, queries, gamma, digits)
     every = rmia(logprob, member, gamma=gamma, vote="majority")
     ratio = np.empty((220, queries))
     for i in range(220):
-        for q in range(queries):
-            ratio[i, q] = logprob[0, i, q] - plain_typical(logprob, member, 0, i, q, "online")
+        inside, outside = shadows(member, 0, i)
+        ratio[i] = logprob[0, i] - np.log(np.exp(logprob[inside + outside, i]).mean(axis=0))
     ratio = np.round(ratio, 10)  # a rounding of the last digit must not part what is equal
     crowd = np.flatnonzero(~member[0])
     for i in range(220):
-        votes = [2 * int((ratio[i] - math.log(gamma) > ratio[z] + 1e-9).sum()) > queries for z in crowd if z != i]
-        near = [2 * int((ratio[i] - math.log(gamma) > ratio[z] - 1e-9).sum()) > queries for z in crowd if z != i]
+        others = ratio[crowd[crowd != i]]
+        votes, near = (2 * (ratio[i] - math.log(gamma) > others + off).sum(axis=1) > queries for off in (1e-9, -1e-9))
         assert np.mean(votes) <= every[0, i] + 1e-12
         assert every[0, i] <= np.mean(near) + 1e-12
         if digits == 12:
@@ -352,4 +352,4 @@ def test_lira_reaches_the_optimum_of_gaussian_signals():
 
 
 def test_attacks_lists_every_attack():
-    assert all(callable(getattr(attacks, name)) for name in attacks.__all__)
+    assert all(callable(getattr(attacks, name)) for name in set(attacks.__all__) - {"ATTACKS"})

@@ -15,10 +15,15 @@ from cwfast.mia.attacks import (
     quantile_regression,
     rmia,
 )
+from cwfast.mia.auditing import Audit, audit
+from cwfast.mia.signals import Signals
 
 __all__ = [
+    "Audit",
+    "Signals",
     "attack_p",
     "attack_r",
+    "audit",
     "base",
     "calibrated_loss",
     "class_thresholds",

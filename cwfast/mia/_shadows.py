@@ -40,7 +40,7 @@ class Moments(NamedTuple):
 
 def sides(member: Bools, targets: list[int]) -> tuple[Side, Side]:
     """IN and OUT models for these targets."""
-    following = _next_of_other_side(member)
+    following = None
     trained = member.sum(axis=0)
     mixed = (trained > 0) & (trained < len(member))
     lost = np.empty((2, len(targets), member.shape[1]), np.int64)
@@ -49,6 +49,7 @@ def sides(member: Bools, targets: list[int]) -> tuple[Side, Side]:
         lost[:, row] = target
         yes, no = mixed & own, mixed & ~own
         if yes.any() and no.any() and (trained[yes] - 1).mean() < trained[no].mean() - 0.5:
+            following = _next_of_other_side(member) if following is None else following
             lost[0, row, no] = following[target, no]
             lost[1, row, yes] = following[target, yes]
     result = []
@@ -112,12 +113,13 @@ def sums_of_exp(x: Floats, use: Bools) -> tuple[Floats, Floats]:
     largest = np.take_along_axis(masked, first, axis=0)
     np.put_along_axis(masked, first, -np.inf, axis=0)
     second = masked.max(axis=0, keepdims=True)
-    np.put_along_axis(masked, first, largest, axis=0)
-    finite, rest = (np.where(np.isfinite(top), top, 0) for top in (largest, second))
-    sums = _all_but_one(np.exp(masked - finite))
-    tops = np.broadcast_to(largest, x.shape).copy()
-    np.put_along_axis(masked, first, -np.inf, axis=0)
-    np.put_along_axis(sums, first, np.exp(masked - rest).sum(axis=0, keepdims=True), axis=0)
+    terms = np.exp(masked - np.where(np.isfinite(second), second, 0))
+    total = terms.sum(axis=0, keepdims=True)
+    with np.errstate(invalid="ignore"):  # of no entry
+        share = np.where(np.isfinite(second), np.exp(second - largest), 0)
+    sums = np.isfinite(largest) + _all_but_one(terms) * share  # the largest is 1
+    tops = np.repeat(largest, len(x), axis=0)
+    np.put_along_axis(sums, first, total, axis=0)
     np.put_along_axis(tops, first, second, axis=0)
     return tops, sums
 

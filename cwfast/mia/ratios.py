@@ -142,19 +142,24 @@ def _typical(values: Floats, member: Bools, rows: list[int], mode: str) -> list[
 def _majority(limit: Floats, ratio: Floats) -> npt.NDArray[np.int64]:
     """[N]: for how many of the columns of ratio [Q, Z] limit [Q, N] is larger in more than half of the queries.
 
-    64 columns are the bits of a word. In one query, those below a limit are the first few of the 64 in rising order: a
-    table of 65 words. The words of all queries are added up bit by bit (carry-save), and compared with Q / 2.
+    64 columns are the bits of a word. In one query, those below a limit are the first few of the 64 in rising order:
+    one of 65 words, and limits in rising order take them in turn. The words of all queries are added up bit by bit
+    (carry-save), and the sums compared with Q / 2.
     """
     queries, samples = limit.shape
     levels = queries.bit_length()
     found = np.zeros(samples, np.int64)
+    rising = limit.argsort(axis=1)
+    place = rising.argsort(axis=1)
+    limit = np.take_along_axis(limit, rising, axis=1)
     for begin in range(0, ratio.shape[1], 64):
         block = ratio[:, begin : begin + 64]
         planes = np.zeros((levels, samples), np.uint64)
-        for above, column in zip(limit, block, strict=True):
+        for above, column, at in zip(limit, block, place, strict=True):
             order = column.argsort()
             first = np.concatenate((np.zeros(1, np.uint64), np.cumsum(np.uint64(1) << order.astype(np.uint64))))
-            word = first[np.searchsorted(column[order], above, side="left")]
+            starts = np.searchsorted(above, column[order], side="right")  # where limits are larger than the column
+            word = np.repeat(first, np.diff(starts, prepend=0, append=samples))[at]
             for plane in planes:
                 word, plane[:] = plane & word, plane ^ word
         more, equal = np.zeros(samples, np.uint64), np.full(samples, ~np.uint64(0))

@@ -150,21 +150,23 @@ def _over_models(values: Sequence[float], draws: int, seed: int) -> Floats:
 
 def _weighted(rank: Ranked, weights: Ints, shares: list[Fraction]) -> Floats:
     """[1 + shares, R]: AUC and TPR at each share under the weights [N, R]; NaN where a class has no weight."""
-    drawn = weights[rank.order]
-    hits = np.zeros((drawn.shape[0] + 1, drawn.shape[1]), np.int64)  # the row of zeros is the vertex (0, 0)
+    drawn = np.ascontiguousarray(weights[rank.order].T)
+    hits = np.zeros((drawn.shape[0], drawn.shape[1] + 1), np.int64)  # the column of zeros is the vertex (0, 0)
     alarms = np.zeros_like(hits)
-    np.cumsum(drawn * rank.member[:, None], axis=0, out=hits[1:])
-    np.cumsum(drawn, axis=0, out=alarms[1:])
+    np.cumsum(drawn * rank.member, axis=1, out=hits[:, 1:])
+    np.cumsum(drawn, axis=1, out=alarms[:, 1:])
     alarms -= hits
-    if rank.vertices.size < hits.shape[0]:
-        hits, alarms = hits[rank.vertices], alarms[rank.vertices]
-    positives, negatives = hits[-1], alarms[-1]
-    twice = np.einsum("vr,vr->r", np.diff(alarms, axis=0), hits[1:] + hits[:-1])
+    if rank.vertices.size < hits.shape[1]:
+        hits, alarms = hits[:, rank.vertices], alarms[:, rank.vertices]
+    positives, negatives = hits[:, -1], alarms[:, -1]
+    twice = np.einsum("rv,rv->r", np.diff(alarms, axis=1), hits[:, 1:] + hits[:, :-1])
     rows = [twice / 2]
     for share in shares:
-        allowed = np.array([floor_of(share, int(count)) for count in negatives])
-        at = np.count_nonzero(alarms <= allowed, axis=0) - 1
-        rows.append(np.take_along_axis(hits, at[None], axis=0)[0] * negatives)
+        found = [
+            reached[np.searchsorted(wrong, floor_of(share, int(wrong[-1])), side="right") - 1]
+            for reached, wrong in zip(hits, alarms, strict=True)
+        ]
+        rows.append(np.array(found) * negatives)
     result = np.full((len(rows), weights.shape[1]), np.nan)
     return np.divide(rows, positives * negatives, out=result, where=positives * negatives > 0)
 

@@ -1,0 +1,124 @@
+"""Attacks on stored signals against the plain ways: every target by itself, every pair in tiles."""
+
+from collections.abc import Iterator
+
+import numpy as np
+import pytest
+from cwfast.benchmarks import _harness
+from numpy.typing import NDArray
+from pytest_benchmark.fixture import BenchmarkFixture
+
+from cwfast.mia import lira, metrics, rmia
+
+Floats = NDArray[np.float64]
+Bools = NDArray[np.bool_]
+
+
+def _signals(models: int, samples: int, queries: int) -> tuple[Floats, Bools]:
+    rng = np.random.default_rng(0)
+    member = np.argsort(rng.random((models, samples)), axis=0) < models // 2
+    level = rng.normal(0, 2, samples)
+    phi = level[:, None] + rng.normal(size=(models, samples, queries)) + member[..., None]
+    return phi, member
+
+
+def _lira_of_one(phi: Floats, member: Bools, target: int) -> Floats:
+    """Vectorised NumPy for one target, all others its shadows: medians and deviations by NaN-aware functions."""
+    others = np.arange(len(phi)) != target
+    inside = np.where(member[others, :, None], phi[others], np.nan)
+    outside = np.where(member[others, :, None], np.nan, phi[others])
+    logs = []
+    for side in (inside, outside):
+        scale = np.nanstd(side, axis=0) + 1e-30
+        logs.append(-np.log(scale) - ((phi[target] - np.nanmedian(side, axis=0)) / scale) ** 2 / 2)
+    result: Floats = (logs[0] - logs[1]).mean(axis=1)
+    return result
+
+
+def test_mia_lira(benchmark: BenchmarkFixture) -> None:
+    """Every model a target in turn; the peer does one target, and its time is multiplied by their number.
+
+    Checked against the peer where the split is no balanced one, so that both use all other models.
+    """
+    models, samples = _harness.by_size(tiny=(8, 200), full=(64, 50_000))
+    phi, member = _signals(models, samples, 2)
+    small = np.random.default_rng(1).random((models, 200)) < 0.5
+    small[:3], small[3:6] = True, False
+    ours = lira(phi[:, :200], small, 7, variance="per_example")
+    np.testing.assert_allclose(ours, _lira_of_one(phi[:, :200], small, 7), rtol=1e-9, atol=1e-9)
+    variants = {
+        "cwfast": lambda: lira(phi, member),
+        "per_example": lambda: lira(phi, member, variance="per_example"),
+        "one_target": lambda: _lira_of_one(phi, member, 0),
+    }
+    times = _harness.interleaved(variants, 3)
+    ratios = {"times_per_target": models * _harness.ratio(times, "one_target", "per_example")}
+    peak = _harness.peak_memory(_lira_memory, models, samples)
+    case = f"mia lira leave-one-out K={models} N={samples} Q=2"
+    _harness.report(
+        benchmark, case, times, variants["cwfast"], ratios=ratios, bytes={"peak": peak, "signals": phi.nbytes}
+    )
+
+
+def _lira_memory(models: int, samples: int) -> Iterator[None]:
+    phi, member = _signals(models, samples, 2)
+    lira(phi[:, :50], member[:, :50])
+    yield
+    scores = lira(phi, member)
+    assert len(scores) == models
+
+
+def _pairs(ratio: Floats, crowd: Bools, limit: float) -> Floats:
+    """RMIA by the matrix of all pairs, in tiles of 512 rows."""
+    others, found = ratio[crowd], np.empty(len(ratio))
+    for begin in range(0, len(ratio), 512):
+        rows = slice(begin, begin + 512)
+        found[rows] = (ratio[rows, None] - limit > others[None]).sum(axis=1)
+    result: Floats = (found - (crowd & (limit < 0))) / (crowd.sum() - crowd)
+    return result
+
+
+@pytest.mark.parametrize("models", [5])
+def test_mia_rmia(benchmark: BenchmarkFixture, models: int) -> None:
+    """One target with four references; the peer gets the ratios for nothing and only counts pairs."""
+    samples = _harness.by_size(tiny=1000, full=50_000)
+    phi, _ = _signals(models, samples, 1)
+    member = np.random.default_rng(2).random((models, samples)) < 0.5
+    logprob = -np.logaddexp(0, -phi[..., 0])
+    ratio = logprob[0] - np.log(np.exp(logprob[1:]).mean(axis=0))
+    crowd = ~member[0]
+
+    def run() -> Floats:
+        return rmia(logprob, member, 0)
+
+    tiled = _pairs(ratio, crowd, np.log(2.0))
+    if np.abs(run() - tiled).max() > 2 / samples:  # a rounding of the last digit may move a sample past one other
+        raise AssertionError("rmia must be the share of pairs")
+    variants = {"cwfast": run, "pairs": lambda: _pairs(ratio, crowd, np.log(2.0))}
+    times = _harness.interleaved(variants, 5, seconds=120)
+    ratios = {"times_tiled_pairs": _harness.ratio(times, "pairs", "cwfast")}
+    case = f"mia rmia one target N={samples} Z={int(crowd.sum())}"
+    _harness.report(benchmark, case, times, run, ratios=ratios)
+
+
+def test_mia_bootstrap(benchmark: BenchmarkFixture) -> None:
+    """1,000 replicates of TPR at 0.1% FPR and AUC; the peer draws samples and sorts them anew, ten times."""
+    samples = _harness.by_size(tiny=500, full=50_000)
+    rng = np.random.default_rng(0)
+    members = rng.random(samples) < 0.5
+    scores = rng.normal(size=samples) + members
+
+    def run() -> dict[str, object]:
+        return metrics.summary(scores, members, fprs=(1e-3,), bootstrap=1000)
+
+    def resorted() -> list[float]:
+        draws = rng.integers(samples, size=(10, samples))
+        return [metrics.tpr_at_fpr(scores[one], members[one], 1e-3).tpr for one in draws]
+
+    found = run()
+    again = [metrics.auc(scores[one], members[one]) for one in rng.integers(samples, size=(50, samples))]
+    if not found["auc_low"] - 0.05 < np.mean(again) < found["auc_high"] + 0.05:  # type: ignore[operator]
+        raise AssertionError("replicates must be those of resampled scores")
+    times = _harness.interleaved({"cwfast": run, "resorted": resorted}, 5)
+    ratios = {"times_resorted": 100 * _harness.ratio(times, "resorted", "cwfast")}
+    _harness.report(benchmark, f"mia bootstrap N={samples} R=1000", times, run, ratios=ratios)
