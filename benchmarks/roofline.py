@@ -39,7 +39,7 @@ def op_rows(result: Mapping[str, Any]) -> list[Row]:
 
 
 def step_rows(result: Mapping[str, Any]) -> list[Row]:
-    """A training step: as many multiply-adds as the ordinary one."""
+    """A training step beside the ordinary one, which is not its bound: the page says what is."""
     ratios = result["ratios"]
     found = [(name, ratios[f"over_step_{name}"]) for name in STEPS if f"over_step_{name}" in ratios]
     return [Row("saliency", f"{result['case']}, {name}", "ordinary steps", 1.0, value) for name, value in found]
@@ -93,7 +93,7 @@ def table(results: list[Mapping[str, Any]]) -> str:
         f"{last.get('gpu') or last['cpu']}, {last['threads']} threads, {last['isa']}, torch {last['torch']}, commit "
         f"`{str(last['commit'])[:12]}`, {last['date'][:10]}; sizes: {sizes}.",
         "",
-        "| case | unit | bound | measured | bound / measured | `cwfast bench ... --size full` |",
+        "| case | unit | bound (steps: 1) | measured | bound / measured | `cwfast bench ... --size full` |",
         "|---|---|---:|---:|---:|---|",
     ]
     for row in found:
