@@ -8,6 +8,7 @@
 
 #include <algorithm>
 #include <cmath>
+#include <cstring>
 #include <utility>
 #include <vector>
 
@@ -19,7 +20,7 @@ namespace {
 
 constexpr int64_t kBlock = 256;      // columns summed at once: the sums stay in the first-level cache
 constexpr int64_t kNarrow = 64;      // of a token whose rows alone are a chunk: threads share its columns
-constexpr int64_t kWork = 1 << 17;   // entries of a chunk: well below a millisecond
+constexpr int64_t kWork = 1 << 16;   // entries of a chunk: well below a millisecond
 constexpr int64_t kAlone = 1 << 15;  // entries below which waking other threads takes longer
 constexpr int kAhead = 4;            // rows that are fetched before they are needed
 
@@ -75,23 +76,23 @@ class Embedding {
   }
 
   void add(const Chunk& chunk) const {
-    int64_t begin = chunk.begin;
-    auto next = std::lower_bound(firsts_.begin(), firsts_.end() - 1, begin,
-                                 [&](int64_t first, int64_t v) { return token(first) < v; });
-    for (int64_t i = next - firsts_.begin(); i < found() && token(firsts_[i]) < chunk.end; ++i) {
-      clear(begin, token(firsts_[i]), chunk);
-      begin = token(firsts_[i]) + 1;
+    if (x_.overwrite && x_.grad.data) clear(chunk);
+    const auto before = [&](int64_t first, int64_t v) { return token(first) < v; };
+    auto first = std::lower_bound(firsts_.begin(), firsts_.end() - 1, chunk.begin, before);
+    for (int64_t i = first - firsts_.begin(); i < found() && token(firsts_[i]) < chunk.end; ++i)
       for (int64_t c = chunk.first_column; c < chunk.last_column; c += kBlock)
         add_token(i, c, std::min(kBlock, chunk.last_column - c));
-    }
-    clear(begin, chunk.end, chunk);
   }
 
-  void clear(int64_t begin, int64_t end, const Chunk& chunk) const {
-    if (!x_.overwrite || !x_.grad.data) return;
-    for (; begin < end; ++begin)
-      change(x_.grad, begin, chunk.first_column, chunk.last_column - chunk.first_column,
-             [](T& entry, int64_t) { entry = 0; });
+  void clear(const Chunk& chunk) const {
+    const Written<T>& grad = x_.grad;
+    const int64_t rows = chunk.end - chunk.begin, n = chunk.last_column - chunk.first_column;
+    if (grad.column_stride == 1 && grad.row_stride == n) {
+      std::memset(grad.data + chunk.begin * n, 0, static_cast<size_t>(rows * n) * sizeof(T));
+      return;
+    }
+    for (int64_t v = chunk.begin; v < chunk.end; ++v)
+      change(grad, v, chunk.first_column, n, [](T& entry, int64_t) { entry = 0; });
   }
 
   void add_token(int64_t which, int64_t column, int64_t n) const {
@@ -126,10 +127,7 @@ class Embedding {
     }
     const T scale = static_cast<T>(x_.scale);
     change(x_.out, v, column, n, [&](T& entry, int64_t i) { entry += scale * total[i]; });
-    if (x_.grad.data && x_.overwrite)
-      change(x_.grad, v, column, n, [&](T& entry, int64_t i) { entry = sum[i]; });
-    else if (x_.grad.data)
-      change(x_.grad, v, column, n, [&](T& entry, int64_t i) { entry += sum[i]; });
+    if (x_.grad.data) change(x_.grad, v, column, n, [&](T& entry, int64_t i) { entry += sum[i]; });
   }
 
   // Row `at` of the order; rows lie too far apart for the processor to guess the next one.

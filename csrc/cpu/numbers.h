@@ -22,13 +22,15 @@ T as(uint32_t bits) {
 inline float number(float x) { return x; }
 inline double number(double x) { return x; }
 inline float number(Bfloat16 x) { return as<float>(uint32_t{x.bits} << 16); }
-inline float number(Float16 x) {
+inline float number(Float16 x) {  // without branches, so that the compiler makes vectors of it
   const uint32_t sign = uint32_t{x.bits & 0x8000u} << 16, bits = uint32_t{x.bits & 0x7fffu} << 13;
   constexpr uint32_t kExponent = 0x7c00u << 13, kRebias = 112u << 23;
-  if ((bits & kExponent) == kExponent) return as<float>(sign | (bits + 2 * kRebias));  // infinity and NaN
-  if (bits & kExponent) return as<float>(sign | (bits + kRebias));
-  const float tiny = as<float>(bits + kRebias + (1u << 23)) - 0x1p-14f;  // without a subnormal float in between
-  return sign ? -tiny : tiny;
+  const uint32_t infinite = bits + 2 * kRebias, normal = bits + kRebias;
+  const float tiny = as<float>(normal + (1u << 23)) - 0x1p-14f;  // without a subnormal float in between
+  uint32_t small;
+  std::memcpy(&small, &tiny, sizeof small);
+  const uint32_t exponent = bits & kExponent;
+  return as<float>(sign | (exponent == kExponent ? infinite : exponent ? normal : small));
 }
 
 }  // namespace cwfast

@@ -67,6 +67,12 @@ def accumulate_embedding_saliency_(
         _checks.tensor("grad", grad, dtypes=(out.dtype,))
         _checks.shape("grad", grad, out.shape, "that of out")
     _checks.same_device(out.device, indices=indices, grad_outputs=grad_outputs, factor=factor, grad=grad)
+    for name, value in (("out", out), ("grad", grad)):
+        if value is not None and any(n > 1 and step == 0 for n, step in zip(value.shape, value.stride(), strict=True)):
+            raise ValueError(
+                f"{name} is written, and no two of its entries may share memory; "
+                f"got strides {value.stride()} for shape {tuple(value.shape)}"
+            )
     if padding_idx is not None and not 0 <= padding_idx < len(out):
         raise ValueError(f"padding_idx must be a row of out, 0 to {len(out) - 1}; got {padding_idx}")
     low, high = (int(x) for x in indices.aminmax()) if indices.numel() else (0, -1)
@@ -77,7 +83,7 @@ def accumulate_embedding_saliency_(
         out.detach(),
         owner,
         indices.reshape(-1).to(torch.int64),
-        grad_outputs.detach().reshape(-1, out.shape[1]),
+        grad_outputs.detach().reshape(indices.numel(), out.shape[1]),
         power,
         float(scale),
         None if factor is None else factor.detach(),
@@ -176,7 +182,8 @@ def _kernel(
 
 register(
     "accumulate_embedding_saliency_(Tensor(a!) out, Tensor owner, Tensor indices, Tensor grad_outputs, int power, "
-    "float scale, Tensor? factor, int padding_idx, str backend, Tensor(b!)? grad=None, bool overwrite_grad=False) -> ()",
+    "float scale, Tensor? factor, int padding_idx, str backend, Tensor(b!)? grad=None, bool overwrite_grad=False) "
+    "-> ()",
     _run,
     lambda *args, **kwargs: None,
 )
