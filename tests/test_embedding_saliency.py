@@ -109,7 +109,7 @@ def large(name, dtype=torch.float32):
 @pytest.mark.parametrize("strides", ["dense", "rows apart", "columns apart"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
 @pytest.mark.parametrize("name", LARGE)
-def test_large_as_the_reference(name, dtype, strides, backend):
+def test_large_exactly(name, dtype, strides, backend):
     indices, grads, factor = large(name, dtype)
 
     def laid(x):

@@ -47,7 +47,7 @@ class Embedding {
     const int64_t entries = (x_.overwrite && x_.grad.data ? x_.vocabulary : (int64_t)order_.size()) * x_.columns;
     Region region;
 #pragma omp parallel for schedule(dynamic) num_threads(entries < kAlone ? 1 : threads())
-    for (size_t i = 0; i < chunks_.size(); ++i) region.run([&] { add(chunks_[i]); });
+    for (int64_t i = 0; i < (int64_t)chunks_.size(); ++i) region.run([&] { add(chunks_[i]); });
     region.finish();
   }
 
