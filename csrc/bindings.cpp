@@ -8,6 +8,7 @@
 #include <tuple>
 
 #include "adamw.h"
+#include "embedding_saliency.h"
 #include "logit_stats.h"
 #include "peak.h"
 #include "rewind.h"
@@ -178,6 +179,41 @@ void bind_adamw(py::module_& m) {
   });
 }
 
+using Matrix = std::tuple<uintptr_t, Dtype, int64_t, int64_t>;  // data, dtype, strides in entries
+
+template <class T>
+void embedding_saliency(const Matrix& out, const Matrix& grad, bool overwrite, uintptr_t owner, uintptr_t tokens,
+                        const Matrix& grad_outputs, const Matrix& factor, int64_t rows, int64_t vocabulary,
+                        int64_t columns, int64_t padding, int power, double scale) {
+  const auto read = [](const Matrix& x) {
+    const auto& [data, dtype, row_stride, column_stride] = x;
+    return Strided{pointer<const void>(data), dtype, row_stride, column_stride};
+  };
+  const auto written = [](const Matrix& x) {
+    const auto& [data, dtype, row_stride, column_stride] = x;
+    return Written<T>{pointer<T>(data), row_stride, column_stride};
+  };
+  const EmbeddingSaliencyArgs<T> args{written(out),
+                                      written(grad),
+                                      overwrite,
+                                      pointer<const int64_t>(owner),
+                                      pointer<const int64_t>(tokens),
+                                      read(grad_outputs),
+                                      read(factor),
+                                      rows,
+                                      vocabulary,
+                                      columns,
+                                      padding,
+                                      power,
+                                      scale};
+  unlocked([&] { accumulate_embedding_saliency(args); });
+}
+
+void bind_embedding_saliency(py::module_& m) {
+  m.def("accumulate_embedding_saliency_float32", embedding_saliency<float>);
+  m.def("accumulate_embedding_saliency_float64", embedding_saliency<double>);
+}
+
 void bind_logit_stats(py::module_& m) {
   m.def("logit_stats", [](uintptr_t logits, Dtype dtype, int64_t rows, int64_t classes, int64_t row_stride,
                           int64_t class_stride, uintptr_t labels, uintptr_t loss, uintptr_t confidence, uintptr_t phi,
@@ -264,6 +300,7 @@ PYBIND11_MODULE(_C, m) {
   cwfast::bind_select(m);
   cwfast::bind_rewind(m);
   cwfast::bind_adamw(m);
+  cwfast::bind_embedding_saliency(m);
   cwfast::bind_logit_stats(m);
 #ifdef CWFAST_WITH_CUDA
   cwfast::bind_cuda(m);

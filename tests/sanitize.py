@@ -22,8 +22,23 @@ FLAGS = {
 PLANTED = {"address": ("overflow", "shift"), "thread": ("race",)}  # functions that must be reported
 # What goes through csrc/cpu.
 TESTS = {
-    "address": ["test_fuzz_files", "test_select", "test_rewind", "test_saliency", "test_optim", "test_checkpoint"],
-    "thread": ["test_select", "test_rewind", "test_saliency", "test_optim", "test_checkpoint"],
+    "address": [
+        "test_fuzz_files",
+        "test_select",
+        "test_rewind",
+        "test_saliency",
+        "test_embedding_saliency",
+        "test_optim",
+        "test_checkpoint",
+    ],
+    "thread": [
+        "test_select",
+        "test_rewind",
+        "test_saliency",
+        "test_embedding_saliency",
+        "test_optim",
+        "test_checkpoint",
+    ],
 }
 # The sanitizers keep freed memory for a while, and the reference is torch's code.
 CHOICE = ["-k", "not memory and not reference"]

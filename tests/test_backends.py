@@ -155,6 +155,10 @@ x = torch.ones(1, 1024).expand(400_000, 1024)
 ends = torch.arange(0, 400_001, 4)
 call = lambda: ops.accumulate_saliency_(torch.zeros(1024, 1024), x, x, cu_seqlens=ends, backend="cpu")
 """,
+    "one frequent token": """
+x, tokens = torch.ones(1, 1, 4096).expand(1, 4_000_000, 4096), torch.zeros((1, 4_000_000), dtype=torch.int64)
+call = lambda: ops.accumulate_embedding_saliency_(torch.zeros(2, 4096), tokens, x, backend="cpu")
+""",
     "one long sample": """
 x = torch.ones(1, 1024).expand(2_000_000, 1024)
 ends = torch.tensor([0, 2_000_000])

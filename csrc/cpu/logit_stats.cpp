@@ -5,12 +5,12 @@
 #include <omp.h>
 
 #include <algorithm>
-#include <cstring>
 #include <memory>
 #include <new>
 #include <type_traits>
 
 #include "cpu/logit_stats_lanes.h"
+#include "cpu/numbers.h"
 #include "runtime.h"
 
 namespace cwfast {
@@ -23,32 +23,6 @@ constexpr std::align_val_t kCacheLine{64};
 struct Free {
   void operator()(void* p) const { ::operator delete(p, kCacheLine); }
 };
-
-struct Bfloat16 {
-  uint16_t bits;
-};
-struct Float16 {
-  uint16_t bits;
-};
-
-template <class T>
-T as(uint32_t bits) {
-  T value;
-  std::memcpy(&value, &bits, sizeof value);
-  return value;
-}
-
-float number(float x) { return x; }
-double number(double x) { return x; }
-float number(Bfloat16 x) { return as<float>(uint32_t{x.bits} << 16); }
-float number(Float16 x) {
-  const uint32_t sign = uint32_t{x.bits & 0x8000u} << 16, bits = uint32_t{x.bits & 0x7fffu} << 13;
-  constexpr uint32_t kExponent = 0x7c00u << 13, kRebias = 112u << 23;
-  if ((bits & kExponent) == kExponent) return as<float>(sign | (bits + 2 * kRebias));  // infinity and NaN
-  if (bits & kExponent) return as<float>(sign | (bits + kRebias));
-  const float tiny = as<float>(bits + kRebias + (1u << 23)) - 0x1p-14f;  // without a subnormal float in between
-  return sign ? -tiny : tiny;
-}
 
 template <class T>
 LogitKernel<T> kernel() {

@@ -229,8 +229,6 @@ class Lookup(_Rows):
     def accumulate_(
         self, out: Tensor, power: int, factor: Tensor | None, scale: float, grad: Tensor | None, backend: str
     ) -> None:
-        if grad is not None:
-            _add_rows(grad.zero_(), self.inputs.reshape(-1), self.grad_outputs.flatten(0, -2), self.padding_idx)
         ops.accumulate_embedding_saliency_(
             _as_rows(out),
             self.inputs[..., 0],
@@ -239,6 +237,8 @@ class Lookup(_Rows):
             factor=None if factor is None else _as_rows(factor),
             padding_idx=self.padding_idx,
             cu_seqlens=self.offsets,
+            grad=None if grad is None else _as_rows(grad),
+            overwrite_grad=True,
             scale=scale,
             backend=backend,
         )

@@ -1,7 +1,5 @@
 """Per-sample gradient saliency of an embedding, accumulated: a sample's uses of a token sum before the absolute."""
 
-from bisect import bisect_right
-
 import torch
 from torch import Tensor
 
@@ -9,7 +7,6 @@ from cwfast import _backends, _checks, reference
 from cwfast.ops._library import register, written
 
 BACKENDS = ("reference", "cpu", "triton")
-CHUNK = 1 << 20  # entries of the gradients that are summed at once, unless one sample has more
 
 
 def accumulate_embedding_saliency_(
@@ -21,6 +18,8 @@ def accumulate_embedding_saliency_(
     factor: Tensor | None = None,
     padding_idx: int | None = None,
     cu_seqlens: Tensor | None = None,
+    grad: Tensor | None = None,
+    overwrite_grad: bool = False,
     scale: float = 1.0,
     backend: str = "auto",
 ) -> Tensor:
@@ -40,6 +39,9 @@ def accumulate_embedding_saliency_(
         factor: ``[V, D]`` or None for 1.
         padding_idx: a row that is left as it is, or None.
         cu_seqlens: ``[B + 1]``, see ``accumulate_saliency_``.
+        grad: ``[V, D]`` of the dtype of ``out``, any strides: ``sum_b G_b`` is added (no scale, no factor, nothing to
+            the row ``padding_idx``).
+        overwrite_grad: write the sum to ``grad`` instead, which may hold anything.
         scale: multiplies every ``G_b``.
         backend: "reference", "cpu", "triton" or "auto".
 
@@ -61,7 +63,16 @@ def accumulate_embedding_saliency_(
     if factor is not None:
         _checks.tensor("factor", factor, dtypes=_checks.FLOATS)
         _checks.shape("factor", factor, out.shape, "that of out")
-    _checks.same_device(out.device, indices=indices, grad_outputs=grad_outputs, factor=factor)
+    if grad is not None:
+        _checks.tensor("grad", grad, dtypes=(out.dtype,))
+        _checks.shape("grad", grad, out.shape, "that of out")
+    _checks.same_device(out.device, indices=indices, grad_outputs=grad_outputs, factor=factor, grad=grad)
+    for name, value in (("out", out), ("grad", grad)):
+        if value is not None and any(n > 1 and step == 0 for n, step in zip(value.shape, value.stride(), strict=True)):
+            raise ValueError(
+                f"{name} is written, and no two of its entries may share memory; "
+                f"got strides {value.stride()} for shape {tuple(value.shape)}"
+            )
     if padding_idx is not None and not 0 <= padding_idx < len(out):
         raise ValueError(f"padding_idx must be a row of out, 0 to {len(out) - 1}; got {padding_idx}")
     low, high = (int(x) for x in indices.aminmax()) if indices.numel() else (0, -1)
@@ -72,12 +83,14 @@ def accumulate_embedding_saliency_(
         out.detach(),
         owner,
         indices.reshape(-1).to(torch.int64),
-        grad_outputs.detach().reshape(-1, out.shape[1]),
+        grad_outputs.detach().reshape(indices.numel(), out.shape[1]),
         power,
         float(scale),
         None if factor is None else factor.detach(),
         -1 if padding_idx is None else padding_idx,
         backend,
+        None if grad is None else grad.detach(),
+        overwrite_grad,
     )
     return out
 
@@ -107,15 +120,19 @@ def _run(
     factor: Tensor | None,
     padding_idx: int,
     backend: str,
+    grad: Tensor | None = None,
+    overwrite_grad: bool = False,
 ) -> None:
     scale = abs(scale) ** power
     resolved = _backends.resolve(backend, out.device, BACKENDS)
     if resolved == "cpu":
-        _by_chunks(out, owner, indices, grad_outputs, power, scale, factor, padding_idx)
+        _kernel(out, owner, indices, grad_outputs, power, scale, factor, padding_idx, grad, overwrite_grad)
         return
     if padding_idx >= 0:
         kept = indices != padding_idx
         owner, indices, grad_outputs = owner[kept], indices[kept], grad_outputs[kept]
+    if grad is not None:
+        (grad.zero_() if overwrite_grad else grad).index_add_(0, indices, grad_outputs.to(grad.dtype))
     if resolved == "reference":
         reference.accumulate_embedding_saliency_(out, owner, indices, grad_outputs, power, scale, factor)
         return
@@ -124,7 +141,7 @@ def _run(
     written(out)
 
 
-def _by_chunks(
+def _kernel(
     out: Tensor,
     owner: Tensor,
     indices: Tensor,
@@ -133,31 +150,40 @@ def _by_chunks(
     scale: float,
     factor: Tensor | None,
     padding_idx: int,
+    grad: Tensor | None,
+    overwrite_grad: bool,
 ) -> None:
-    """Some samples at once, so that their sums stay in the cache. index_add_ on CPU tensors adds in order."""
-    rows = max(1, CHUNK // max(1, out.shape[1]))
-    ends = owner.bincount().cumsum(0).tolist()
-    begin = 0
-    while begin < len(owner):
-        first = bisect_right(ends, begin)  # the first sample that is left
-        end = max(ends[first], ends[bisect_right(ends, begin + rows) - 1])
-        samples, tokens, grads = (x[begin:end] for x in (owner, indices, grad_outputs))
-        begin = end
-        if padding_idx >= 0:
-            kept = (tokens != padding_idx).nonzero()[:, 0]
-            samples, tokens, grads = samples[kept], tokens[kept], grads[kept]
-        pairs, segment = (samples * len(out) + tokens).unique(return_inverse=True)
-        sums = torch.zeros((len(pairs), out.shape[1]), dtype=out.dtype)
-        sums.index_add_(0, segment, grads.to(out.dtype))
-        found = pairs % max(1, len(out))
-        if factor is not None:
-            sums *= factor[found]
-        out.index_add_(0, found, sums.abs_() if power == 1 else sums.square_(), alpha=scale)
+    native = _backends.native()
+    owner, indices = owner.contiguous(), indices.contiguous()
+    double = out.dtype == torch.float64
+    run = native.accumulate_embedding_saliency_float64 if double else native.accumulate_embedding_saliency_float32
+
+    def matrix(x: Tensor | None) -> tuple[object, ...]:
+        if x is None:
+            return 0, native.Dtype.float32, 0, 0
+        return x.data_ptr(), getattr(native.Dtype, str(x.dtype).removeprefix("torch.")), *x.stride()
+
+    run(
+        matrix(out),
+        matrix(grad),
+        overwrite_grad,
+        owner.data_ptr(),
+        indices.data_ptr(),
+        matrix(grad_outputs),
+        matrix(factor),
+        len(indices),
+        *out.shape,
+        padding_idx,
+        power,
+        scale,
+    )
+    written([out] if grad is None else [out, grad])
 
 
 register(
     "accumulate_embedding_saliency_(Tensor(a!) out, Tensor owner, Tensor indices, Tensor grad_outputs, int power, "
-    "float scale, Tensor? factor, int padding_idx, str backend) -> ()",
+    "float scale, Tensor? factor, int padding_idx, str backend, Tensor(b!)? grad=None, bool overwrite_grad=False) "
+    "-> ()",
     _run,
-    lambda *args: None,
+    lambda *args, **kwargs: None,
 )

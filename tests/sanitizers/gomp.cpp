@@ -57,8 +57,11 @@ void GOMP_parallel(void (*work)(void*), void* data, unsigned threads, unsigned) 
   std::vector<Member> members(team.threads);
   std::vector<pthread_t> ids(team.threads);
   for (unsigned i = 0; i < team.threads; ++i) members[i] = {&team, i, 0, 0, 0};
+  pthread_attr_t small;  // the C library keeps 40 MB of stacks for later threads; freeing more is reported as a race
+  if (pthread_attr_init(&small) || pthread_attr_setstacksize(&small, 2 << 20)) std::abort();
   for (unsigned i = 1; i < team.threads; ++i)
-    if (pthread_create(&ids[i], nullptr, run_member, &members[i])) std::abort();
+    if (pthread_create(&ids[i], &small, run_member, &members[i])) std::abort();
+  pthread_attr_destroy(&small);
   run_member(&members[0]);
   for (unsigned i = 1; i < team.threads; ++i) pthread_join(ids[i], nullptr);
 }
