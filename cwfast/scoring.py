@@ -63,8 +63,8 @@ class SaliencyScorer:
             "token_mean" over ``batch(valid_targets=n)`` targets, where l_b is the sum over b's tokens; or a tensor
             c ``[B]`` for ``loss = sum_b c_b l_b`` (c_b = 0 contributes nothing). Only for granularity "sample".
         initial: for "taylor_delta": module, mapping or safetensors file with the initial weights.
-        grads: False: no parameter gets a ``.grad``, and no weight gradient is computed (but by the fallback, which checks
-            the samples' gradients by it and does not keep it).
+        grads: False: no parameter gets a ``.grad``, and no weight gradient is computed (but by the fallback, which
+            checks the samples' gradients by it and does not keep it).
         grad_scaler: a ``torch.amp.GradScaler`` whose scale the loss carries.
         include, exclude: ``fnmatch`` patterns of parameter names; the others still train.
         backend: see ``cwfast.ops.accumulate_saliency_``.
