@@ -227,6 +227,11 @@ class SaliencyScorer:
     def tracks(self, value: object) -> bool:
         return isinstance(value, Tensor) and self._source(value) is not None
 
+    def name_of(self, parameter: Tensor) -> str:
+        source = self._source(parameter)
+        assert source is not None  # rules ask tracks() first
+        return source.name
+
     def shared(self, x: Tensor, dim: int = 0) -> str | None:
         size = self.batch_now.size
         if size == 1 or x.layout is not torch.strided:

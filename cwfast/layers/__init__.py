@@ -39,6 +39,9 @@ class Tracker(Protocol):
     def tracks(self, value: object) -> bool:
         """Whether this is a parameter that is scored, or a view of one."""
 
+    def name_of(self, parameter: Tensor) -> str:
+        """Of the parameter that this is, or is a view of."""
+
     def shared(self, x: Tensor, dim: int = 0) -> str | None:
         """The name of the model's buffer or parameter in whose memory x lies, so that all samples share x; None: of no
         one, or expanded along ``dim``, or there is one sample.
