@@ -409,3 +409,26 @@ def test_without_the_fallback_the_message_names_it():
 def test_the_name_of_a_fallback_is_checked():
     with pytest.raises(ValueError, match="fallback must be None or 'loop'; got 'lop'"):
         SaliencyScorer(nn.Linear(2, 2), fallback="lop")
+
+
+def test_tensors_of_inference_mode_are_refused():
+    model = Uses(lambda x, w: torch.sub(x, w), w=(4,))
+    with torch.inference_mode():
+        x = torch.randn(B, 4)
+    with SaliencyScorer(model, fallback="loop"), pytest.raises(UnsupportedLayer, match="made in inference mode"):
+        model(x)
+
+
+@pytest.mark.parametrize("grads", [True, False])
+def test_coefficients_reach_the_total_of_a_looped_piece(grads):
+    model, x = Uses(lambda x, w: torch.sub(x, w).square(), w=(4,)), data(4)
+    model, pieces = model.double(), []
+    scorer = SaliencyScorer(model, fallback="loop", grads=grads)
+    record = scorer.record
+    scorer.record = lambda use, piece: (pieces.append(piece), record(use, piece))[1]
+    with scorer:
+        model(x).sum().backward()
+    gradients = -2 * (x - model.w.detach())
+    c = torch.tensor([2.0, 0, -1, 3, 1], dtype=torch.float64)
+    found = pieces[0].scaled(c).scaled(c).total((4,), torch.float64, x.device)
+    torch.testing.assert_close(found, (gradients * (c * c)[:, None]).sum(0))

@@ -8,6 +8,7 @@ from torch.nn import functional
 
 from cwfast import SaliencyScorer
 from cwfast.errors import UnsupportedLayer
+from cwfast.layers import PerSample
 
 B = 5
 
@@ -393,3 +394,9 @@ def test_experts_that_all_samples_share_are_refused(use, fallback):
     scorer = SaliencyScorer(model, fallback=fallback)
     with scorer, pytest.raises(UnsupportedLayer, match="'w' is used as W\\[experts\\]"):
         model(x).sum().backward()
+
+
+def test_per_sample_gradients_of_another_shape_are_refused():
+    out, grad = torch.zeros(4), torch.empty(4)
+    with pytest.raises(ValueError, match=r"must have the shape \(4,\) of the weight; got \(1, 4\)"):
+        PerSample(torch.ones(B, 1, 4)).accumulate_(out, 1, None, 1.0, grad, "auto")

@@ -40,7 +40,7 @@ class Looped:
         self.at = [i for i, leaf in enumerate(leaves) if isinstance(leaf, Tensor)]
         self.tensors: list[Tensor] = [leaves[i] for i in self.at]
         self.constants = [None if isinstance(leaf, Tensor) else leaf for leaf in leaves]
-        self.versions = [x._version for x in self.tensors]
+        self.versions = [None if x.is_inference() else x._version for x in self.tensors]  # those have none
         self.recurrent = function in _RECURRENT
         self.names: Sequence[str] = ()
 
@@ -92,6 +92,8 @@ class Looped:
             raise self.refuse("the batch must have a size and must not be packed (cu_seqlens)")
         self.samples = size
         self.dims = self._dims()
+        if None in self.versions:
+            raise self.refuse("it takes a tensor that was made in inference mode; give a clone of it")
         if [x._version for x in self.tensors] != self.versions:
             raise self.refuse("it changes a tensor in place")
         leaves, spec = tree_flatten(result)
