@@ -400,3 +400,15 @@ def test_per_sample_gradients_of_another_shape_are_refused():
     out, grad = torch.zeros(4), torch.empty(4)
     with pytest.raises(ValueError, match=r"must have the shape \(4,\) of the weight; got \(1, 4\)"):
         PerSample(torch.ones(B, 1, 4)).accumulate_(out, 1, None, 1.0, grad, "auto")
+
+
+def test_indices_that_the_model_holds_are_not_samples():
+    def use(x, w):
+        indices = model.indices[None] if x.shape[1] == 2 else model.indices
+        return x[:, :1] * functional.embedding(indices, w).sum(-1)
+
+    model = Uses(use, w=(4, 3))
+    model.register_buffer("indices", torch.arange(B).flip(0) % 4)
+    with SaliencyScorer(model), pytest.raises(UnsupportedLayer, match="got 'indices' of the model"):
+        model(torch.randn(B, 1))
+    run(model, torch.randn(B, 2, dtype=torch.float64))  # as [1, T] they are looked up for every sample
