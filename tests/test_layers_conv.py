@@ -11,7 +11,7 @@ from test_layers_rules import CONVS, B, run, squares
 from torch import nn
 
 from cwfast import SaliencyScorer
-from cwfast.layers import Computed, conv
+from cwfast.layers import Computed, conv, pieces
 from cwfast.testing import assert_no_worse
 
 
@@ -56,7 +56,8 @@ def test_no_worse_than_one_sample_at_a_time(case, dtype):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_one_chunk_is_in_memory_at_a_time(dtype):
+def test_one_large_chunk_is_in_memory_at_a_time(dtype, monkeypatch):
+    monkeypatch.setattr(pieces, "KEPT", 0)
     made = []
 
     def compute(begin, end):

@@ -11,6 +11,9 @@ from torch import Tensor
 from cwfast import ops
 from cwfast.layers.samples import offsets_of
 
+KEPT = (
+    1 << 18
+)  # entries of a chunk that may stay until the next: freed, its memory would go back to the system each time
 TILE = 1 << 20  # entries of the buffer in which a sample's uses of a weight of several kinds are summed
 
 
@@ -264,7 +267,7 @@ class Lookup(_Rows):
 class Computed(Piece):
     """A gradient that is computed a few samples at a time, so that no ``[B, *shape]`` exists.
 
-    Memory of ``accumulate_`` beside scores and gradient: one chunk as ``compute`` gives it, and what that needs to run;
+    Memory of ``accumulate_`` beside scores and gradient: one chunk (two of up to KEPT entries) as ``compute`` gives it, and what that needs to run;
     one sample's gradient in the dtype of the scores where that is another; with a factor, the sums that wait for it.
 
     Args:
@@ -288,7 +291,7 @@ class Computed(Piece):
     def _chunks(self, dtype: torch.dtype) -> Iterator[tuple[int, Tensor]]:
         """The first sample of each chunk, and the gradients of its samples; one sample's where they are converted.
 
-        The caller lets go of them before it asks for more: two chunks are not to be in memory at once.
+        The caller lets go of them before it asks for more: two large ones are not to be in memory at once.
         """
         for begin in range(0, self.samples, self.chunk):
             gradients = self.compute(begin, min(begin + self.chunk, self.samples))
@@ -299,7 +302,8 @@ class Computed(Piece):
                     part *= _over(self.coefficients[begin + k : begin + k + step], part)
                 yield begin + k, part
                 del part
-            del gradients
+            if gradients.numel() > KEPT:
+                del gradients
 
     def add_to(self, out: Tensor, sample: int) -> None:
         one = self.compute(sample, sample + 1)[0]
