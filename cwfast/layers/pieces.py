@@ -268,8 +268,8 @@ class Computed(Piece):
     """A gradient that is computed a few samples at a time, so that no ``[B, *shape]`` exists.
 
     Memory of ``accumulate_`` beside scores and gradient: one chunk (two, if of up to KEPT entries) as ``compute`` gives
-    it, and what that needs to run; one sample's gradient in the dtype of the scores where that is another; with a factor,
-    the sums that wait for it.
+    it, and what that needs to run; one sample's gradient in the dtype of the scores where that is another; with a
+    factor, the sums that wait for it.
 
     Args:
         samples: B.
