@@ -8,6 +8,7 @@ from weakref import WeakSet
 
 import torch
 from torch import Tensor, nn
+from torch.multiprocessing.reductions import StorageWeakRef
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 from torch.utils._pytree import tree_leaves
 
@@ -62,13 +63,15 @@ class SaliencyScorer:
             "token_mean" over ``batch(valid_targets=n)`` targets, where l_b is the sum over b's tokens; or a tensor
             c ``[B]`` for ``loss = sum_b c_b l_b`` (c_b = 0 contributes nothing). Only for granularity "sample".
         initial: for "taylor_delta": module, mapping or safetensors file with the initial weights.
-        grads: False: no parameter gets a ``.grad``, and no weight gradient is computed.
+        grads: False: no parameter gets a ``.grad``, and no weight gradient is computed (but by the fallback, which
+            checks the samples' gradients by it and does not keep it).
         grad_scaler: a ``torch.amp.GradScaler`` whose scale the loss carries.
         include, exclude: ``fnmatch`` patterns of parameter names; the others still train.
         backend: see ``cwfast.ops.accumulate_saliency_``.
         fallback: "loop": a call that no layer rule scores is run again one sample at a time, in backward, and its
             parameters are scored so. It must take the samples in the first dimension of its tensors (recurrent layers:
-            in theirs) and have for one sample the result that it has in the batch.
+            in theirs) and have for one sample the result that it has in the batch; the samples' gradients must sum to
+            the batch's. All samples share the model's own buffers and parameters.
         norms: also measure the norm of each sample's gradient: ``scorer.norms()``.
 
     Raises:
@@ -117,6 +120,8 @@ class SaliencyScorer:
         self._names = {id(parameter): name for name, parameter in self._parameters.items()}
         self._scores = {name: buffer(parameter) for name, parameter in self._parameters.items()}
         self.batch_now = Batch(None, None, None)  # of the current forward pass
+        self.wants_gradients = grads
+        self._shared: dict[StorageWeakRef, str] = {}  # the model's own memory, and whose it is
         self.dim = 0  # that holds the samples, see cwfast.layers.Tracker
         self._explicit = False  # the batch was declared by batch(), not read off the model's input
         self._pass = Pass(-1)
@@ -133,6 +138,8 @@ class SaliencyScorer:
         busy = [name for name, parameter in self._parameters.items() if isinstance(parameter, Tracked)]
         if busy:
             raise RuntimeError(f"a parameter can be scored by one scorer at a time; {busy[0]!r} already is by another")
+        owners = [*self._model.named_parameters(), *self._model.named_buffers()]
+        self._shared = {StorageWeakRef(x.untyped_storage()): name for name, x in owners if x.layout is torch.strided}
         # Not the bound method: copy.deepcopy(model) would copy the scorer with it.
         hook = self._model.register_forward_pre_hook(lambda *call: self._see_input(*call), with_kwargs=True)
         self._restore.append(hook.remove)
@@ -219,6 +226,19 @@ class SaliencyScorer:
 
     def tracks(self, value: object) -> bool:
         return isinstance(value, Tensor) and self._source(value) is not None
+
+    def name_of(self, parameter: Tensor) -> str:
+        source = self._source(parameter)
+        assert source is not None  # rules ask tracks() first
+        return source.name
+
+    def shared(self, x: Tensor, dim: int = 0) -> str | None:
+        size = self.batch_now.size
+        if size == 1 or x.layout is not torch.strided:
+            return None
+        if dim < x.ndim and x.stride(dim) == 0 and x.shape[dim] == size:
+            return None
+        return self._shared.get(StorageWeakRef(x.untyped_storage()))
 
     def use(self, parameter: Tensor | None, owner: Tensor | None = None) -> Use | None:
         source = self._source(parameter) if parameter is not None else None

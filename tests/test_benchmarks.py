@@ -3,6 +3,9 @@
 import gc
 import json
 import os
+import platform
+import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -77,6 +80,15 @@ def test_fma_peak_counts_its_operations():
             assert native.fma_peak(1000) == 2 * width * 12 * 1000 * native.threads()
     native.set_isa(before)
     assert native.fma_peak(0) == 0
+
+
+@pytest.mark.skipif(platform.machine() != "x86_64" or not shutil.which("g++"), reason="reads the code of g++ for x86")
+def test_fma_peak_runs_all_its_chains():
+    root = Path(__file__).resolve().parent.parent
+    flags = ("-O3", "-std=c++17", "-fopenmp", "-ffp-contract=off", "-I", "csrc", "-S", "-o", "-")  # as setup.py builds
+    made = subprocess.run(["g++", *flags, "csrc/cpu/peak.cpp"], cwd=root, capture_output=True, text=True, check=True)
+    for multiply in (r"mulps\s.*xmm", r"vfmadd\w+ps\s.*ymm", r"vfmadd\w+ps\s.*zmm"):
+        assert len(re.findall(multiply, made.stdout)) == 12
 
 
 def test_device(monkeypatch):

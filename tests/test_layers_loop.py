@@ -217,6 +217,182 @@ def test_what_cannot_be_looped_is_refused(case):
         step()
 
 
+def lookalike(kind, use):
+    """A model with a tensor of its own whose first dimension could be taken for the samples."""
+    model = Uses(lambda x, w, **_: use(x, model.table, w), w=(4,))
+    table = torch.randn(B, 4)
+    if kind == "buffer":
+        model.register_buffer("table", table)
+    else:
+        model.table = nn.Parameter(table)
+    return model
+
+
+SHARED = {
+    "loop": lambda x, table, w: x @ torch.sub(table, w).sin().T,
+    "add": lambda x, table, w: x @ (table + w).T,
+    "add view": lambda x, table, w: x @ (w + table[:, :]).sin().T,
+    "mul": lambda x, table, w: x @ (table * w).T,
+}
+
+
+@pytest.mark.parametrize("fallback", [None, "loop"])
+@pytest.mark.parametrize("kind", ["buffer", "excluded parameter"])
+@pytest.mark.parametrize("case", ["loop", "add", "add view", "mul"])
+def test_the_models_own_tensors_are_not_samples(case, kind, fallback):
+    model = lookalike(kind, SHARED[case])
+    message = "'w'.*model's 'table'" if fallback else "'w'"
+    scorer = SaliencyScorer(model, fallback=fallback, exclude=["table"])
+    with scorer, pytest.raises(UnsupportedLayer, match=message):
+        model(torch.randn(B, 4))
+
+
+@pytest.mark.parametrize("kind", ["buffer", "excluded parameter"])
+def test_a_layer_of_the_models_own_tensor_is_refused(kind):
+    model = lookalike(kind, lambda x, table, w: x @ (table @ w.view(4, 1)))
+    with SaliencyScorer(model, exclude=["table"]), pytest.raises(UnsupportedLayer, match="got 'table' of the model"):
+        model(torch.randn(B, B))
+
+
+@pytest.mark.parametrize("kind", ["buffer", "excluded parameter"])
+def test_the_models_own_tensors_are_shared_where_others_carry_the_samples(kind):
+    def use(x, table, w):
+        return torch.einsum("btd,td->btd", x, table) * torch.addcmul(x, table, w, value=0.5).sin()
+
+    model = randomized(lookalike(kind, use))
+    check_kept(model, data(B, 4))
+
+
+def check_kept(model, x):
+    scores, _, _ = truth(model, squares(model), [x])
+    scorer = SaliencyScorer(model, reduction="sum", fallback="loop", exclude=["table"])
+    with scorer:
+        squares(model)(x).sum().backward()
+    assert_equal(scorer.scores(), {"w": scores["w"]})
+
+
+def test_a_recurrent_state_of_the_model_is_refused():
+    class Stateful(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.inner = nn.GRU(4, 6, batch_first=True)
+            self.register_buffer("state", torch.zeros(1, B, 6))
+
+        def forward(self, x):
+            return self.inner(x, self.state)[0]
+
+    model = Stateful()
+    with SaliencyScorer(model, fallback="loop"), pytest.raises(UnsupportedLayer, match="state is 'state' of the model"):
+        model(torch.randn(B, 3, 4))
+
+
+def blind(x, w, other):
+    if has_torch_function((x, w)):
+        return handle_torch_function(blind, (x, w), x, w, other)
+    return x + w * other(x)
+
+
+@pytest.mark.parametrize("grads", [True, False])
+@pytest.mark.parametrize("twice", [False, True])
+@pytest.mark.parametrize("other", [lambda x: x - x.mean(0), lambda x: functional.dropout(x, 0.5)])
+def test_gradients_are_checked_where_results_cannot_tell(other, twice, grads):
+    def use(x, w):
+        y = blind(x, w, other)
+        return y + blind(x, w, torch.sin) if twice else y
+
+    model = Uses(use, w=(4,))
+    nn.init.zeros_(model.w)
+    scorer = SaliencyScorer(model, criterion="grad", fallback="loop", grads=grads)
+    with scorer, pytest.raises(UnsupportedLayer, match="gradients must sum to that of the batch"):
+        model(torch.randn(B, 4)).square().sum().backward()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_gradients_that_are_only_rounding_pass_the_check(dtype):
+    model = Uses(lambda x, w: torch.sub(x, w).softmax(-1), w=(1,)).to(dtype)
+
+    def call(x, w):
+        if has_torch_function((x, w)):
+            return handle_torch_function(call, (x, w), x, w)
+        return (x - w).softmax(-1)
+
+    model.use = call
+    scorer = SaliencyScorer(model, fallback="loop")
+    with scorer:
+        (model(torch.randn(B, 400, dtype=dtype)) * torch.randn(400, dtype=dtype)).float().sum().backward()
+    assert scorer.scores()["w"].abs().max() < 0.1
+
+
+def test_a_result_that_is_another_when_run_again_is_refused():
+    calls = []
+
+    def drifting(x, w):
+        if has_torch_function((x, w)):
+            return handle_torch_function(drifting, (x, w), x, w)
+        calls.append(x)
+        return x * w + (len(calls) == 1)
+
+    model = Uses(lambda x, w: drifting(x, w), w=(4,))
+    with SaliencyScorer(model, fallback="loop"), pytest.raises(UnsupportedLayer, match="the same when it is run again"):
+        model(torch.randn(B, 4)).sum().backward()
+
+
+@pytest.mark.parametrize("value", [torch.inf, torch.nan])
+def test_results_that_are_not_finite_keep_the_check(value):
+    def tainted(x, w):
+        if has_torch_function((x, w)):
+            return handle_torch_function(tainted, (x, w), x, w)
+        return torch.cat([x + w.detach() * 0, (x - x.mean(dim=0)) * w], dim=1)
+
+    model, x = Uses(lambda x, w: tainted(x, w), w=(4,)), torch.randn(B, 4)
+    x = torch.cat([x[:, :3], torch.full((B, 1), value)], dim=1)
+    with SaliencyScorer(model, fallback="loop"), pytest.raises(UnsupportedLayer, match="no statistics of the batch"):
+        model(x).sum().backward()
+
+
+def test_infinite_results_that_agree_are_accepted():
+    model = Uses(lambda x, w: torch.sub(x, w), w=(4,))
+    x = torch.randn(B, 4)
+    x[1, 2] = torch.inf
+    scorer = SaliencyScorer(model, criterion="grad", reduction="sum", fallback="loop")
+    with scorer:
+        model(x).sum().backward()
+    assert_equal(scorer.scores(), {"w": torch.full((4,), float(B))})
+
+
+def test_parameters_of_a_call_are_summed_in_their_own_precision():
+    def mixed(x, w, v):
+        if has_torch_function((x, w, v)):
+            return handle_torch_function(mixed, (x, w, v), x, w, v)
+        return x * v + (x * w).double()
+
+    model = Uses(lambda x, w, v: mixed(x, w, v), w=(4,), v=(4,))
+    model.v.data = model.v.data.double()
+    x = torch.rand(B, 4)
+    scorer = SaliencyScorer(model, criterion="grad", reduction="sum", fallback="loop")
+    with scorer:
+        model(x).sum().backward()
+    found = scorer.scores()
+    assert_equal({"v": found["v"]}, {"v": x.double().sum(0)}, rtol=1e-15)
+    assert_equal({"w": found["w"]}, {"w": x.double().sum(0)}, rtol=1e-6)
+
+
+def test_without_gradients_none_is_kept():
+    kept = []
+    model = nn.Bilinear(3, 4, 5)
+    scorer = SaliencyScorer(model, fallback="loop", grads=False)
+    record = scorer.record
+
+    def spy(use, piece):
+        kept.append(piece.gradient)
+        return record(use, piece)
+
+    scorer.record = spy
+    with scorer:
+        model(torch.randn(B, 3), torch.randn(B, 4)).sum().backward()
+    assert kept == [None, None]
+
+
 def test_packed_sequences_are_refused():
     model = nn.GRU(4, 6)
     packed = nn.utils.rnn.pack_padded_sequence(torch.randn(3, B, 4), torch.tensor([3, 3, 2, 1, 1]))
@@ -233,3 +409,26 @@ def test_without_the_fallback_the_message_names_it():
 def test_the_name_of_a_fallback_is_checked():
     with pytest.raises(ValueError, match="fallback must be None or 'loop'; got 'lop'"):
         SaliencyScorer(nn.Linear(2, 2), fallback="lop")
+
+
+def test_tensors_of_inference_mode_are_refused():
+    model = Uses(lambda x, w: torch.sub(x, w), w=(4,))
+    with torch.inference_mode():
+        x = torch.randn(B, 4)
+    with SaliencyScorer(model, fallback="loop"), pytest.raises(UnsupportedLayer, match="made in inference mode"):
+        model(x)
+
+
+@pytest.mark.parametrize("grads", [True, False])
+def test_coefficients_reach_the_total_of_a_looped_piece(grads):
+    model, x = Uses(lambda x, w: torch.sub(x, w).square(), w=(4,)), data(4)
+    model, pieces = model.double(), []
+    scorer = SaliencyScorer(model, fallback="loop", grads=grads)
+    record = scorer.record
+    scorer.record = lambda use, piece: (pieces.append(piece), record(use, piece))[1]
+    with scorer:
+        model(x).sum().backward()
+    gradients = -2 * (x - model.w.detach())
+    c = torch.tensor([2.0, 0, -1, 3, 1], dtype=torch.float64)
+    found = pieces[0].scaled(c).scaled(c).total((4,), torch.float64, x.device)
+    torch.testing.assert_close(found, (gradients * (c * c)[:, None]).sum(0))

@@ -8,6 +8,7 @@ from torch.nn import functional
 
 from cwfast import SaliencyScorer
 from cwfast.errors import UnsupportedLayer
+from cwfast.layers import PerSample
 
 B = 5
 
@@ -333,3 +334,81 @@ def test_low_rank_adapters_of_a_frozen_layer():
         squares(model)(x).sum().backward()
     assert list(scores) == ["a", "b"]
     assert_equal(scorer.scores(), scores)
+
+
+class Experts(nn.Module):
+    """Two products with experts that are looked up for each of k routes of every row, in this order."""
+
+    def __init__(self, turned, order):
+        super().__init__()
+        shape = (3, 4, 4)
+        self.first, self.up, self.down = (
+            nn.Linear(4, 4),
+            nn.Parameter(torch.empty(shape)),
+            nn.Parameter(torch.empty(shape)),
+        )
+        self.turned, self.order = turned, order
+
+    def product(self, x, w):
+        return torch.bmm(x.unsqueeze(1), w).squeeze(1) if self.turned else torch.bmm(w, x.unsqueeze(-1)).squeeze(-1)
+
+    def forward(self, x):
+        h = self.first(x).flatten(0, -2)
+        rows = torch.arange(len(h)).repeat_interleave(2)
+        experts = ((5 * h.detach()[rows].sum(-1)).long() + torch.arange(len(rows)) % 2) % 3
+        if self.order == "by expert":
+            turn = experts.argsort(stable=True)
+            rows, experts = rows[turn], experts[turn]
+        y = self.product(self.product(h[rows], self.up[experts]).tanh(), self.down[experts])
+        return torch.zeros_like(h).index_add(0, rows, y).unflatten(0, x.shape[:-1])
+
+
+@pytest.mark.parametrize("order", ["by row", "by expert"])
+@pytest.mark.parametrize("turned", [False, True])
+@pytest.mark.parametrize("shape", [(4,), (3, 4)], ids=str)
+def test_experts_looked_up_for_each_row(shape, turned, order):
+    run(Experts(turned, order), torch.randn(B, *shape, dtype=torch.float64))
+
+
+def test_consecutive_experts_of_the_samples_are_scored():
+    model = Uses(lambda x, w: torch.bmm(w[torch.arange(B)], x.unsqueeze(-1)).squeeze(-1), w=(B, 3, 4))
+    scorer = SaliencyScorer(model, criterion="grad", reduction="sum")
+    x = torch.randn(B, 4)
+    with scorer:
+        model(x).sum().backward()
+    torch.testing.assert_close(scorer.scores()["w"], x.abs()[:, None].expand(B, 3, 4))
+
+
+@pytest.mark.parametrize("fallback", [None, "loop"])
+@pytest.mark.parametrize(
+    "use",
+    [
+        lambda x, w: torch.einsum("bi,eoi->beo", x, w[torch.tensor([0, 2])]),
+        lambda x, w: torch.bmm(w[torch.tensor([0, 2])], x.T.expand(2, -1, -1)),
+        lambda x, w: x @ w[torch.tensor([0, 2])].sum(0).T,
+        lambda x, w: torch.bmm(w[torch.arange(2)], x.T.reshape(2, 4, 1)),
+    ],
+)
+def test_experts_that_all_samples_share_are_refused(use, fallback):
+    model, x = Uses(use, w=(3, 3, 4)), torch.randn(2, 4, requires_grad=True)
+    scorer = SaliencyScorer(model, fallback=fallback)
+    with scorer, pytest.raises(UnsupportedLayer, match="'w' is used as W\\[experts\\]"):
+        model(x).sum().backward()
+
+
+def test_per_sample_gradients_of_another_shape_are_refused():
+    out, grad = torch.zeros(4), torch.empty(4)
+    with pytest.raises(ValueError, match=r"must have the shape \(4,\) of the weight; got \(1, 4\)"):
+        PerSample(torch.ones(B, 1, 4)).accumulate_(out, 1, None, 1.0, grad, "auto")
+
+
+def test_indices_that_the_model_holds_are_not_samples():
+    def use(x, w):
+        indices = model.indices[None] if x.shape[1] == 2 else model.indices
+        return x[:, :1] * functional.embedding(indices, w).sum(-1)
+
+    model = Uses(use, w=(4, 3))
+    model.register_buffer("indices", torch.arange(B).flip(0) % 4)
+    with SaliencyScorer(model), pytest.raises(UnsupportedLayer, match="got 'indices' of the model"):
+        model(torch.randn(B, 1))
+    run(model, torch.randn(B, 2, dtype=torch.float64))  # as [1, T] they are looked up for every sample

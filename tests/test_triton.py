@@ -158,3 +158,14 @@ def test_samples_are_shared_out_only_where_tiles_are_few():
     assert saliency.shares_of(3, 1, tile, 132) == 3  # samples
     assert saliency.shares_of(64, 1, tile, 132) == saliency.MOST_SHARES
     assert saliency.shares_of(64, 128, 8 * tile, 1024) == 1  # the workspace
+
+
+def test_rows_are_copied_once_for_saliency_and_gradient(monkeypatch):
+    launched = []
+    monkeypatch.setattr(saliency, "_launch", lambda out, inputs, grads, *_: launched.append((inputs, grads)))
+    rows, out = torch.randn(3, 5), torch.zeros(5, 5)  # 5 columns: not 16 bytes at a time
+    saliency.accumulate_saliency_(out, rows, rows, torch.arange(4), 1, 1.0, None, out.clone(), True)
+    (inputs, grads), (inputs_again, grads_again) = launched
+    assert inputs is inputs_again
+    assert grads is grads_again
+    assert inputs.shape == grads.shape == (3, 16)

@@ -20,11 +20,13 @@ constexpr int64_t kPerChunk = 1 << 16;  // rounds between looks at Ctrl-C: under
 // x = x * m + m, which tends to m / (1 - m): neither zero, denormal nor infinite.
 constexpr float kFactor = 0.5f;
 
-// Every instruction set's loop returns a sum, so that the compiler cannot drop the work.
+// Every instruction set's loop returns a sum, so that the compiler cannot drop the work; and its chains start from
+// values of their own, or they would be one chain to the compiler.
 float portable(int64_t rounds) {
   typedef float Vec __attribute__((vector_size(16)));  // as the kernels' portable path
-  Vec x[kChains] = {};
+  Vec x[kChains];
   const Vec m = {kFactor, kFactor, kFactor, kFactor};
+  for (int c = 0; c < kChains; ++c) x[c] = m + static_cast<float>(c);
   for (int64_t r = 0; r < rounds; ++r)
 #pragma GCC unroll 16
     for (int c = 0; c < kChains; ++c) x[c] = x[c] * m + m;
@@ -37,7 +39,7 @@ float portable(int64_t rounds) {
 __attribute__((target("avx2,fma"))) float avx2(int64_t rounds) {
   __m256 x[kChains];
   const __m256 m = _mm256_set1_ps(kFactor);
-  for (__m256& v : x) v = m;
+  for (int c = 0; c < kChains; ++c) x[c] = _mm256_set1_ps(kFactor + static_cast<float>(c));
   for (int64_t r = 0; r < rounds; ++r)
 #pragma GCC unroll 16
     for (int c = 0; c < kChains; ++c) x[c] = _mm256_fmadd_ps(x[c], m, m);
@@ -49,7 +51,7 @@ __attribute__((target("avx2,fma"))) float avx2(int64_t rounds) {
 __attribute__((target("avx512f"))) float avx512(int64_t rounds) {
   __m512 x[kChains];
   const __m512 m = _mm512_set1_ps(kFactor);
-  for (__m512& v : x) v = m;
+  for (int c = 0; c < kChains; ++c) x[c] = _mm512_set1_ps(kFactor + static_cast<float>(c));
   for (int64_t r = 0; r < rounds; ++r)
 #pragma GCC unroll 16
     for (int c = 0; c < kChains; ++c) x[c] = _mm512_fmadd_ps(x[c], m, m);
@@ -59,7 +61,7 @@ __attribute__((target("avx512f"))) float avx512(int64_t rounds) {
 }
 #endif
 
-volatile float sink;
+volatile float sink;  // written once a call
 
 }  // namespace
 
@@ -74,11 +76,13 @@ int64_t fma_peak(int64_t rounds) {
 #endif
   const int count = threads();
   Region region;
-#pragma omp parallel for schedule(static, 1) num_threads(count)
+  float sum = 0;
+#pragma omp parallel for schedule(static, 1) num_threads(count) reduction(+ : sum)
   for (int i = 0; i < count; ++i)
     for (int64_t done = 0; done < rounds; done += kPerChunk)
-      region.run([&] { sink = loop(std::min(kPerChunk, rounds - done)); });
+      region.run([&] { sum += loop(std::min(kPerChunk, rounds - done)); });
   region.finish();
+  sink = sum;
   return 2 * width * kChains * rounds * count;
 }
 

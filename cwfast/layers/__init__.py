@@ -33,10 +33,19 @@ class Tracker(Protocol):
     """What a rule sees of the scorer."""
 
     batch_now: Batch  # the samples of the current forward pass
+    wants_gradients: bool  # whether parameters get a gradient
     dim: int  # the dimension of a layer's tensors that holds the samples: 0, but inside multi-head attention 1
 
     def tracks(self, value: object) -> bool:
         """Whether this is a parameter that is scored, or a view of one."""
+
+    def name_of(self, parameter: Tensor) -> str:
+        """Of the parameter that this is, or is a view of."""
+
+    def shared(self, x: Tensor, dim: int = 0) -> str | None:
+        """The name of the model's buffer or parameter in whose memory x lies, so that all samples share x; None: of no
+        one, or expanded along ``dim``, or there is one sample.
+        """
 
     def use(self, parameter: Tensor | None, owner: Tensor | None = None) -> Any:
         """A handle (a Use) for one use of a parameter in this forward pass; None where it is not scored.

@@ -56,7 +56,7 @@ def _sum_to(grad: Tensor, x: Tensor) -> Tensor:
 def mul(tracker: Tracker, input: Any, other: Any) -> Any:
     """Scores ``w * x`` and ``x * w``."""
     x, weight = (input, other) if tracker.tracks(other) else (other, input)
-    if not isinstance(x, Tensor) or tracker.tracks(x) or not _meets_a_batch(x, weight):
+    if not isinstance(x, Tensor) or tracker.tracks(x) or tracker.shared(x) or not _meets_a_batch(x, weight):
         return NotImplemented
     return scored(
         tracker,
@@ -76,7 +76,7 @@ def add(tracker: Tracker, input: Any, other: Any, *, alpha: float = 1) -> Any:
         return NotImplemented
     if not isinstance(x, Tensor) or (x.ndim == 0 and not x.requires_grad):
         return tracker.alias(torch.add(input, other), weight)
-    if not _meets_a_batch(x, weight):
+    if tracker.shared(x) or not _meets_a_batch(x, weight):
         return NotImplemented
     return scored(tracker, torch.add, x, (weight,), (added,), input_gradient=lambda x, grad, weight: _sum_to(grad, x))
 

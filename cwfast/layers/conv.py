@@ -18,6 +18,7 @@ _backward = torch.ops.aten.convolution_backward.default
 
 
 CHUNK = 1 << 18  # entries of the samples' gradients that are computed at once: they stay in the cache
+LARGE = 1 << 20  # entries of a weight of which two 16-bit gradients at once take too much memory
 
 
 def _of_weight(
@@ -30,7 +31,8 @@ def _of_weight(
 
     def backward(a: Tensor, d: Tensor, samples: int) -> Tensor:
         """The gradient of ``samples`` weights, each in groups of its own."""
-        weights = torch.zeros((), dtype=dtype, device=weight.device).expand(samples * shape[0], *shape[1:])  # a shape
+        # Its shape is all that is read. An expanded entry would be made contiguous: written, and in memory.
+        weights = torch.empty((samples * shape[0], *shape[1:]), dtype=dtype, device=weight.device)
         mask = (False, True, False)
         found: Tensor = _backward(d.to(dtype), a.to(dtype), weights, None, *arguments_of_all, samples * groups, mask)[1]
         return found
@@ -47,11 +49,11 @@ def _of_weight(
 
 def _samples_at_once(weight: Tensor, dtype: torch.dtype) -> int:
     """Samples become groups of one convolution. Small gradients share a call's overhead; in 16 bits oneDNN needs two
-    samples or more for its fast kernels (three to five times as fast). Elsewhere many groups are slow.
+    samples or more for its fast kernels, which are worth it up to LARGE. Elsewhere many groups are slow.
     """
     if weight.device.type != "cpu":
         return 1
-    return max(CHUNK // max(1, weight.numel()), 1 if dtype.itemsize > 2 else 2)
+    return max(CHUNK // max(1, weight.numel()), 1 if dtype.itemsize > 2 or weight.numel() > LARGE else 2)
 
 
 def _of_bias(layout: Layout, x: Tensor, grad: Tensor, bias: Tensor) -> Piece:

@@ -5,6 +5,7 @@ from typing import Any
 from torch import Tensor
 from torch.nn import functional
 
+from cwfast.errors import UnsupportedLayer
 from cwfast.layers import Tracker, register
 from cwfast.layers.pieces import Lookup, Piece
 from cwfast.layers.samples import Layout
@@ -39,7 +40,15 @@ def embedding(
     def run(x: Tensor, w: Tensor) -> Tensor:
         return functional.embedding(x, w, padding_idx)
 
-    return scored(tracker, run, _with_samples(tracker, input, samples), (weight,), (gradient,))
+    indices = _with_samples(tracker, input, samples)
+    if indices is input and tracker.batch_now.cu_seqlens is None:
+        name = tracker.shared(input, tracker.dim)
+        if name is not None:
+            raise UnsupportedLayer(
+                f"an embedding's indices must belong to the samples; got {name!r} of the model (shape "
+                f"{tuple(input.shape)}), which all of them share. Give it as [1, T] or expand it to one for each sample"
+            )
+    return scored(tracker, run, indices, (weight,), (gradient,))
 
 
 def _with_samples(tracker: Tracker, indices: Tensor, samples: int) -> Tensor:

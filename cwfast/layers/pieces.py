@@ -11,6 +11,9 @@ from torch import Tensor
 from cwfast import ops
 from cwfast.layers.samples import offsets_of
 
+KEPT = (
+    1 << 18
+)  # entries of a chunk that may stay until the next: freed, its memory would go back to the system each time
 TILE = 1 << 20  # entries of the buffer in which a sample's uses of a weight of several kinds are summed
 
 
@@ -183,6 +186,11 @@ class PerSample(Piece):
     def accumulate_(
         self, out: Tensor, power: int, factor: Tensor | None, scale: float, grad: Tensor | None, backend: str
     ) -> None:
+        if self.gradients.shape[1:] != out.shape:
+            raise ValueError(
+                f"a sample's gradient must have the shape {tuple(out.shape)} of the weight; "
+                f"got {tuple(self.gradients.shape[1:])}"
+            )
         g = self.gradients.to(out.dtype)
         if grad is not None:
             torch.sum(g, dim=0, out=grad)
@@ -259,6 +267,10 @@ class Lookup(_Rows):
 class Computed(Piece):
     """A gradient that is computed a few samples at a time, so that no ``[B, *shape]`` exists.
 
+    Memory of ``accumulate_`` beside scores and gradient: one chunk (two, if of up to KEPT entries) as ``compute`` gives
+    it, and what that needs to run; one sample's gradient in the dtype of the scores where that is another; with a
+    factor, the sums that wait for it.
+
     Args:
         samples: B.
         compute: ``compute(begin, end) -> [end - begin, *shape]``, the gradients of these samples, a new tensor.
@@ -278,22 +290,34 @@ class Computed(Piece):
         self.chunk, self.coefficients = chunk, coefficients
 
     def _chunks(self, dtype: torch.dtype) -> Iterator[tuple[int, Tensor]]:
-        """The first sample of each chunk, and the gradients of its samples."""
+        """The first sample of each chunk, and the gradients of its samples; one sample's where they are converted.
+
+        The caller lets go of them before it asks for more: two large ones are not to be in memory at once.
+        """
         for begin in range(0, self.samples, self.chunk):
-            end = min(begin + self.chunk, self.samples)
-            gradients = self.compute(begin, end).to(dtype)
-            if self.coefficients is not None:
-                gradients *= _over(self.coefficients[begin:end], gradients)
-            yield begin, gradients
+            gradients = self.compute(begin, min(begin + self.chunk, self.samples))
+            step = len(gradients) if gradients.dtype == dtype else 1
+            for k in range(0, len(gradients), step):
+                part = gradients[k : k + step].to(dtype)
+                if self.coefficients is not None:
+                    part *= _over(self.coefficients[begin + k : begin + k + step], part)
+                yield begin + k, part
+                del part
+            if gradients.numel() > KEPT:
+                del gradients
 
     def add_to(self, out: Tensor, sample: int) -> None:
         one = self.compute(sample, sample + 1)[0]
         out.add_(one, alpha=1 if self.coefficients is None else float(self.coefficients[sample]))
 
     def scaled(self, coefficients: Tensor) -> "Computed":
+        if self.coefficients is not None:
+            coefficients = coefficients * self.coefficients
         return Computed(self.samples, self.compute, self.together, self.chunk, coefficients)
 
     def total(self, shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> Tensor:
+        if self.coefficients is not None:
+            return super().total(shape, dtype, device)
         return self.together().to(dtype)
 
     def accumulate_(
@@ -304,17 +328,22 @@ class Computed(Piece):
         total = out if factor is None else torch.zeros(out.shape, dtype=out.dtype, device=out.device)
         for _, gradients in self._chunks(out.dtype):
             if grad is not None:
-                for gradient in gradients:
-                    grad += gradient
-            for gradient in gradients.abs_() if power == 1 else gradients.square_():
-                total.add_(gradient, alpha=abs(scale) ** power)
+                for k in range(len(gradients)):
+                    grad += gradients[k]
+            gradients = gradients.abs_() if power == 1 else gradients.square_()
+            for k in range(len(gradients)):
+                total.add_(gradients[k], alpha=abs(scale) ** power)
+            del gradients
         if factor is not None:
-            out.addcmul_(total, magnitude(factor, out.dtype, power))
+            for _ in range(power):  # in place: no magnitude of the factor in memory
+                total *= factor
+            out += total.abs_()
 
     def square_norms(self, shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> Tensor:
         norms = torch.zeros(self.samples, dtype=dtype, device=device)
         for begin, gradients in self._chunks(dtype):
             norms[begin : begin + len(gradients)] = gradients.square_().flatten(1).sum(dim=1)
+            del gradients
         return norms
 
 

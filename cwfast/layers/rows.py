@@ -17,6 +17,11 @@ def owner_of(x: Tensor, samples: int) -> Tensor | None:
     return _walk(x.grad_fn, samples) if x.ndim == 2 and samples else None
 
 
+def owner_behind(node: Any, samples: int) -> Tensor | None:
+    """The same of the 2-D tensor that the autograd node ``node`` made."""
+    return _walk(node, samples)
+
+
 # Backward nodes whose result has the rows of their first input, by name without "Backward0".
 _KEEP_ROWS = (
     " Add Addmm Alias Celu Clamp Clone Cos Div Elu Exp FusedDropout Gelu Hardsigmoid Hardswish Hardtanh LeakyRelu Log "
@@ -27,6 +32,7 @@ _CUT = ("Slice", "Split", "SplitWithSizes")
 
 
 def _walk(node: Any, samples: int) -> Tensor | None:
+    squeezed = False  # behind it lies a 3-D tensor, of which only an owner that was noted tells
     for _ in range(100):  # a bound, not a limit that models meet
         if node is None:
             return None
@@ -34,6 +40,9 @@ def _walk(node: Any, samples: int) -> Tensor | None:
             return node.row_owner
         sizes: tuple[int, ...] = tuple(getattr(node, "_saved_self_sym_sizes", ()))
         kind = type(node).__name__.rstrip("0123456789").removesuffix("Backward")
+        squeezed |= kind == "Squeeze"
+        if squeezed and kind != "Squeeze" and f" {kind} " not in _KEEP_ROWS:
+            return None
         if kind in ("Index", "IndexSelect"):
             _refuse_checkpointing()
             return _picked(node, sizes, samples)
@@ -42,7 +51,7 @@ def _walk(node: Any, samples: int) -> Tensor | None:
                 f"a scored layer's rows must be traced to their samples; got rows that {kind.lower()} took from "
                 "others. Pick rows by an index, or pass tensors whose first dimension is the samples"
             )
-        if f" {kind} " not in _KEEP_ROWS and kind not in _CUT:
+        if not squeezed and f" {kind} " not in _KEEP_ROWS and kind not in _CUT:
             return None  # flattened here, or made anew: the shapes tell
         following = [next_node for next_node, _ in node.next_functions if next_node is not None]
         following.sort(key=lambda item: type(item).__name__ == "AccumulateGrad")  # stable: weights last

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from cwfast.errors import UnsupportedLayer
 from cwfast.layers.pieces import Piece
 from cwfast.layers.rows import owner_of
 from cwfast.layers.samples import Layout, Whole
@@ -52,6 +53,11 @@ def scored(
         owner: ``[rows]``, the sample of each row of a 2-D x; None: found from the shapes and the graph of x.
     """
     samples = tracker.batch_now.size
+    if x is not None and x.is_floating_point() and (name := tracker.shared(x, tracker.dim)) is not None:
+        raise UnsupportedLayer(
+            f"a scored layer's input must belong to the samples; got {name!r} of the model (shape {tuple(x.shape)}), "
+            "which all of them share. Expand it to one for each sample, or exclude the parameter that it meets"
+        )
     if owner is None and x is not None and samples is not None and tracker.dim == 0:
         owner = owner_of(x, samples)
     uses = [tracker.use(weight, owner) for weight in weights]

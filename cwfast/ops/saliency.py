@@ -26,7 +26,7 @@ def accumulate_saliency_(
     """Add ``|scale * factor|**power * sum_b |G_b|**power`` to ``out``, ``G_b = sum_t grad_outputs[b,t] x inputs[b,t]``.
 
     ``G_b`` is sample b's gradient of the weight ``W [O, I]`` of ``y = x W^T``; no ``[B, O, I]`` ever exists. NaN and
-    infinity propagate as in a matrix product. Sums are float32 (float64 for float64), in sample order: same bits on
+    infinity propagate as in a matrix product. Sums are float32 (float64 for float64), in a fixed order: same bits on
     every run for the same backend, machine and thread count. B, T, O and I may be 0.
 
     Args:

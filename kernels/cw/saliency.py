@@ -190,6 +190,7 @@ def accumulate_saliency_(
     """
     if out.numel() == 0 or len(inputs) == 0:
         return
+    inputs, grad_outputs = _wide_rows(inputs), _wide_rows(grad_outputs)
     if not one_row:
         _launch(out, inputs, grad_outputs, row_offsets, power, scale, factor, grad, False)
         return
@@ -224,7 +225,6 @@ def _launch(
     one_row: bool,
 ) -> None:
     rows, columns = out.shape
-    inputs, grad_outputs = _wide_rows(inputs), _wide_rows(grad_outputs)
     short = not one_row and len(inputs) <= SHORT * (len(row_offsets) - 1)
     config = tiles(inputs.dtype, one_row, power, short, torch.version.hip is not None)
     if one_row:
