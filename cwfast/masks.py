@@ -302,8 +302,8 @@ def streamed(
     for name, parameter in model.named_parameters(remove_duplicate=False):
         aliases.setdefault(id(parameter), []).append(name)
     names = {n: next((a for a in aliases[id(p)] if a in source), n) for n, p in parameters.items()}
-    shapes = source.shapes
-    check_shapes({name: shapes[stored] for name, stored in names.items() if stored in shapes}, parameters)
+    shapes = {name: source.entry(stored).shape for name, stored in names.items() if stored in source}
+    check_shapes(shapes, parameters)
     picks = {name: _picks.to_device(masks.picks(name), "cpu") for name in parameters}
     return _streaming.gather(source, picks, names)
 
