@@ -33,9 +33,9 @@ def freeze(
     zeroed as they arrive (before any clipping, so that they do not count in its norm), and their values are restored
     after each step. A step that calls a closure several times (LBFGS) may move them in between.
 
-    Memory of the model and again of each member of ``also``: the values of the selected entries and a copy of their
-    positions. In float32 that is 6 bytes each of a list, and 4 more than packed bits take (1/8 byte a weight) of a
-    denser selection. Besides, zeros for the largest parameter's selected entries, and the list that ``masks`` keeps.
+    Memory, for the model and again for each member of ``also``: values and positions of the selected entries; in
+    float32 6 bytes each where they are below 1/16 of a parameter, else 4 bytes each and 1/8 byte a weight. Besides,
+    zeros for the largest parameter's selected entries, and the positions that ``masks`` itself keeps.
 
     Args:
         model: its parameters named by ``masks``.
