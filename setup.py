@@ -1,9 +1,9 @@
 """Builds cwfast._C: one torch-free pybind11 module, each source compiled for its own instruction set.
 
 Environment: CWFAST_NO_EXT=1 installs without the module (backend `reference` only, any platform);
-CXX names the compiler, CXXFLAGS and LDFLAGS add to its flags (as tests/sanitize.py does); MAX_JOBS bounds the
-parallel compilations. CUDA kernels are built where nvcc is found: CWFAST_CUDA=0 skips them, CWFAST_CUDA=1 insists;
-CUDA_HOME names the toolkit, CWFAST_CUDA_ARCHS the architectures.
+CXX names the compiler, CXXFLAGS and LDFLAGS add to its flags, CWFAST_OPTIMIZE stands in for -O3 (tests/sanitize.py
+sets all three); MAX_JOBS bounds the parallel compilations. CUDA kernels are built where nvcc is found: CWFAST_CUDA=0
+skips them, CWFAST_CUDA=1 insists; CUDA_HOME names the toolkit, CWFAST_CUDA_ARCHS the architectures.
 """
 
 import os
@@ -66,8 +66,11 @@ class BuildExt(build_ext):
         cxx = os.environ.get("CXX", "c++")
         includes = [ROOT / "csrc", pybind11.get_include(), sysconfig.get_paths()["include"]]
         # -ffp-contract=off: the scalar path must not fuse what the reference does in two roundings.
+        # The environment's flags come first (a distribution's CXXFLAGS has -O2 and may have -ffast-math): ours decide.
         flags = [
-            "-O3",
+            *shlex.split(os.environ.get("CXXFLAGS", "")),
+            os.environ.get("CWFAST_OPTIMIZE", "-O3"),
+            "-fno-fast-math",
             "-std=c++17",
             "-fPIC",
             "-fvisibility=hidden",
@@ -77,7 +80,6 @@ class BuildExt(build_ext):
             "-Wextra",
         ]
         flags += [f"-I{path}" for path in includes]
-        flags += shlex.split(os.environ.get("CXXFLAGS", ""))
         cuda = cuda_home()
         if cuda:
             flags.append("-DCWFAST_WITH_CUDA")

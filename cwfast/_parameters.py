@@ -36,7 +36,7 @@ def initial_values(initial: Initial, expected: Mapping[str, Tensor], what: str =
         found = initial
     elif isinstance(initial, str | os.PathLike):
         checkpoint = Checkpoint(initial)
-        check_shapes(checkpoint.shapes, expected, what)
+        check_shapes({name: checkpoint.entry(name).shape for name in expected if name in checkpoint}, expected, what)
         found = {name: checkpoint.tensor(name) for name in expected}
     else:
         raise TypeError(

@@ -48,9 +48,13 @@ def to_bits(bits: Bits, numel: int) -> Tensor:
         return bits
     packed = torch.zeros(packed_bytes(numel), dtype=torch.uint8, device=bits[0].device)
     for indices in _list_parts(bits):
-        one = (1 << (indices & 7)).to(torch.uint8)
-        packed.scatter_add_(0, indices >> 3, one)  # each entry comes once: a sum of different bits is their union
+        set_(packed, indices)
     return packed
+
+
+def set_(packed: Tensor, indices: Tensor) -> None:
+    """Sets bits that are not set, each named once: a sum of different bits is their union."""
+    packed.scatter_add_(0, indices >> 3, (1 << (indices & 7)).to(torch.uint8))
 
 
 def to_indices(bits: Bits, numel: int) -> Tensor:

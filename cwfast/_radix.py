@@ -1,7 +1,8 @@
 """Exact top-k of scores that are never in one place: histograms of keys, summed over pieces (and ranks).
 
 The key of a non-negative float is its bits as an integer, which has the floats' order; 16 bits of it are decided per
-pass, from the highest. float32 scores take two passes for the threshold and one to mark the selected entries.
+pass, from the highest. ``threshold`` takes two passes for float32, then one marks the selected entries; reads of files
+(``_streaming``) may leave out the second and have passes of their own.
 """
 
 from collections.abc import Callable, Iterable
@@ -12,7 +13,7 @@ from torch import Tensor
 
 from cwfast import _picks
 
-_DIGIT = 16
+DIGIT = 16  # bits of a key that one pass decides: the counters of a thread (256 KB) stay in its second-level cache
 _INT = {2: torch.int16, 4: torch.int32, 8: torch.int64}
 Reduce = Callable[[Tensor], Tensor]
 
@@ -52,18 +53,18 @@ def threshold(pieces: Callable[[], Iterable[Tensor]], item_size: int, k: int, re
     if k == 0:
         return Threshold(_above(item_size), 0)
     prefix, remaining = 0, k
-    for shift in range(8 * item_size - _DIGIT, -1, -_DIGIT):
-        histogram = torch.zeros(1 << _DIGIT, dtype=torch.int64)
+    for shift in range(8 * item_size - DIGIT, -1, -DIGIT):
+        histogram = torch.zeros(1 << DIGIT, dtype=torch.int64)
         for piece in pieces():
-            if shift + _DIGIT < 8 * item_size:
-                rest = piece[piece >> (shift + _DIGIT) == prefix]
+            if shift + DIGIT < 8 * item_size:
+                rest = piece[piece >> (shift + DIGIT) == prefix]
             else:
                 rest = piece[piece >= 0] if len(piece) and int(piece.amin()) < 0 else piece
-            histogram += torch.bincount((rest >> shift) & ((1 << _DIGIT) - 1), minlength=1 << _DIGIT)
+            histogram += torch.bincount((rest >> shift) & ((1 << DIGIT) - 1), minlength=1 << DIGIT)
         from_top = reduce(histogram).flip(0).cumsum(0)
         place = int(torch.searchsorted(from_top, remaining))
         remaining -= int(from_top[place - 1]) if place else 0
-        prefix = prefix << _DIGIT | ((1 << _DIGIT) - 1 - place)
+        prefix = prefix << DIGIT | ((1 << DIGIT) - 1 - place)
     return Threshold(prefix, remaining)
 
 

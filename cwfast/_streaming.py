@@ -11,9 +11,8 @@ from torch import Tensor
 from cwfast import _backends, _checks, _picks, _radix, ops
 from cwfast.checkpoint import Checkpoint
 from cwfast.ops.rewind import Bits
-from cwfast.ops.select import packed_bytes
+from cwfast.ops.select import check_options, invalid, packed_bytes
 
-_DIGIT = 16  # bits of a key that one read decides: the counters of a thread (256 KB) stay in its second-level cache
 _KEPT = 1 << 22  # entries that the last read may keep, 16 bytes each
 
 
@@ -75,8 +74,7 @@ def select_topk(
             f"scores must have one dtype of {_checks.FLOATS}; got {sorted(map(str, dtypes))} in {scores.path}"
         )
     numel = {name: math.prod(scores.entries[name].shape) for name in names}
-    if not 0 <= k <= sum(numel.values()):
-        raise ValueError(f"k must lie between 0 and {sum(numel.values())}, the number of scores; got {k}")
+    check_options(k, sum(numel.values()), nan)
     dtype = dtypes.pop() if dtypes else torch.float32
     pieces = _Pieces(scores, names, dtype, _backends.resolve(backend, torch.device("cpu"), ("reference", "cpu")))
     bracket = _bracket(pieces, k)
@@ -93,17 +91,20 @@ def select_topk(
                 at.append(inside + begin)
             elif ties and marks.within:
                 inside = _picks.to_indices(marks.inside, len(piece))[:ties]
-                _set(marks.bits, inside)
+                _picks.set_(marks.bits, inside)
                 ties -= len(inside)
             parts.append(marks.bits)
-        if bad[1] or (bad[0] and nan == "raise"):
-            raise ValueError(f"scores must not be NaN or negative; got {bad[0]} NaN and {bad[1]} negative in {name!r}")
+        where = f"scores[{name!r}], shape {scores.entries[name].shape}"
+        if message := invalid(bad[0], bad[1], nan == "skip", numel[name], where):
+            raise ValueError(message)
         nans += bad[0]
         picks.append(_picks.compact(torch.cat(parts), numel[name]))
         at.append(torch.tensor([-1]))  # ends a tensor's
         keys.append(at[-1])
     if k > sum(numel.values()) - nans:
-        raise ValueError(f"k must be at most {sum(numel.values()) - nans}, the scores that are not NaN; got {k}")
+        raise ValueError(
+            f"k must be at most {sum(numel.values()) - nans}, the number of scores that are not NaN; got {k}"
+        )
     if k == 0:
         return picks, math.inf
     if bracket.high - bracket.low == 1:
@@ -120,7 +121,7 @@ class _Bracket(NamedTuple):
 def _bracket(pieces: _Pieces, k: int) -> _Bracket:
     """By reads that count; nothing is above and inside it where k is 0 or more than there are valid scores."""
     top = int(_radix.keys(torch.tensor([math.inf], dtype=pieces.dtype)))
-    low, above, shift = 0, 0, max(top.bit_length() - _DIGIT, 0)
+    low, above, shift = 0, 0, max(top.bit_length() - _radix.DIGIT, 0)
     count = (top >> shift) + 1
     while k:
         bins = pieces.histogram(low, shift, count)
@@ -132,8 +133,8 @@ def _bracket(pieces: _Pieces, k: int) -> _Bracket:
         above = int(from_top[place]) - inside
         low += (count - 1 - place) << shift
         if shift == 0 or inside <= _KEPT:
-            return _Bracket(low, low + (1 << shift), k - above)
-        before, shift = shift, max(shift - _DIGIT, 0)
+            return _Bracket(low, min(low + (1 << shift), top + 1), k - above)
+        before, shift = shift, max(shift - _radix.DIGIT, 0)
         count = 1 << (before - shift)
     return _Bracket(top + 1, top + 1, 0)
 
@@ -153,7 +154,7 @@ def _finish(
         more = at[begin:end][chosen[begin:end]]
         if len(more):
             bits = _picks.to_bits(bits, numel[i])
-            _set(bits, more)
+            _picks.set_(bits, more)
             bits = _picks.compact(bits, numel[i])
         found.append(bits)
         begin = end + 1
@@ -166,11 +167,6 @@ def _numbered(pieces: Iterable[Tensor]) -> Iterator[tuple[int, Tensor]]:
     for piece in pieces:
         yield begin, piece
         begin += len(piece)
-
-
-def _set(bits: Tensor, indices: Tensor) -> None:
-    """Sets bits that are not set: a sum of different bits is their union."""
-    bits.scatter_add_(0, indices >> 3, (1 << (indices & 7)).to(torch.uint8))
 
 
 def positive(scores: Checkpoint, names: Sequence[str]) -> int:
@@ -188,7 +184,7 @@ def gather(source: Checkpoint, picks: Mapping[str, Bits], names: Mapping[str, st
     """
     found = []
     for name, bits in picks.items():
-        parts = [torch.empty(0, dtype=source.entries[names[name]].dtype)]
+        parts = [torch.empty(0, dtype=source.entry(names[name]).dtype)]
         if _picks.count(bits):
             for begin, piece in _numbered(source.pieces(names[name])):
                 parts += ops.gather([piece], [_picks.part(bits, begin, begin + len(piece))])

@@ -18,6 +18,7 @@ _SETTINGS = (  # every environment variable that the code reads, so that a missp
     "CWFAST_CUDA_ARCHS",
     "CWFAST_FUZZ",
     "CWFAST_NO_EXT",
+    "CWFAST_OPTIMIZE",
 )
 
 

@@ -11,9 +11,8 @@ from torch.distributed.tensor import DTensor, Replicate
 from torch.distributed.tensor import Shard as ShardOf
 
 from cwfast import _checks, _picks, _radix
-from cwfast.ops.select import NAN_POLICIES, TRANSFORMS, Selection
-
-_PIECE = 1 << 22  # entries worked on at a time: a multiple of 64, so that packed pieces join
+from cwfast.checkpoint.reader import PIECE
+from cwfast.ops.select import Selection, check_options
 
 
 class Shard(NamedTuple):
@@ -106,7 +105,7 @@ def select_topk(
 
     def pieces() -> Iterator[Tensor]:
         for flat in flats:
-            yield from (_radix.keys(piece).cpu() for piece in flat.split(_PIECE))
+            yield from (_radix.keys(piece).cpu() for piece in flat.split(PIECE))
 
     def summed(histogram: Tensor) -> Tensor:
         histogram = histogram.to(_device(group))
@@ -117,7 +116,7 @@ def select_topk(
     bits = []
     for flat, quota in zip(flats, _quotas(shards, flats, key, ties, group), strict=True):
         parts = [torch.empty(0, dtype=torch.uint8, device=flat.device)]
-        for piece in flat.split(_PIECE):
+        for piece in flat.split(PIECE):
             part, quota = _radix.mark(_radix.keys(piece), key, quota)
             parts.append(part)
         bits.append(torch.cat(parts))
@@ -137,10 +136,7 @@ def _refusal(
                 raise ValueError(
                     f"tensor and offset must be ints of at least 0; got {shard.tensor!r}, {shard.offset!r}"
                 )
-        if type(k) is not int or k < 0:
-            raise ValueError(f"k must be an int of at least 0; got {k!r}")
-        if nan not in NAN_POLICIES or transform not in TRANSFORMS:
-            raise ValueError(f"nan must be of {NAN_POLICIES}, transform of {TRANSFORMS}; got {nan!r}, {transform!r}")
+        check_options(k, None, nan, transform)
     except (TypeError, ValueError) as error:
         return error, None
     return None, values[0].dtype if values else None
@@ -158,7 +154,7 @@ def _check_shards(
     rows = []
     for shard, flat in zip(shards, flats, strict=True):
         bad = torch.zeros(2, dtype=torch.int64, device=flat.device)
-        for piece in flat.split(_PIECE):
+        for piece in flat.split(PIECE):
             bad += _radix.check(piece, absolute)
         rows.append([shard.tensor, shard.offset, len(flat), *bad.tolist()])
     everyone = sorted(row for row in _gather_rows(rows, group, columns=5) if row[2])
@@ -189,7 +185,7 @@ def _quotas(
     """How many of its entries at the threshold each shard selects: the lowest (tensor, flat index) of all ranks'."""
     rows = []
     for shard, flat in zip(shards, flats, strict=True):
-        equal = sum(int((_radix.keys(piece) == key).sum()) for piece in flat.split(_PIECE))
+        equal = sum(int((_radix.keys(piece) == key).sum()) for piece in flat.split(PIECE))
         rows.append([shard.tensor, shard.offset, equal])
     quota: dict[tuple[int, int], int] = {}
     for tensor, offset, equal in sorted(row for row in _gather_rows(rows, group, columns=3) if row[2]):

@@ -8,13 +8,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from cwfast import _picks, ops
 from cwfast._parameters import Initial, initial_values
 from cwfast.checkpoint import Checkpoint
 from cwfast.masks import MaskSet, matching, streamed
-from cwfast.ops._entries import Entries
-from cwfast.ops.rewind import Bits
+from cwfast.ops._entries import Entries, write
 
 
 @contextmanager
@@ -33,7 +33,9 @@ def freeze(
     zeroed as they arrive (before any clipping, so that they do not count in its norm), and their values are restored
     after each step. A step that calls a closure several times (LBFGS) may move them in between.
 
-    Memory: the values and the positions of the selected entries, 2 to 6 bytes each in float32.
+    Memory, for the model and again for each member of ``also``: values and positions of the selected entries; in
+    float32 6 bytes each where they are below 1/16 of a parameter, else 4 bytes each and 1/8 byte a weight. Besides,
+    zeros for the largest parameter's selected entries, and the positions that ``masks`` itself keeps.
 
     Args:
         model: its parameters named by ``masks``.
@@ -54,27 +56,34 @@ def freeze(
     parameters = {name: p for name, p in matching(model, masks).items() if masks.counts[name]}
     inner = _inner(optimizer)
     values = _values(model, masks, parameters, initial)
-    held = [_Held(parameters, values, masks, backend)]
-    held += [_Held(copy, values, masks, backend) for copy in _copies(also, parameters)]
-    stepped = {p.untyped_storage().data_ptr() for group in inner.param_groups for p in group["params"]}
+    targets: list[Mapping[str, Tensor]] = [parameters, *_copies(also, parameters)]
+    held = [_Held(target, values, masks, backend) for target in targets]
+    del values  # where they are of another dtype or device, held has copies
+    stepped = {
+        p.untyped_storage().data_ptr()
+        for group in inner.param_groups
+        for p in group["params"]
+        if not is_traceable_wrapper_subclass(p)  # which have no memory of their own, and are none of held's
+    }
     if parameters and not any(w.untyped_storage().data_ptr() in stepped for target in held for w in target.weights):
         raise ValueError("optimizer must hold parameters of model or tensors of also; it holds others only")
     places = [(*_place(model, name), parameter) for name, parameter in parameters.items()]
 
     def restore_all(*_: object) -> None:
+        """What is in place is restored, also where an error follows."""
+        for target in held:
+            target.restore()
         for owner, name, parameter in places:
             if owner.get(name) is not parameter:
                 raise ValueError(
                     f"a parameter must not be replaced while it is frozen; another {name!r} is in its place"
                 )
-        for target in held:
-            target.restore()
 
     restore_all()
     zeros: dict[tuple[torch.dtype, torch.device], Tensor] = {}
     hooks: list[Any] = [
-        parameter.register_post_accumulate_grad_hook(_zeroing(name, bits, masks.counts[name], zeros, backend))
-        for (name, parameter), bits in zip(parameters.items(), held[0].picks, strict=True)
+        parameter.register_post_accumulate_grad_hook(_zeroing(entries, zeros))
+        for parameter, entries in zip(parameters.values(), held[0].entries, strict=True)
         if parameter.requires_grad
     ]
     hooks.append(inner.register_step_post_hook(restore_all))
@@ -93,39 +102,32 @@ class _Held:
         self, targets: Mapping[str, Tensor], values: Mapping[str, Tensor], masks: MaskSet, backend: str
     ) -> None:
         self.weights = list(targets.values())
-        self.picks = [_picks.to_device(masks.picks(name), weight.device) for name, weight in targets.items()]
+        self.entries = [
+            Entries(name, weight.detach(), _picks.to_device(masks.picks(name), weight.device), backend=backend)
+            for name, weight in targets.items()
+        ]
         self._values = [values[name].to(weight).contiguous() for name, weight in targets.items()]
-        like = [weight.detach() for weight in self.weights]
-        self._entries = Entries(like, self.picks, list(targets), backend=backend)
 
     def restore(self) -> None:
         """As the tensors lie now: their memory may have been exchanged through ``.data``."""
-        self._entries.write(self.weights, self._values)
+        write(self.entries, self.weights, self._values)
 
 
-def _zeroing(
-    name: str, bits: Bits, count: int, zeros: dict[tuple[torch.dtype, torch.device], Tensor], backend: str
-) -> Callable[[Tensor], None]:
-    """A hook that zeroes the selected entries of a parameter's gradient; ``zeros`` is one buffer shared by all."""
-    checked: dict[torch.dtype, tuple[Entries, Tensor]] = {}
+def _zeroing(entries: Entries, zeros: dict[tuple[torch.dtype, torch.device], Tensor]) -> Callable[[Tensor], None]:
+    """A hook that zeroes the selected entries of a parameter's gradient; ``zeros`` are buffers shared by all."""
 
     def zero_gradient(parameter: Tensor) -> None:
         gradient = parameter.grad
         if gradient is None:
             return
         if gradient.layout is not torch.strided:
-            raise TypeError(f"gradients must be dense to be frozen in part; that of {name!r} is {gradient.layout}")
-        if gradient.dtype not in checked:
-            checked[gradient.dtype] = prepare(gradient)
-        entries, zero = checked[gradient.dtype]
-        entries.write([gradient], [zero])
-
-    def prepare(gradient: Tensor) -> tuple[Entries, Tensor]:
-        entries = Entries([gradient], [bits], [f"the gradient of {name!r}"], backend=backend)
+            raise TypeError(
+                f"gradients must be dense to be frozen in part; that of {entries.name!r} is {gradient.layout}"
+            )
         key = gradient.dtype, gradient.device
-        if key not in zeros or len(zeros[key]) < count:
-            zeros[key] = torch.zeros(count, dtype=gradient.dtype, device=gradient.device)
-        return entries, zeros[key][:count]
+        if key not in zeros or len(zeros[key]) < entries.count:
+            zeros[key] = torch.zeros(entries.count, dtype=gradient.dtype, device=gradient.device)
+        write([entries], [gradient], [zeros[key][: entries.count]], prefix="the gradient of ")
 
     return zero_gradient
 

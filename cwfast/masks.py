@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
-from cwfast import _mask_files, _mask_view, _picks, _streaming, ops, reference
+from cwfast import _checks, _mask_files, _mask_view, _picks, _streaming, ops, reference
 from cwfast._parameters import Initial, check_apart, check_shapes, initial_values
 from cwfast.checkpoint import Checkpoint
 from cwfast.errors import CheckpointError
@@ -25,8 +25,8 @@ class MaskSet:
 
     ``masks[name]`` is a bool tensor of the parameter's shape, ``masks.bits[name]`` packed bits, ``masks.picks(name)``
     the smaller of packed bits and block list (2 bytes a selected weight); a form that was not given is made when first
-    asked for, and kept. Sets of the same parameters combine by ``&``, ``|``, ``-`` and ``^``. Selected entries are
-    "on"; parameters of which none is selected are still named.
+    asked for, and kept: these tensors are the set's own, to be read only. Sets of the same parameters combine by ``&``,
+    ``|``, ``-`` and ``^``. Selected entries are "on"; parameters of which none is selected are still named.
 
     Args:
         bits: ``{name: packed bits | (low, offset)}`` as ``cwfast.ops.rewind_`` takes them, all on one device.
@@ -267,19 +267,24 @@ def rewind_(model: nn.Module, masks: MaskSet, initial: Initial, *, backend: str 
             been changed.
     """
     parameters = matching(model, masks)
-    weights = [parameter.detach() for parameter in parameters.values()]
-    picks = [
-        _picks.to_device(masks.picks(name), weight.device) for name, weight in zip(parameters, weights, strict=True)
-    ]
+    for name, parameter in parameters.items():  # all, before any is written
+        _checks.written(name, parameter)
     if isinstance(initial, str | os.PathLike):
-        values = streamed(model, masks, parameters, Checkpoint(initial))
-        values = [value.to(weight) for value, weight in zip(values, weights, strict=True)]
-        ops.scatter_(weights, picks, values, backend=backend)
+        values, compact = (
+            dict(zip(parameters, streamed(model, masks, parameters, Checkpoint(initial)), strict=True)),
+            True,
+        )
     else:
         check_apart(initial, parameters)
-        source = initial_values(initial, parameters)
-        before = [source[name].to(weight) for (name, weight) in zip(parameters, weights, strict=True)]
-        ops.rewind_(weights, before, picks, backend=backend)
+        values, compact = initial_values(initial, parameters), False
+    for device in dict.fromkeys(parameter.device for parameter in parameters.values()):
+        here = {name: p.detach() for name, p in parameters.items() if p.device == device}
+        picks = [_picks.to_device(masks.picks(name), device) for name in here]
+        weights, before = list(here.values()), [values[name].to(weight) for name, weight in here.items()]
+        if compact:
+            ops.scatter_(weights, picks, before, backend=backend)
+        else:
+            ops.rewind_(weights, before, picks, backend=backend)
     return model
 
 
@@ -297,8 +302,8 @@ def streamed(
     for name, parameter in model.named_parameters(remove_duplicate=False):
         aliases.setdefault(id(parameter), []).append(name)
     names = {n: next((a for a in aliases[id(p)] if a in source), n) for n, p in parameters.items()}
-    shapes = source.shapes
-    check_shapes({name: shapes[stored] for name, stored in names.items() if stored in shapes}, parameters)
+    shapes = {name: source.entry(stored).shape for name, stored in names.items() if stored in source}
+    check_shapes(shapes, parameters)
     picks = {name: _picks.to_device(masks.picks(name), "cpu") for name in parameters}
     return _streaming.gather(source, picks, names)
 

@@ -9,7 +9,8 @@ from torch.optim import Optimizer
 
 from cwfast import _picks
 from cwfast.masks import MaskSet, matching
-from cwfast.ops.adamw import CheckedBits, selected_adamw_
+from cwfast.ops._entries import Entries
+from cwfast.ops.adamw import selected_adamw_
 
 
 class SelectedAdamW(Optimizer):
@@ -24,7 +25,7 @@ class SelectedAdamW(Optimizer):
 
     Args:
         model: its parameters named by ``masks``; those of which nothing is selected do not train.
-        masks: of this model; copied to the parameters' devices (2 bytes a selected weight below 1/16, else bits).
+        masks: of this model; copied, to the parameters' devices (2 bytes a selected weight below 1/16, else bits).
         lr: learning rate. It and the next three are entries of the one parameter group, so that schedulers work.
         betas: decay of m and v, each in [0, 1).
         eps: added to the square root.
@@ -34,7 +35,8 @@ class SelectedAdamW(Optimizer):
 
     Raises:
         TypeError: a selected parameter is not of a floating dtype.
-        ValueError: ``masks`` is not of this model, selects nothing, or a number is out of range.
+        ValueError: ``masks`` is not of this model, selects nothing, a number is out of range, or a selected parameter
+            is not dense.
 
     Source:
         Loshchilov & Hutter, "Decoupled Weight Decay Regularization", ICLR 2019, Algorithm 2.
@@ -63,11 +65,10 @@ class SelectedAdamW(Optimizer):
         for name, parameter in chosen.items():
             if not parameter.is_floating_point():
                 raise TypeError(f"selected parameters must be of a floating dtype; {name!r} is {parameter.dtype}")
-        self._bits: dict[Tensor, CheckedBits] = {
-            p: CheckedBits(p.detach(), _picks.to_device(masks.picks(name), p.device), backend)
+        self._entries: dict[Tensor, Entries] = {
+            p: Entries(name, p.detach(), _picks.to_device(masks.picks(name), p.device), backend=backend)
             for name, p in chosen.items()
         }
-        self._counts: dict[Tensor, int] = {p: masks.counts[name] for name, p in chosen.items()}
         defaults = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay, "maximize": maximize}
         super().__init__(list(chosen.values()), defaults)
 
@@ -77,7 +78,8 @@ class SelectedAdamW(Optimizer):
 
         Raises:
             TypeError: a gradient is sparse.
-            ValueError: a parameter has moved to another device, or its state does not fit.
+            ValueError: a parameter has another shape or device, is not dense, or its state does not fit; of the
+                parameters on its device, none has been changed.
         """
         loss = None
         if closure is not None:
@@ -97,11 +99,10 @@ class SelectedAdamW(Optimizer):
         selected_adamw_(
             parameters,
             [p.grad for p in parameters if p.grad is not None],
-            [self._bits[p] for p in parameters],
+            [self._entries[p] for p in parameters],
             [state["exp_avg"] for state in states],
             [state["exp_avg_sq"] for state in states],
             [state["step"] for state in states],
-            [self._counts[p] for p in parameters],
             lr=float(group["lr"]),
             betas=group["betas"],
             eps=group["eps"],
@@ -115,25 +116,32 @@ class SelectedAdamW(Optimizer):
             dtype = torch.promote_types(parameter.dtype, torch.float32)
             state["step"] = torch.zeros((), dtype=torch.float32, device=parameter.device)
             for key in ("exp_avg", "exp_avg_sq"):
-                state[key] = torch.zeros(self._counts[parameter], dtype=dtype, device=parameter.device)
+                state[key] = torch.zeros(self._entries[parameter].count, dtype=dtype, device=parameter.device)
         return state
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Go on from ``state_dict()`` of an optimizer with the same masks; m and v keep their float32.
 
         Raises:
-            ValueError: the number of selected weights of a parameter differs; nothing has been changed.
+            ValueError: it is no such state, or the number of selected weights of a parameter differs; nothing has been
+                changed.
         """
+        if not {"state", "param_groups"} <= set(state_dict):
+            raise ValueError(f"state_dict must have 'state' and 'param_groups'; got {list(state_dict)[:5]}")
         parameters = [p for group in self.param_groups for p in group["params"]]
         keys: Iterable[int] = [key for group in state_dict["param_groups"] for key in group["params"]]
         pairs = zip(keys, parameters, strict=False)  # of other lengths: refused by torch below
         saved = [(p, state_dict["state"][key]) for key, p in pairs if key in state_dict["state"]]
         for i, (parameter, state) in enumerate(saved):
             for key in ("exp_avg", "exp_avg_sq"):
-                if state[key].shape != (self._counts[parameter],):
+                if not {"step", key} <= set(state):
+                    raise ValueError(
+                        f"the state must be of SelectedAdamW: parameter {i} must have step and {key}; got {list(state)}"
+                    )
+                if state[key].shape != (self._entries[parameter].count,):
                     raise ValueError(
                         f"the state must be of the same masks: {key} of parameter {i} must have "
-                        f"{self._counts[parameter]} entries; got shape {tuple(state[key].shape)}"
+                        f"{self._entries[parameter].count} entries; got shape {tuple(state[key].shape)}"
                     )
         super().load_state_dict(state_dict)
         for parameter, state in saved:  # torch casts floating state to the weight's dtype: 16 bits would lose digits

@@ -3,6 +3,7 @@
 import contextlib
 import json
 import os
+import re
 import struct
 import sys
 import warnings
@@ -11,10 +12,11 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import nn
 
-from cwfast import MaskSet, SaliencyScorer, _streaming, freeze, rewind_, select
+from cwfast import MaskSet, SaliencyScorer, _radix, _streaming, freeze, rewind_, select
 from cwfast.checkpoint import Checkpoint, reader
 from cwfast.errors import CheckpointError
 from cwfast.testing import HOSTILE, hostile_scores
@@ -76,8 +78,26 @@ def test_reads_what_was_written(tmp_path, form):
 def test_tied_names_of_the_metadata_stand_for_their_tensor(tmp_path):
     save_file({"embed": torch.ones(3)}, tmp_path / "x.safetensors", metadata={"head": "embed", "format": "pt"})
     found = Checkpoint(tmp_path / "x.safetensors")
-    assert set(found.entries) == {"embed", "head"}
+    assert set(found.entries) == set(found.shapes) == {"embed"}
+    assert "head" in found
+    assert "format" not in found
+    assert found.entry("head") == found.entry("embed")
     assert torch.equal(found.tensor("head"), torch.ones(3))
+
+
+def test_metadata_that_names_a_tensor_adds_none_to_a_selection_or_a_mask_file(tmp_path):
+    torch.manual_seed(0)
+    scores = {"scores": torch.rand(100), "w": torch.rand(50)}
+    save_file(scores, tmp_path / "x.safetensors", metadata={"kind": "scores", "best": "w"})
+    found = select(tmp_path / "x.safetensors", rate=0.1)
+    assert found.names == ["scores", "w"]
+    assert found.total == 15
+    masks = MaskSet.from_masks({"w": scores["w"] < 0.5})
+    masks.save(tmp_path / "masks.safetensors")
+    with safe_open(tmp_path / "masks.safetensors", "pt") as file:
+        tensors, metadata = {name: file.get_tensor(name) for name in file.keys()}, file.metadata()  # noqa: SIM118
+    save_file(tensors, tmp_path / "more.safetensors", metadata=metadata | {"x": next(iter(tensors))})
+    assert MaskSet.load(tmp_path / "more.safetensors") == masks
 
 
 @pytest.mark.parametrize(
@@ -264,8 +284,10 @@ def test_streamed_selection_by_scope_and_with_nan(tmp_path, small_pieces):
         assert select(folder, **options) == select(scores, **options)
     scores["a.w"][[3, 70_000]] = torch.nan
     write_folder(folder, scores)
-    with pytest.raises(ValueError, match=r"2 NaN and 0 negative in 'a\.w'"):
+    with pytest.raises(ValueError, match=r"got 2 NaN of 100000 in scores\['a\.w'\], shape \(100000,\)") as streamed:
         select(folder, rate=0.1)
+    with pytest.raises(ValueError, match=re.escape(str(streamed.value))):  # the same words
+        select(scores, rate=0.1)
     assert select(folder, rate=0.1, nan="skip") == select(scores, rate=0.1, nan="skip")
     numel = 100_000 + 70 + 150
     assert select(folder, k=numel - 2, nan="skip") == select(scores, k=numel - 2, nan="skip")
@@ -273,11 +295,61 @@ def test_streamed_selection_by_scope_and_with_nan(tmp_path, small_pieces):
         select(folder, k=numel - 1, nan="skip")
     scores["a.w"][3] = -1
     write_folder(folder, scores)
-    with pytest.raises(ValueError, match="1 NaN and 1 negative"):
+    with pytest.raises(ValueError, match="got 1 negative of 100000"):
         select(folder, rate=0.1, nan="skip")
     write_folder(folder, {"a": torch.ones(3), "b": torch.ones(3).half()})
     with pytest.raises(TypeError, match="one dtype"):
         select(folder, rate=0.1)
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "message"),
+    [
+        ({"k": 2, "nan": "ignore"}, ValueError, "nan must be one of"),
+        ({"k": True}, TypeError, "k must be an int; got True"),
+        ({"k": 2.5}, TypeError, "k must be an int; got 2.5"),
+        ({"k": -1}, ValueError, "k must lie between 0 and 9"),
+        ({"k": 10}, ValueError, "k must lie between 0 and 9"),
+    ],
+)
+def test_files_and_memory_refuse_the_same_arguments_by_the_same_words(tmp_path, options, error, message):
+    scores = {"a": torch.rand(9)}
+    save_file(scores, tmp_path / "x.safetensors")
+    for source in (tmp_path / "x.safetensors", scores):
+        with pytest.raises(error, match=message):
+            select(source, **options)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+def test_streamed_selection_over_many_parts_and_threads(tmp_path, set_threads, kernel, dtype):
+    """A piece of 23 parts, of which a thread takes 4 at a time: up to 6 threads have work; with ties and with none."""
+    generator = torch.Generator().manual_seed(0)
+    numel = 23 * 65_536 - 7
+    scores = {
+        "a": torch.rand(numel, generator=generator, dtype=torch.float64).to(dtype),
+        "b": torch.randint(0, 5, (300_000,), generator=generator).to(dtype),
+    }
+    assert numel < reader.PIECE
+    save_file(scores, tmp_path / "x.safetensors")
+    source = Checkpoint(tmp_path / "x.safetensors")
+    names = list(source.entries)
+    plain, fast = (_streaming._Pieces(source, names, dtype, name) for name in ("reference", kernel))
+    shift, count = 8 * dtype.itemsize - 16, 20_000  # bins: all keys below 5, and few enough for torch to use one thread
+    low, high = (_radix.keys(torch.tensor([x], dtype=dtype)).item() for x in (0.25, 0.75))
+    histogram, marks = plain.histogram(0, shift, count), plain.mark(scores["a"], low, high)
+    assert histogram.sum() == numel + 300_000
+    before = torch.get_num_threads()
+    for threads in (1, 2, 6):
+        set_threads(threads)  # of the kernels: torch's own threads are unknown to the thread sanitizer
+        found = fast.histogram(0, shift, count), fast.mark(scores["a"], low, high)
+        set_threads(before)
+        assert torch.equal(found[0], histogram)
+        assert torch.equal(found[1].bits, marks.bits)
+        assert torch.equal(found[1].inside, marks.inside)
+        assert found[1][2:] == marks[2:]
+    in_memory = {name: scores[name] for name in names}
+    for k in (70, 200_000, 1_000_000):
+        assert select(source.path, k=k, backend=kernel) == select(in_memory, k=k, backend="reference")
 
 
 class Tied(nn.Module):

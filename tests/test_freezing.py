@@ -1,12 +1,16 @@
 """freeze: selected weights are bit-identical under any optimizer, and only they."""
 
 import copy
+import warnings
 
 import pytest
 import torch
 from torch import nn
+from torch.testing._internal.two_tensor import TwoTensor
 
-from cwfast import MaskSet, freeze
+from cwfast import MaskSet, _backends, freeze
+from cwfast.ops import _entries
+from cwfast.testing import guarded
 
 OPTIMIZERS = {
     "sgd": lambda p: torch.optim.SGD(p, 0.1),
@@ -190,3 +194,80 @@ def test_an_optimizer_of_another_model_is_refused():
     other = torch.optim.SGD(nn.Linear(2, 2).parameters(), 0.1)
     with pytest.raises(ValueError, match="optimizer must hold parameters of model"), freeze(model, other, masks):
         pass
+
+
+@pytest.mark.parametrize("share", [0.01, 0.3])
+def test_masks_that_change_inside_lead_no_write_outside(share):
+    """freeze has a copy: what the mask's own tensors become is nothing to it."""
+    memory, guard = guarded(torch.zeros(1000))
+    model = nn.ParameterList([nn.Parameter(memory)])
+    masks = MaskSet.from_masks({"0": torch.rand(1000) < share})
+    mask, optimizer = masks["0"], torch.optim.SGD(model.parameters(), 0.1)
+    with freeze(model, optimizer, masks):
+        picks = masks.picks("0")
+        picks[0].fill_(1000 + 3) if isinstance(picks, tuple) else picks.fill_(255)  # 3 entries past the end
+        gradient, guard_gradient = guarded(torch.ones(1000))
+        model[0].grad = gradient
+        model[0].sum().backward()
+        assert torch.equal(model[0].grad == 0, mask)
+        optimizer.step()
+    guard()
+    guard_gradient()
+    assert torch.equal(model[0] == 0, mask)
+
+
+def test_an_optimizer_that_also_holds_wrapped_tensors():
+    model, masks = setup()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of the prototype
+        wrapped = nn.Parameter(TwoTensor(torch.zeros(3), torch.zeros(3)))
+    optimizer = torch.optim.SGD([{"params": [wrapped]}, {"params": model.parameters()}], 0.1)
+    before = values(model)
+    with freeze(model, optimizer, masks):
+        train(model, optimizer)
+    assert_frozen(model, before, masks)
+
+
+def test_what_is_in_place_is_restored_before_a_replaced_parameter_is_reported():
+    model, masks = setup()
+    optimizer = OPTIMIZERS["adamw"](model.parameters())
+    before = values(model)
+    frozen = freeze(model, optimizer, masks)
+    frozen.__enter__()
+    with torch.no_grad():
+        model[0].weight.add_(1)
+    model[2].weight = nn.Parameter(model[2].weight.detach() + 1)
+    with pytest.raises(ValueError, match="another 'weight' is in its place"):
+        frozen.__exit__(None, None, None)
+    assert torch.equal(model[0].weight[masks["0.weight"]], before["0.weight"][masks["0.weight"]])
+
+
+@pytest.mark.parametrize("share", [0.001, 0.3])
+def test_a_restore_that_is_interrupted_is_seen_by_autograd(monkeypatch, share):
+    def interrupted(*_):
+        raise KeyboardInterrupt
+
+    model = nn.ParameterList([torch.zeros(10_000)])
+    masks = MaskSet.from_masks({"0": torch.rand(10_000) < share})
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    with freeze(model, optimizer, masks):
+        version = model[0]._version
+        with monkeypatch.context() as patch:
+            patch.setattr(_backends.native(), "scatter", interrupted)
+            with pytest.raises(KeyboardInterrupt):
+                optimizer.step()
+        assert model[0]._version > version
+
+
+def test_weights_of_several_devices_are_written_by_device(monkeypatch):
+    class Entry:  # without kernels for a second device, what they would be called with
+        def check(self, *_):
+            pass
+
+    calls = []
+    monkeypatch.setattr(_entries, "_write_on_one", lambda *arguments: calls.append(arguments))
+    tensors = [torch.zeros(i + 1, device=device) for i, device in enumerate(("cpu", "meta", "cpu"))]
+    entries = [Entry() for _ in tensors]
+    _entries.write(entries, tensors, tensors)
+    assert [[len(t) for t in call[1]] for call in calls] == [[1, 3], [2]]
+    assert [call[0] for call in calls] == [[entries[0], entries[2]], [entries[1]]]

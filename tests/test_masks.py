@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from cwfast import MaskSet, _mask_files, _picks, rewind_, select
+from cwfast import MaskSet, _mask_files, _picks, ops, rewind_, select
 from cwfast.errors import CheckpointError
 from cwfast.ops import gather
 
@@ -425,3 +425,20 @@ def test_a_picture_without_matplotlib_says_what_is_missing(monkeypatch):
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
     with pytest.raises(ImportError, match=r"MaskSet\.plot needs matplotlib"):
         MaskSet.from_masks({"a": torch.ones(3).bool()}).plot()
+
+
+def test_weights_of_several_devices_are_rewound_by_device(monkeypatch):
+    model = nn.ParameterDict({n: torch.zeros(9, device=d) for n, d in (("a", "cpu"), ("b", "meta"), ("c", "cpu"))})
+    masks = MaskSet.from_masks({name: torch.ones(9).bool() for name in model})
+    calls = []  # without kernels for a second device, what they would be called with
+    monkeypatch.setattr(ops, "rewind_", lambda w, v, p, backend: calls.append([*w, *v, *p]))
+    rewind_(model, masks, {name: torch.ones(9) for name in model})
+    assert [[t.device.type for t in call] for call in calls] == [["cpu"] * 6, ["meta"] * 3]
+
+
+def test_a_parameter_that_is_not_dense_is_refused_by_name():
+    model = nn.ParameterDict({"a": torch.zeros(3, 4), "b": torch.zeros(4).expand(3, 4)})
+    masks = MaskSet.from_masks({name: torch.ones(3, 4).bool() for name in model})
+    with pytest.raises(ValueError, match="b is written in place and must be dense"):
+        rewind_(model, masks, {name: torch.ones(3, 4) for name in model})
+    assert not model["a"].any()

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from cwfast import MaskSet, select
+from cwfast import MaskSet, _backends, select
 from cwfast.optim import SelectedAdamW
 from cwfast.testing import assert_no_worse, guarded
 
@@ -216,8 +216,66 @@ def test_weights_that_were_exchanged_are_checked_before_the_kernel_sees_them(sha
     assert (model[0] != 0).sum() == len(optimizer.state[model[0]]["exp_avg"])
     model[0].data = torch.zeros(10)
     model[0].grad = torch.ones(10)
-    with pytest.raises(ValueError, match=r"weights\[0\] must have shape \(1000,\)"):
+    with pytest.raises(ValueError, match=r"^0 must stay a dense tensor of shape \(1000,\)"):
         optimizer.step()
+
+
+@pytest.mark.parametrize("share", [0.01, 0.3])
+def test_masks_that_change_later_do_not_lead_the_kernel_outside(share):
+    """The optimizer has a copy: what the mask's own tensors become is nothing to it."""
+    memory, guard = guarded(torch.zeros(1000))
+    model = nn.ParameterList([nn.Parameter(memory)])
+    masks = MaskSet.from_masks({"0": torch.rand(1000) < share})
+    mask = masks["0"]
+    optimizer = SelectedAdamW(model, masks)
+    picks = masks.picks("0")
+    picks[0].fill_(1000 + 3) if isinstance(picks, tuple) else picks.fill_(255)  # 3 entries past the end
+    model[0].grad = torch.ones(1000)
+    optimizer.step()
+    guard()
+    assert torch.equal(model[0] != 0, mask)
+
+
+def test_a_weight_that_is_not_dense_is_refused():
+    masks = MaskSet.from_masks({"0": torch.rand(40, 30) < 0.3})
+    with pytest.raises(ValueError, match="0 is written in place and must be dense"):
+        SelectedAdamW(nn.ParameterList([nn.Parameter(torch.zeros(30).expand(40, 30))]), masks)
+    model = nn.ParameterList([torch.zeros(40, 30)])
+    optimizer = SelectedAdamW(model, masks)
+    model[0].data = torch.zeros(30).expand(40, 30)
+    model[0].grad = torch.ones(40, 30)
+    with pytest.raises(ValueError, match="0 is written in place and must be dense"):
+        optimizer.step()
+    assert not model[0].any()
+
+
+def test_a_step_that_is_interrupted_is_not_counted_but_seen(monkeypatch):
+    model = Net()
+    optimizer = SelectedAdamW(model, masks_of(model))
+    trained(model, optimizer, 1)
+    set_gradients(model, 1)
+    before = model.sparse._version
+    native = _backends.native()
+    monkeypatch.setattr(native, "selected_adamw", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        optimizer.step()
+    assert model.sparse._version > before
+    assert {float(state["step"]) for state in optimizer.state.values()} == {1}
+
+
+def interrupted(*_):
+    raise KeyboardInterrupt
+
+
+def test_a_state_of_another_kind_is_refused():
+    model = Net()
+    optimizer = SelectedAdamW(model, masks_of(model))
+    other = torch.optim.SGD([p for group in optimizer.param_groups for p in group["params"]], 0.1, momentum=0.9)
+    trained(model, other, 1)
+    with pytest.raises(ValueError, match="must have step and exp_avg; got"):
+        optimizer.load_state_dict(other.state_dict())
+    with pytest.raises(ValueError, match="must have 'state' and 'param_groups'"):
+        optimizer.load_state_dict({})
 
 
 def test_a_sparse_gradient_is_refused():

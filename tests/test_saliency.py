@@ -8,7 +8,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from cwfast import ops
+from cwfast import _backends, ops
 from cwfast.ops import saliency
 from cwfast.testing import assert_no_worse, guarded
 
@@ -311,3 +311,16 @@ def test_compiles_without_a_graph_break(backend, steps):
     want = f(torch.zeros(4, 5), inputs, grad_outputs, weight)
     assert torch.equal(torch.compile(f, fullgraph=True, backend="aot_eager")(out, inputs, grad_outputs, weight), want)
     assert torch.equal(out, want - 1)
+
+
+def test_a_kernel_that_is_interrupted_is_seen_by_autograd(monkeypatch):
+    def interrupted(*_):
+        raise KeyboardInterrupt
+
+    out, grad = torch.zeros(3, 4), torch.zeros(3, 4)
+    monkeypatch.setattr(_backends.native(), "accumulate_saliency_float32", interrupted)
+    before = out._version, grad._version
+    with pytest.raises(KeyboardInterrupt):
+        ops.accumulate_saliency_(out, torch.rand(5, 4), torch.rand(5, 3), grad=grad, backend="cpu")
+    assert out._version > before[0]
+    assert grad._version > before[1]

@@ -14,9 +14,9 @@ namespace cwfast {
 namespace {
 
 constexpr int kAhead = 32;           // list entries between prefetch and use
-constexpr int64_t kAlone = 1 << 14;  // entries that one thread has touched before another would be awake
+constexpr int64_t kAlone = 1 << 14;  // of work_of: one thread is through with it before another would be awake
 
-// Entries of lists and words of packed bits.
+// Entries of lists, and words of packed bits (64 entries each, of which any number is selected).
 int64_t work_of(const std::vector<Picks>& picks) {
   int64_t work = 0;
   for (const Picks& p : picks) work += p.offset != nullptr ? p.k : p.numel / 64;

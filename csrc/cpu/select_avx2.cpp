@@ -1,4 +1,4 @@
-// Compare-to-bitmask kernels for AVX2; the scalar twin is scan_scalar in select.cpp. Integer comparisons: those of
+// Compare-to-bitmask kernels for AVX2; the scalar twin is scan_scalar in select_keys.h. Integer comparisons: those of
 // floats would take subnormal scores for zeros where the program flushes them (torch.set_flush_denormal).
 #if defined(__AVX2__)
 #include <immintrin.h>

@@ -19,7 +19,7 @@ void histogram_typed(const char* data, int64_t numel, uint64_t low, int shift, i
   Region region;
 #pragma omp parallel num_threads(threads())
   {
-    std::vector<uint32_t> mine;  // a piece has below 2^32 entries; half the cache of 64-bit counters
+    std::vector<uint32_t> mine;  // select.h bounds the entries; half the cache of 64-bit counters
     region.run([&] { mine.assign(static_cast<size_t>(bin_count), 0); });
 #pragma omp for schedule(dynamic, 4)
     for (int64_t part = 0; part < (numel + kPart - 1) / kPart; ++part)

@@ -15,7 +15,7 @@ from cwfast.errors import CheckpointError
 INDEX = "model.safetensors.index.json"
 PIECE = (
     1 << 22
-)  # entries of a piece: a multiple of 65,536, so that a piece is whole blocks of a list of selected entries
+)  # entries worked on at a time: a multiple of 65,536, whole blocks of a list and whole bytes of packed bits
 MAX_NUMEL = 1 << 62  # entries of a tensor: byte counts of what is computed from them still fit 64 bits
 _MAX_INDEX = 1 << 28  # bytes; a million tensors with long names take half of that
 _DTYPES = {
@@ -52,7 +52,8 @@ class Checkpoint:
     A folder holds ``model.safetensors.index.json``, whose ``weight_map`` names the file of each tensor, or else any
     number of ``*.safetensors`` files. Files may be symbolic links (caches of hubs are made of them); nothing is ever
     written here. A name that a file's metadata maps to a tensor's name (as ``safetensors.torch.save_model`` does for
-    tied weights) stands for that tensor.
+    tied weights) stands for that tensor where it is asked for; ``entries`` and ``shapes`` list each tensor once, since
+    any other pair of metadata may look the same.
 
     Args:
         path: file or folder.
@@ -88,21 +89,24 @@ class Checkpoint:
                     raise CheckpointError(f"{self.path} must hold each tensor once; {twice[0]!r} is in several files")
                 self.entries |= entries
                 self.metadata |= more
-        for name, kept in self.metadata.items():
-            if name not in self.entries and kept in self.entries:
-                self.entries[name] = self.entries[kept]
+        tied = self.metadata.items()
+        self._aliases = {name: kept for name, kept in tied if name not in self.entries and kept in self.entries}
 
     def __contains__(self, name: str) -> bool:
-        return name in self.entries
+        return name in self.entries or name in self._aliases
+
+    def entry(self, name: str) -> Entry:
+        """Where a tensor lies, by its own name or one that stands for it."""
+        return self.entries[self._aliases.get(name, name)]
 
     @property
     def shapes(self) -> dict[str, tuple[int, ...]]:
-        """Shapes by name."""
+        """Shapes by the tensors' own names."""
         return {name: entry.shape for name, entry in self.entries.items()}
 
     def tensor(self, name: str) -> Tensor:
         """A whole tensor, in memory of its own."""
-        entry = self.entries[name]
+        entry = self.entry(name)
         parts = list(self.pieces(name, max(math.prod(entry.shape), 1)))
         return parts[0].reshape(entry.shape) if parts else torch.empty(entry.shape, dtype=entry.dtype)
 
@@ -115,7 +119,7 @@ class Checkpoint:
         Raises:
             CheckpointError: the file ends before the tensor does.
         """
-        entry = self.entries[name]
+        entry = self.entry(name)
         numel, item = math.prod(entry.shape), entry.dtype.itemsize
         with open(entry.file, "rb", buffering=0) as file:
             file.seek(entry.begin)

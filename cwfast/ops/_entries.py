@@ -5,63 +5,95 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from cwfast import _backends
+from cwfast import _backends, _checks
 from cwfast.ops._library import written
-from cwfast.ops.rewind import Bits, _picks, _pointers, _resolve, _views, _writable
+from cwfast.ops.rewind import Bits, _counts, _picks, _pointers, _resolve, _views, by_size
 
 
 class Entries:
-    """The selected entries of tensors like ``like``.
+    """The selected entries of one tensor, checked once; a copy of them (2 bytes each as a list) that nobody else has.
 
-    A call costs a few microseconds besides the entries, where ``scatter_`` takes 50 and more: a model of 100 tensors,
-    each written as its gradient arrives, would wait longer for the checks than for the memory.
+    Were it the caller's own list, a change of it after the check would let the kernels write outside of the tensor.
 
     Args:
-        like: tensors of the shapes, dtypes and device that ``write`` will get.
-        bits: as in ``cwfast.ops.scatter_``; not to be changed.
-        names: what messages call the tensors.
+        name: what messages call the tensor.
+        like: a tensor of the shape and device that will be written.
+        bits: as in ``cwfast.ops.scatter_``.
         backend: see there.
+
+    Attributes:
+        backend: the resolved one.
+        packed: packed bits or ``low``.
+        offset: None for packed bits.
+        count: how many entries are selected.
+        pointers: as ``cwfast._C`` takes picks.
 
     Raises:
         TypeError, ValueError, BackendUnavailable: as ``scatter_`` does.
     """
 
-    def __init__(
-        self, like: Sequence[Tensor], bits: Sequence[Bits], names: Sequence[str], *, backend: str = "auto"
-    ) -> None:
-        tensors = _writable("weights", like)
-        self._backend, self._packed, self._offsets = _resolve(tensors, bits, backend)
-        self._kinds = [(tensor.shape, tensor.dtype, tensor.device) for tensor in tensors]
-        self._names = list(names)
-        self._sizes = sorted({tensor.element_size() for tensor in tensors})
-        self._pointers = _pointers(_picks(tensors, self._packed, self._offsets))
+    def __init__(self, name: str, like: Tensor, bits: Bits, *, backend: str = "auto") -> None:
+        _checks.written(name, like)
+        self.name, self._shape, self._device = name, like.shape, like.device
+        own: Bits = (bits[0].clone(), bits[1].clone()) if isinstance(bits, tuple) else bits.clone()
+        try:
+            self.backend, (self.packed,), (self.offset,) = _resolve([like], [own], backend)
+        except (TypeError, ValueError) as error:  # the ops know places, not names
+            message = str(error).replace("weights[0]", name).replace("bits[0]", f"bits of {name}")
+            raise type(error)(message) from None
+        picks = _picks([like], [self.packed], [self.offset])
+        (self.count,) = _counts(picks, self.backend)
+        (self.pointers,) = _pointers(picks)
 
-    def write(self, tensors: Sequence[Tensor], values: Sequence[Tensor]) -> None:
-        """``scatter_(tensors, bits, values)``.
-
-        Args:
-            tensors: strided; wherever they lie by now.
-            values: contiguous, one entry per selected one, of each tensor's dtype and device; not checked.
+    def check(self, tensor: Tensor, dtype: torch.dtype | None = None, prefix: str = "") -> None:
+        """``tensor`` may be written: it has kept shape and device, is dense, and of ``dtype`` where that is given.
 
         Raises:
-            ValueError: a tensor has not kept its shape, dtype or device, or is not dense; nothing has been written.
+            ValueError: it is not so; the message names ``prefix`` and the tensor.
         """
-        for name, kind, tensor in zip(self._names, self._kinds, tensors, strict=True):
-            if (tensor.shape, tensor.dtype, tensor.device) != kind:
-                shape, dtype, device = kind
-                raise ValueError(
-                    f"{name} must stay a dense tensor of shape {tuple(shape)}, {dtype}, on {device}; "
-                    f"got {tuple(tensor.shape)}, {tensor.dtype}, on {tensor.device}"
-                )
-            if not tensor.is_contiguous():
-                _writable(name, [tensor])
-        if self._backend != "cpu":
-            detached = [tensor.detach() for tensor in tensors]
-            torch.ops.cwfast.scatter_(detached, self._packed, self._offsets, values, self._backend)
-            return
-        native, views = _backends.native(), _views(list(tensors))
-        for size in self._sizes:
-            which = [i for i, tensor in enumerate(tensors) if tensor.element_size() == size]
+        dtype = dtype or tensor.dtype
+        if (tensor.shape, tensor.dtype, tensor.device) != (self._shape, dtype, self._device):
+            raise ValueError(
+                f"{prefix}{self.name} must stay a dense tensor of shape {tuple(self._shape)}, {dtype}, on "
+                f"{self._device}; got {tuple(tensor.shape)}, {tensor.dtype}, on {tensor.device}"
+            )
+        if not tensor.is_contiguous():
+            _checks.written(prefix + self.name, tensor)
+
+
+def write(entries: Sequence[Entries], tensors: Sequence[Tensor], values: Sequence[Tensor], prefix: str = "") -> None:
+    """``scatter_`` of tensors that may lie on several devices.
+
+    On the CPU a call costs a few microseconds besides the entries, where ``scatter_`` takes 50 and more: a model of 100
+    tensors, each written as its gradient arrives, would wait longer for the checks than for the memory.
+
+    Args:
+        entries: of each tensor.
+        tensors: strided; wherever they lie by now.
+        values: contiguous, one entry per selected one, of each tensor's dtype and device.
+        prefix: what messages put before the tensors' names.
+
+    Raises:
+        ValueError: a tensor has not kept its shape, dtype or device, or is not dense; nothing has been written.
+    """
+    for entry, tensor, value in zip(entries, tensors, values, strict=True):
+        entry.check(tensor, value.dtype, prefix)
+    for device in dict.fromkeys(tensor.device for tensor in tensors):
+        here = [i for i, tensor in enumerate(tensors) if tensor.device == device]
+        _write_on_one([entries[i] for i in here], [tensors[i] for i in here], [values[i] for i in here])
+
+
+def _write_on_one(entries: list[Entries], tensors: list[Tensor], values: list[Tensor]) -> None:
+    if entries[0].backend != "cpu":
+        packed, offsets = [entry.packed for entry in entries], [entry.offset for entry in entries]
+        detached = [tensor.detach() for tensor in tensors]
+        torch.ops.cwfast.scatter_(detached, packed, offsets, values, entries[0].backend)
+        return
+    views = _views(tensors)
+    try:
+        for size, which in by_size(tensors).items():
             given = [values[i].data_ptr() for i in which]
-            native.scatter([views[i] for i in which], [self._pointers[i] for i in which], given, size)
+            pointers = [entries[i].pointers for i in which]
+            _backends.native().scatter([views[i] for i in which], pointers, given, size)
+    finally:  # also after Ctrl-C, which leaves some entries written
         written(tensors)

@@ -7,35 +7,18 @@ from torch import Tensor
 from torch.optim.adamw import adamw
 
 from cwfast import _backends, _checks
+from cwfast.ops._entries import Entries
 from cwfast.ops._library import register, written
-from cwfast.ops.rewind import Bits, _resolve
-
-
-class CheckedBits:
-    """The selected entries of one tensor, checked for every step to come.
-
-    Args:
-        weight: the tensor.
-        bits: as in ``cwfast.ops.rewind_``; not to be changed.
-        backend: "reference", "cpu" or "auto".
-
-    Raises:
-        TypeError, ValueError, BackendUnavailable: as ``cwfast.ops.gather`` does.
-    """
-
-    def __init__(self, weight: Tensor, bits: Bits, backend: str) -> None:
-        self.shape = weight.shape
-        self.backend, (self.packed,), (self.offset,) = _resolve([weight], [bits], backend)
+from cwfast.ops.rewind import _picks, _pointers
 
 
 def selected_adamw_(
     weights: Sequence[Tensor],
     grads: Sequence[Tensor],
-    bits: Sequence[CheckedBits],
+    entries: Sequence[Entries],
     exp_avgs: Sequence[Tensor],
     exp_avg_sqs: Sequence[Tensor],
     steps: Sequence[Tensor],
-    counts: Sequence[int],
     *,
     lr: float,
     betas: tuple[float, float],
@@ -51,11 +34,10 @@ def selected_adamw_(
     Args:
         weights: one device; at least one.
         grads: of the same shapes, dense.
-        bits: of these weights, which have kept shape and device; one backend.
+        entries: of these weights, which have kept shape and device; one backend.
         exp_avgs: ``[k]`` of each weight: float32, or float64 for float64 weights; contiguous.
         exp_avg_sqs: likewise.
         steps: float32 scalars, which grow by 1.
-        counts: k of each weight.
         lr: likewise the options of ``SelectedAdamW``.
         betas: see there.
         eps: see there.
@@ -64,26 +46,27 @@ def selected_adamw_(
 
     Raises:
         TypeError: a gradient is sparse.
-        ValueError: shapes or moments do not fit; nothing has been changed.
+        ValueError: shapes or moments do not fit, or a weight is not dense; nothing has been changed.
     """
-    for i, (weight, grad, picks) in enumerate(zip(weights, grads, bits, strict=True)):
-        _checks.tensor(f"grads[{i}]", grad)
-        _checks.shape(f"weights[{i}]", weight, picks.shape, "the one it had when its mask was checked")
-        _checks.shape(f"grads[{i}]", grad, weight.shape, f"that of weights[{i}]")
-        _checks.same_device(picks.packed.device, **{f"weights[{i}]": weight, f"grads[{i}]": grad})
+    for weight, grad, entry in zip(weights, grads, entries, strict=True):
+        entry.check(weight)
+        what = f"the gradient of {entry.name}"
+        _checks.tensor(what, grad)
+        _checks.shape(what, grad, weight.shape, "that of the parameter")
+        _checks.same_device(weight.device, **{what: grad})
     for name, moments in (("exp_avgs", exp_avgs), ("exp_avg_sqs", exp_avg_sqs)):
-        for i, (weight, moment, count) in enumerate(zip(weights, moments, counts, strict=True)):
+        for i, (weight, moment, entry) in enumerate(zip(weights, moments, entries, strict=True)):
             dtype = torch.promote_types(weight.dtype, torch.float32)
-            if moment.dtype != dtype or moment.shape != (count,) or not moment.is_contiguous():
+            if moment.dtype != dtype or moment.shape != (entry.count,) or not moment.is_contiguous():
                 raise ValueError(
-                    f"{name}[{i}] must be contiguous {str(dtype).removeprefix('torch.')} of {count} entries; "
+                    f"{name}[{i}] must be contiguous {str(dtype).removeprefix('torch.')} of {entry.count} entries; "
                     f"got {moment.dtype} of shape {tuple(moment.shape)}"
                 )
     torch.ops.cwfast.selected_adamw_(
         [weight.detach() for weight in weights],
         list(grads),
-        [picks.packed for picks in bits],
-        [picks.offset for picks in bits],
+        [entry.packed for entry in entries],
+        [entry.offset for entry in entries],
         list(exp_avgs),
         list(exp_avg_sqs),
         list(steps),
@@ -92,7 +75,7 @@ def selected_adamw_(
         eps,
         weight_decay,
         maximize,
-        bits[0].backend,
+        entries[0].backend,
     )
 
 
@@ -112,18 +95,24 @@ def _run(
     maximize: bool,
     backend: str,
 ) -> None:
-    fused, items, picks = [], [], []
-    for i, (weight, grad, low, offset) in enumerate(zip(weights, grads, packed, offsets, strict=True)):
-        if backend != "cpu" or offset is None or not _plain(weight) or not _plain(grad):
-            continue
-        count = steps[i].add_(1).item()
-        pointers = [tensor.data_ptr() for tensor in (weight, grad, exp_avgs[i], exp_avg_sqs[i])]
-        items.append((*pointers, 1 - beta1**count, (1 - beta2**count) ** 0.5))
-        picks.append((weight.numel(), 0, low.data_ptr(), offset.data_ptr(), len(low)))
-        fused.append(i)
+    fused = [
+        i
+        for i, (weight, grad) in enumerate(zip(weights, grads, strict=True))
+        if backend == "cpu" and offsets[i] is not None and _plain(weight) and _plain(grad)
+    ]
     if fused:
-        _backends.native().selected_adamw(items, picks, lr, beta1, beta2, eps, weight_decay, maximize)
-        written([weights[i] for i in fused])
+        items = []
+        for i in fused:
+            count = steps[i].item() + 1
+            pointers = [tensor.data_ptr() for tensor in (weights[i], grads[i], exp_avgs[i], exp_avg_sqs[i])]
+            items.append((*pointers, 1 - beta1**count, (1 - beta2**count) ** 0.5))
+        picks = _pointers(_picks([weights[i] for i in fused], [packed[i] for i in fused], [offsets[i] for i in fused]))
+        try:
+            _backends.native().selected_adamw(items, picks, lr, beta1, beta2, eps, weight_decay, maximize)
+        finally:  # also after Ctrl-C, which leaves some entries written and no step counted
+            written([weights[i] for i in fused])
+        for i in fused:
+            steps[i].add_(1)
     rest = sorted(set(range(len(weights))) - set(fused))
     if not rest:
         return

@@ -216,13 +216,15 @@ def _run_rewind(
         for weight, other, (numel, low, offset) in zip(weights, initial, picks, strict=True):
             reference.rewind_(weight, other, reference.indices_of(low, offset, numel))
         return
-    if backend in DEVICE_BACKENDS:
-        _rewind_device.move(weights, initial, picks, backend)
-    else:
+    try:
+        if backend in DEVICE_BACKENDS:
+            _rewind_device.move(weights, initial, picks, backend)
+            return
         pointers, w, w0 = _pointers(picks), _views(weights), _views(initial)
         for size, which in by_size(weights).items():
             _backends.native().rewind([w[i] for i in which], [w0[i] for i in which], [pointers[i] for i in which], size)
-    written(weights)
+    finally:  # also after Ctrl-C, which leaves some entries written
+        written(weights)
 
 
 def _run_gather(
@@ -253,14 +255,16 @@ def _run_scatter(
             reference.scatter_(weight, reference.indices_of(low, offset, numel), value)
         return
     values = [value.contiguous() for value in values]
-    if backend in DEVICE_BACKENDS:
-        _rewind_device.move(weights, values, picks, backend, compact="sources")
-    else:
+    try:
+        if backend in DEVICE_BACKENDS:
+            _rewind_device.move(weights, values, picks, backend, compact="sources")
+            return
         pointers, w = _pointers(picks), _views(weights)
         for size, which in by_size(weights).items():
             given = [values[i].data_ptr() for i in which]
             _backends.native().scatter([w[i] for i in which], [pointers[i] for i in which], given, size)
-    written(weights)
+    finally:  # also after Ctrl-C, which leaves some entries written
+        written(weights)
 
 
 def _fake_gather(

@@ -201,23 +201,25 @@ def _kernel(
     factor = None if factor is None else factor.to(out.dtype).contiguous()
     native = _backends.native()
     run = native.accumulate_saliency_float64 if out.dtype == torch.float64 else native.accumulate_saliency_float32
-    run(
-        out.data_ptr(),
-        inputs.data_ptr(),
-        grad_outputs.data_ptr(),
-        inputs.stride(0),
-        grad_outputs.stride(0),
-        row_offsets.data_ptr(),
-        len(row_offsets) - 1,
-        out.shape[0],
-        out.shape[1],
-        power,
-        scale,
-        0 if factor is None else factor.data_ptr(),
-        0 if grad is None else grad.data_ptr(),
-        overwrite_grad,
-    )
-    written([out] if grad is None else [out, grad])
+    try:
+        run(
+            out.data_ptr(),
+            inputs.data_ptr(),
+            grad_outputs.data_ptr(),
+            inputs.stride(0),
+            grad_outputs.stride(0),
+            row_offsets.data_ptr(),
+            len(row_offsets) - 1,
+            out.shape[0],
+            out.shape[1],
+            power,
+            scale,
+            0 if factor is None else factor.data_ptr(),
+            0 if grad is None else grad.data_ptr(),
+            overwrite_grad,
+        )
+    finally:  # also after Ctrl-C, which leaves some entries written
+        written([out] if grad is None else [out, grad])
 
 
 def _dense_rows(rows: Tensor) -> Tensor:

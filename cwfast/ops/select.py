@@ -67,15 +67,7 @@ def select_topk(
         _checks.tensor(f"scores[{i}]", score, dtypes=_checks.FLOATS)
         if score.dtype != tensors[0].dtype:
             raise TypeError(f"scores must have one dtype; got {tensors[0].dtype} and, at {i}, {score.dtype}")
-    if not isinstance(k, int) or isinstance(k, bool):
-        raise TypeError(f"k must be an int; got {type(k).__name__}")
-    numel = sum(score.numel() for score in tensors)
-    if not 0 <= k <= numel:
-        raise ValueError(f"k must lie between 0 and {numel}, the number of scores; got {k}")
-    if nan not in NAN_POLICIES:
-        raise ValueError(f"nan must be one of {NAN_POLICIES}; got {nan!r}")
-    if transform not in TRANSFORMS:
-        raise ValueError(f"transform must be one of {TRANSFORMS}; got {transform!r}")
+    check_options(k, sum(score.numel() for score in tensors), nan, transform)
     device = tensors[0].device if tensors else torch.device("cpu")
     resolved = _backends.resolve(backend, device, BACKENDS)
     if not tensors:
@@ -84,6 +76,39 @@ def select_topk(
         [score.detach() for score in tensors], k, nan == "skip", transform == "abs", resolved
     )
     return Selection(bits, counts.tolist(), threshold.item(), k)
+
+
+def check_options(k: object, numel: int | None, nan: object, transform: object = None) -> None:
+    """What ``select_topk`` demands of its numbers and names, wherever the scores lie.
+
+    Args:
+        k: see there.
+        numel: the number of scores; None where it is not known yet.
+        nan: see there.
+        transform: see there.
+
+    Raises:
+        TypeError: k is not an int.
+        ValueError: k, nan or transform is out of its range.
+    """
+    if not isinstance(k, int) or isinstance(k, bool):
+        raise TypeError(f"k must be an int; got {k!r}, a {type(k).__name__}")
+    if numel is None and k < 0:
+        raise ValueError(f"k must be at least 0; got {k}")
+    if numel is not None and not 0 <= k <= numel:
+        raise ValueError(f"k must lie between 0 and {numel}, the number of scores; got {k}")
+    if nan not in NAN_POLICIES:
+        raise ValueError(f"nan must be one of {NAN_POLICIES}; got {nan!r}")
+    if transform not in TRANSFORMS:
+        raise ValueError(f"transform must be one of {TRANSFORMS}; got {transform!r}")
+
+
+def invalid(nans: int, negatives: int, skip_nan: bool, numel: int, where: str) -> str:
+    """Empty where such scores are allowed; else the message."""
+    counts = [f"{n} {what}" for n, what in ((0 if skip_nan else nans, "NaN"), (negatives, "negative")) if n]
+    if not counts:
+        return ""
+    return f"scores must not be NaN or negative; got {' and '.join(counts)} of {numel} in {where}"
 
 
 def _run(scores: list[Tensor], k: int, skip_nan: bool, abs_: bool, backend: str) -> tuple[list[Tensor], Tensor, Tensor]:
@@ -163,12 +188,9 @@ def packed_bytes(numel: int) -> int:
 
 def _refuse_invalid(scores: list[Tensor], k: int, skip_nan: bool, nans: list[int], negatives: list[int]) -> None:
     for i, (score, nan, negative) in enumerate(zip(scores, nans, negatives, strict=True)):
-        counts = [f"{n} {what}" for n, what in ((0 if skip_nan else nan, "NaN"), (negative, "negative")) if n]
-        if counts:
-            raise ValueError(
-                f"scores must not be NaN or negative; got {' and '.join(counts)} of {score.numel()} in scores[{i}], "
-                f"shape {tuple(score.shape)}"
-            )
+        where = f"scores[{i}], shape {tuple(score.shape)}"
+        if message := invalid(nan, negative, skip_nan, score.numel(), where):
+            raise ValueError(message)
     selectable = sum(score.numel() for score in scores) - sum(nans)
     if k > selectable:
         raise ValueError(f"k must be at most {selectable}, the number of scores that are not NaN; got {k}")

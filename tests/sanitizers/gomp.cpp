@@ -20,7 +20,7 @@ struct Team {
 struct Member {
   Team* team;
   unsigned index;
-  long begin, end, stride;  // of the loop; stride: iterations of a chunk
+  long begin, end, stride;  // of the loop; stride: how far the variable goes in a chunk
 };
 
 thread_local Member self{};
@@ -67,8 +67,8 @@ void GOMP_parallel(void (*work)(void*), void* data, unsigned threads, unsigned) 
 }
 
 bool GOMP_loop_nonmonotonic_dynamic_start(long begin, long end, long step, long chunk, long* first, long* last) {
-  if (step != 1) std::abort();
-  self.begin = begin, self.end = end, self.stride = chunk;
+  if (step < 1) std::abort();
+  self.begin = begin, self.end = end, self.stride = chunk * step;
   return next_chunk(first, last);
 }
 bool GOMP_loop_nonmonotonic_dynamic_next(long* first, long* last) { return next_chunk(first, last); }
