@@ -56,5 +56,5 @@ def test_logit_stats(benchmark: BenchmarkFixture, classes: int, dtype: torch.dty
         "times_log_softmax": _harness.ratio(times, "log_softmax", "cwfast"),
         "reads": _harness.ratio(times, "cwfast", "read"),
     }
-    case = f"logit_stats C={classes} {'bf16' if dtype == torch.bfloat16 else 'fp32'}"
+    case = f"logit stats C={classes} {'bf16' if dtype == torch.bfloat16 else 'fp32'}"
     _harness.report(benchmark, case, times, variants["cwfast"], ratios=ratios, rows=rows)
