@@ -128,7 +128,7 @@ def test_machine_code_keeps_to_the_committed_table(arch):
             holds(arch, entry)
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 @pytest.mark.parametrize("arch", triton_gates.TARGETS)
 def test_all_machine_code_keeps_to_the_committed_table(arch):
     for entry in triton_gates.entries(arch):
