@@ -4,7 +4,7 @@ BackPACK. Each takes a model and returns a function that adds the scores of a ba
 
 import math
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 import torch
 from cwfast.benchmarks import _harness
@@ -146,3 +146,33 @@ class Truth:
             if not math.isfinite(float(score.sum())):
                 raise AssertionError(f"the scores of {name} must be finite")
             assert_no_worse(score / calls, exact[name], looped[name].to(score.dtype), factor=factor)
+
+
+def steps_of(
+    models: Mapping[str, nn.Module],
+    peers: Mapping[str, Callable[[nn.Module], Step]],
+    x: Tensor,
+    y: Tensor,
+    truth: Truth,
+) -> dict[str, Callable[[], object]]:
+    """For each model a step: its peer's, whose scores are checked here, or forward and backward pass."""
+    steps: dict[str, Callable[[], object]] = {}
+    for name, model in models.items():
+        if name in peers:
+            step, sums = peers[name](model), zeros(model)
+            steps[name] = lambda step=step, sums=sums: step(x, y, sums)
+            steps[name]()
+            truth.check(sums, factor=4)  # they sum in other orders
+        else:
+            steps[name] = lambda model=model: loss(model, x, y).backward()
+    return steps
+
+
+def forgetting(models: Mapping[str, nn.Module]) -> Callable[[str], None]:
+    """For ``interleaved``: no gradients are left, so that each variant makes its own anew."""
+
+    def forget(_: str) -> None:
+        for model in models.values():
+            model.zero_grad(set_to_none=True)
+
+    return forget

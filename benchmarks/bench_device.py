@@ -13,7 +13,7 @@ import pytest
 import torch
 from cwfast.benchmarks import _harness
 from cwfast.benchmarks._models import Block, Problem, loss
-from cwfast.benchmarks._per_sample import Truth, here, opacus, vmap_all, zeros
+from cwfast.benchmarks._per_sample import Truth, forgetting, here, opacus, steps_of, vmap_all, zeros
 from cwfast.benchmarks.bench_rewind import list_form
 from pytest_benchmark.fixture import BenchmarkFixture
 from torch import Tensor, nn
@@ -74,26 +74,15 @@ def test_saliency_stack(benchmark: BenchmarkFixture, samples: int, steps: int) -
     peers = {name: make for name, make in (("vmap", lambda m: vmap_all(m, 2)), ("opacus", opacus)) if here((name,))}
     first, x, y = _stack(samples, steps)
     models = {name: _stack(samples, steps).model for name in (*ours, "forward", *peers)} | {"ordinary": first}
-    variants: dict[str, Callable[[], object]] = {
-        name: lambda name=name: loss(models[name], x, y).backward() for name in (*ours, "ordinary")
-    }
+    variants = steps_of(models, peers, x, y, truth)
     variants["forward"] = lambda: loss(models["forward"], x, y)
-    for name, make in peers.items():
-        step, sums = make(models[name]), zeros(models[name])
-        variants[name] = lambda step=step, sums=sums: step(x, y, sums)
-        variants[name]()
-        truth.check(sums, factor=4)
-
-    def forget(_: str) -> None:
-        for model in models.values():
-            model.zero_grad(set_to_none=True)
 
     with ExitStack() as stack:
         for name, (backend, grads) in ours.items():
             scorer = stack.enter_context(SaliencyScorer(models[name], grads=grads, backend=backend))
             variants[name]()
             truth.check(scorer.scores(), factor=4)  # bfloat16 activations of a batch round otherwise than a sample's
-        times = _harness.interleaved(variants, REPEATS, setup=forget, seconds=SECONDS)
+        times = _harness.interleaved(variants, REPEATS, setup=forgetting(models), seconds=SECONDS)
         ratios = {f"over_step_{name}": _harness.ratio(times, name, "ordinary") for name in ours}
         ratios |= {f"over_backward_{name}": _over_backward(times, name) for name in ours}
         ratios |= {f"times_{name}": _harness.ratio(times, name, next(iter(ours))) for name in peers}

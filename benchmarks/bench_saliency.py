@@ -14,7 +14,17 @@ import pytest
 import torch
 from cwfast.benchmarks import _harness
 from cwfast.benchmarks._models import CASES, loss, problem
-from cwfast.benchmarks._per_sample import PEERS, Truth, backpack_fisher, here, vmap_all, vmap_some, zeros
+from cwfast.benchmarks._per_sample import (
+    PEERS,
+    Truth,
+    backpack_fisher,
+    forgetting,
+    here,
+    steps_of,
+    vmap_all,
+    vmap_some,
+    zeros,
+)
 from pytest_benchmark.fixture import BenchmarkFixture
 from torch import Tensor, nn
 
@@ -68,24 +78,11 @@ def test_step(benchmark: BenchmarkFixture, case: str) -> None:
     peers, truth = here(PEERS_OF[case]), Truth(lambda: problem(case, SAMPLES.get(case)))
     _, x, y = problem(case, SAMPLES.get(case))
     models = {name: problem(case).model for name in ("ordinary", *OURS, *peers)}
-    sums = {name: zeros(models[name]) for name in peers}
-    steps = {name: PEERS[name](models[name]) for name in peers}
-
-    def forget(_: str) -> None:  # so that each variant makes its gradients anew
-        for model in models.values():
-            model.zero_grad(set_to_none=True)
-
-    variants: dict[str, Callable[[], object]] = {
-        name: lambda name=name: loss(models[name], x, y).backward() for name in ("ordinary", *OURS)
-    }
-    for name in peers:
-        variants[name] = lambda name=name: steps[name](x, y, sums[name])
-        variants[name]()
-        truth.check(sums[name], factor=4)  # they sum in other orders
+    variants = steps_of(models, {name: PEERS[name] for name in peers}, x, y, truth)
     with ExitStack() as stack:
         for name in OURS:
             _ours(stack, name, variants[name], models[name], truth)
-        times = _harness.interleaved(variants, _rounds(case), setup=forget, seconds=SECONDS)
+        times = _harness.interleaved(variants, _rounds(case), setup=forgetting(models), seconds=SECONDS)
         ratios = {f"over_step_{name}": _harness.ratio(times, name, "ordinary") for name in OURS}
         for ours, suffix in (("cwfast", ""), ("cwfast_deferred_no_grads", "_deferred_no_grads")):
             ratios |= {f"times_{peer}{suffix}": _harness.ratio(times, peer, ours) for peer in peers}
@@ -106,26 +103,14 @@ def test_fisher(benchmark: BenchmarkFixture, case: str) -> None:
     peers, truth = here(("backpack_fisher",)), Truth(lambda: problem(case), power=2)
     _, x, y = problem(case)
     ours = {"fisher": True, "fisher_no_grads": False}
-    models = {name: problem(case).model for name in ("ordinary", *ours, *peers)}
-    variants: dict[str, Callable[[], object]] = {
-        name: lambda name=name: loss(models[name], x, y).backward() for name in (*ours, "ordinary")
-    }
-    for name in peers:
-        step, sums = backpack_fisher(models[name]), zeros(models[name])
-        variants[name] = lambda step=step, sums=sums: step(x, y, sums)
-        variants[name]()
-        truth.check(sums, factor=4)
-
-    def forget(_: str) -> None:
-        for model in models.values():
-            model.zero_grad(set_to_none=True)
-
+    models = {name: problem(case).model for name in (*ours, "ordinary", *peers)}
+    variants = steps_of(models, dict.fromkeys(peers, backpack_fisher), x, y, truth)
     with ExitStack() as stack:
         for name, grads in ours.items():
             scorer = stack.enter_context(SaliencyScorer(models[name], criterion="fisher", grads=grads))
             variants[name]()
             truth.check(scorer.scores())
-        times = _harness.interleaved(variants, _rounds(case), setup=forget, seconds=SECONDS)
+        times = _harness.interleaved(variants, _rounds(case), setup=forgetting(models), seconds=SECONDS)
         ratios = {f"over_step_{name}": _harness.ratio(times, name, "ordinary") for name in ours}
         ratios |= {f"times_{name}": _harness.ratio(times, name, "fisher") for name in peers}
         facts = _described(case)

@@ -270,13 +270,12 @@ def rewind_(model: nn.Module, masks: MaskSet, initial: Initial, *, backend: str 
     for name, parameter in parameters.items():  # all, before any is written
         _checks.written(name, parameter)
     if isinstance(initial, str | os.PathLike):
-        values, compact = (
-            dict(zip(parameters, streamed(model, masks, parameters, Checkpoint(initial)), strict=True)),
-            True,
-        )
+        compact = True
+        values = dict(zip(parameters, streamed(model, masks, parameters, Checkpoint(initial)), strict=True))
     else:
+        compact = False
         check_apart(initial, parameters)
-        values, compact = initial_values(initial, parameters), False
+        values = initial_values(initial, parameters)
     for device in dict.fromkeys(parameter.device for parameter in parameters.values()):
         here = {name: p.detach() for name, p in parameters.items() if p.device == device}
         picks = [_picks.to_device(masks.picks(name), device) for name in here]
