@@ -88,9 +88,9 @@ def test_nan_stays_in_its_row_and_out_may_have_any_strides(backend):
 # Rows, vocabulary and columns beyond one chunk, one block and one digit of the CPU kernel, and around its edges. Nearly
 # all tokens are equal in "frequent": there the columns are shared among the threads.
 LARGE = {
-    "many chunks": (4, 500, 3000, 50),
-    "two digits": (2, 300, 70_000, 2),
-    "one column": (3, 70_000, 7, 1),
+    "many_chunks": (4, 500, 3000, 50),
+    "two_digits": (2, 300, 70_000, 2),
+    "one_column": (3, 70_000, 7, 1),
     "frequent": (3, 400, 40, 257),
     "wide": (2, 20, 11, 1031),
     "block": (2, 30, 5, 256),
@@ -106,16 +106,16 @@ def large(name, dtype=torch.float32):
 
 
 @pytest.mark.parametrize("backend", BACKENDS[1:])
-@pytest.mark.parametrize("strides", ["dense", "rows apart", "columns apart"])
+@pytest.mark.parametrize("strides", ["dense", "rows_apart", "columns_apart"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
 @pytest.mark.parametrize("name", LARGE)
 def test_large_exactly(name, dtype, strides, backend):
     indices, grads, factor = large(name, dtype)
 
     def laid(x):
-        if strides == "rows apart":
+        if strides == "rows_apart":
             return torch.cat([x, torch.full_like(x, torch.nan)], dim=-1)[..., : x.shape[-1]]
-        return x.mT.contiguous().mT if strides == "columns apart" else x
+        return x.mT.contiguous().mT if strides == "columns_apart" else x
 
     found = []
     for which in ("reference", backend):
@@ -131,7 +131,7 @@ def test_large_exactly(name, dtype, strides, backend):
     assert torch.equal(found[0][1], found[1][1])
 
 
-@pytest.mark.parametrize("backend", BACKENDS[1:])
+@pytest.mark.parametrize("backend", BACKENDS[1:2])
 @pytest.mark.parametrize("name", LARGE)
 def test_the_same_bits_for_any_number_of_threads(name, backend, set_threads):
     indices, grads, factor = large(name)

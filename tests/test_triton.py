@@ -62,7 +62,7 @@ LONG = {
     "saliency": "block_edge or expanded or float64 and no_worse",
     "select": "stable_sort and float16 or many_chunks or heavy_ties or small_tensors or 30000 or word_and_chunk "
     "or skipped_nan or threads",
-    "embedding_saliency": None,
+    "embedding_saliency": "one_column or many_chunks or two_digits",
     "logit_stats": None,
     "rewind": None,
 }
