@@ -168,8 +168,12 @@ def test_memory(benchmark: BenchmarkFixture, case: str, samples: int | None, oth
             raise AssertionError(
                 f"scoring must add at most {scores} bytes of scores and 64 MB to {ordinary}; got {ours}"
             )
-        ratios = {f"memory_times_{name}": extra[name] / ours for name in here(others) if name not in OURS}
-        extra["over_ordinary"], extra["scores"] = ours - ordinary, scores
+        over = ours - ordinary
+        for name in here(others):
+            if name not in OURS and over > 0:
+                ratios[f"over_ordinary_times_{name}"] = (extra[name] - ordinary) / over
+        ratios |= {f"memory_times_{name}": extra[name] / ours for name in here(others) if name not in OURS}
+        extra["over_ordinary"], extra["scores"] = over, scores
     facts = _described(case, samples)
     run = _prepared("cwfast", model, x, y)
     _harness.report(benchmark, _title("memory", facts), {}, run, ratios=ratios, bytes=extra, **facts)
