@@ -2,6 +2,7 @@
 #pragma once
 #include <atomic>
 #include <chrono>
+#include <cstddef>
 #include <exception>
 #include <mutex>
 #include <string>
@@ -17,6 +18,10 @@ void set_isa(const std::string& name);  // throws std::invalid_argument where th
 Isa isa();
 
 int threads();  // OpenMP's limit, which torch.set_num_threads also sets; 1 in a forked child
+
+// Asks the kernel to back large memory that is about to be written by 2 MB pages, where it can: a first touch of each
+// 4 KB costs more than writing them. A hint: it changes nothing else.
+void prefer_huge_pages(void* data, size_t bytes);
 
 // Thrown out of a kernel after `interrupt_check` said stop; the binding turns it into the pending Python exception.
 struct Interrupted : std::exception {

@@ -2,8 +2,10 @@
 
 #include <omp.h>
 #include <pthread.h>
+#include <sys/mman.h>
 
 #include <algorithm>
+#include <cstdint>
 #include <stdexcept>
 
 namespace cwfast {
@@ -57,6 +59,17 @@ void set_isa(const std::string& name) {
 Isa isa() { return chosen; }
 
 int threads() { return forked ? 1 : omp_get_max_threads(); }
+
+void prefer_huge_pages(void* data, size_t bytes) {
+#ifdef MADV_HUGEPAGE
+  constexpr uintptr_t kHuge = uintptr_t{1} << 21;
+  const auto begin = (reinterpret_cast<uintptr_t>(data) + kHuge - 1) & ~(kHuge - 1);
+  const auto end = (reinterpret_cast<uintptr_t>(data) + bytes) & ~(kHuge - 1);
+  if (begin < end) madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);
+#else
+  (void)data, (void)bytes;
+#endif
+}
 
 bool Region::stopped() {
   if (stop_) return true;

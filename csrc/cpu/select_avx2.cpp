@@ -42,9 +42,7 @@ inline Word scan16(const void* p, uint64_t low, uint64_t high, bool abs) {
   return out;
 }
 
-}  // namespace
-
-Word scan_avx2_float32(const void* p, uint64_t low, uint64_t high, bool abs) {
+Word float32(const void* p, uint64_t low, uint64_t high, bool abs) {
   const int* data = (const int*)p;
   for (int i = 0; i < 64; i += 16) _mm_prefetch((const char*)(data + kAhead + i), _MM_HINT_T0);
   const __m256i magnitude = _mm256_set1_epi32(0x7fffffff), inf = _mm256_set1_epi32(0x7f800000);
@@ -65,7 +63,7 @@ Word scan_avx2_float32(const void* p, uint64_t low, uint64_t high, bool abs) {
   return out;
 }
 
-Word scan_avx2_float64(const void* p, uint64_t low, uint64_t high, bool abs) {
+Word float64(const void* p, uint64_t low, uint64_t high, bool abs) {
   const long long* data = (const long long*)p;
   const __m256i magnitude = _mm256_set1_epi64x(0x7fffffffffffffff), inf = _mm256_set1_epi64x(0x7ff0000000000000);
   const __m256i below_low = _mm256_set1_epi64x((long long)low - 1),
@@ -85,12 +83,11 @@ Word scan_avx2_float64(const void* p, uint64_t low, uint64_t high, bool abs) {
   return out;
 }
 
-Word scan_avx2_bfloat16(const void* p, uint64_t low, uint64_t high, bool abs) {
-  return scan16<0x7f80>(p, low, high, abs);
-}
-Word scan_avx2_float16(const void* p, uint64_t low, uint64_t high, bool abs) {
-  return scan16<0x7c00>(p, low, high, abs);
-}
+}  // namespace
+
+const Scan kAvx2Float32{float32, run_by_words<float32, 4>}, kAvx2Float64{float64, run_by_words<float64, 8>},
+    kAvx2Bfloat16{scan16<0x7f80>, run_by_words<scan16<0x7f80>, 2>},
+    kAvx2Float16{scan16<0x7c00>, run_by_words<scan16<0x7c00>, 2>};
 
 }  // namespace cwfast
 #endif

@@ -43,39 +43,37 @@ Word scan_scalar(const void* p, uint64_t low, uint64_t high, bool abs) {
   return out;
 }
 
-// The scan of the instruction set in use.
+// The scans of the instruction set in use.
 template <class F>
-ScanWord scanner(Dtype dtype) {
+Scan scanner(Dtype dtype) {
 #if defined(__x86_64__)
   if (isa() == Isa::avx512 && dtype != Dtype::float64)
-    return dtype == Dtype::float32    ? scan_avx512_float32
-           : dtype == Dtype::bfloat16 ? scan_avx512_bfloat16
-                                      : scan_avx512_float16;
+    return dtype == Dtype::float32 ? kAvx512Float32 : dtype == Dtype::bfloat16 ? kAvx512Bfloat16 : kAvx512Float16;
   if (isa() >= Isa::avx2) {
     switch (dtype) {
       case Dtype::float32:
-        return scan_avx2_float32;
+        return kAvx2Float32;
       case Dtype::float64:
-        return scan_avx2_float64;
+        return kAvx2Float64;
       case Dtype::bfloat16:
-        return scan_avx2_bfloat16;
+        return kAvx2Bfloat16;
       case Dtype::float16:
-        return scan_avx2_float16;
+        return kAvx2Float16;
     }
   }
 #endif
   (void)dtype;
-  return scan_scalar<F>;
+  return {scan_scalar<F>, run_by_words<scan_scalar<F>, sizeof(typename F::Raw)>};
 }
 
 // The scan of up to 64 entries.
 template <class F>
-Word scan_some(ScanWord scan, const char* data, int64_t numel, uint64_t low, uint64_t high, bool abs) {
+Word scan_some(const Scan& scan, const char* data, int64_t numel, uint64_t low, uint64_t high, bool abs) {
   using Raw = typename F::Raw;
-  if (numel >= 64) return scan(data, low, high, abs);
+  if (numel >= 64) return scan.word(data, low, high, abs);
   Raw padded[64] = {};
   std::memcpy(padded, data, static_cast<size_t>(numel) * sizeof(Raw));
-  Word word = scan(padded, low, high, abs);
+  Word word = scan.word(padded, low, high, abs);
   const uint64_t real = (uint64_t{1} << numel) - 1;
   word.from_low &= real, word.from_high &= real, word.invalid &= real;
   return word;
@@ -85,6 +83,24 @@ Word scan_some(ScanWord scan, const char* data, int64_t numel, uint64_t low, uin
 template <class F>
 void count_invalid(const char* data, uint64_t invalid, int64_t& nans, int64_t& negatives) {
   for (; invalid; invalid &= invalid - 1) (key_at<F>(data, __builtin_ctzll(invalid)) > F::kInf ? nans : negatives) += 1;
+}
+
+// The bits of up to a run of entries at `above` and `inside`, and what they are added to `marks`.
+template <class F>
+void scan_part(const Scan& scan, const char* data, int64_t numel, uint64_t low, uint64_t high, bool abs,
+               uint64_t* above, uint64_t* inside, Marks& marks) {
+  const int64_t words = numel / 64;
+  const Run run = scan.run(data, words, low, high, abs, above, inside);
+  if (run.clean) marks.above += run.above, marks.inside += run.inside;
+  for (int64_t w = run.clean ? words : 0; w < (numel + 63) / 64; ++w) {
+    const char* p = data + w * int64_t{64 * sizeof(typename F::Raw)};
+    const Word word = scan_some<F>(scan, p, numel - 64 * w, low, high, abs);
+    above[w] = word.from_high;
+    inside[w] = word.from_low & ~word.from_high;
+    marks.above += __builtin_popcountll(above[w]);
+    marks.inside += __builtin_popcountll(inside[w]);
+    if (word.invalid) count_invalid<F>(p, word.invalid, marks.nans, marks.negatives);
+  }
 }
 
 // By integers, because a conversion of subnormals may flush them to zero.

@@ -4,6 +4,7 @@
 
 #include <algorithm>
 #include <atomic>
+#include <memory>
 #include <vector>
 
 #include "cpu/select_keys.h"
@@ -13,7 +14,8 @@
 namespace cwfast {
 
 constexpr int64_t kChunk = 1 << 16;  // entries: offsets inside a chunk fit 16 bits, a chunk takes some microseconds
-constexpr int kBins = 2048;          // 16 KB of counters: they stay in the first-level cache
+constexpr int kRun = 256;    // words looked at, then searched for candidates: their bits stay in the first-level cache
+constexpr int kBins = 2048;  // 16 KB of counters: they stay in the first-level cache
 
 struct Chunk {
   const char* data;
@@ -26,6 +28,25 @@ template <class Raw>
 struct Candidate {
   Raw key;
   uint16_t offset;  // inside the chunk
+};
+
+// Room for n items that no one has touched: memory is taken page by page as items arrive.
+template <class T>
+class Buffer {
+ public:
+  void reserve(size_t n) {
+    items_.reset(new T[n]);
+    prefer_huge_pages(items_.get(), n * sizeof(T));
+  }
+  void push(T item) { items_[size_++] = item; }  // the caller reserved enough
+  size_t size() const { return size_; }
+  const T* data() const { return items_.get(); }
+  const T* begin() const { return data(); }
+  const T* end() const { return data() + size_; }
+
+ private:
+  std::unique_ptr<T[]> items_;
+  size_t size_ = 0;
 };
 
 // What one read of a chunk left behind.
@@ -48,6 +69,7 @@ class Pass {
       : scores_(scores), scan_(scanner<F>(dtype)), abs_(abs) {
     starts_.push_back(0);
     for (size_t t = 0; t < scores.size(); ++t) {
+      prefer_huge_pages(scores[t].bits, static_cast<size_t>(scores[t].numel) / 8);
       const auto* data = static_cast<const char*>(scores[t].data);
       for (int64_t at = 0; at < scores[t].numel; at += kChunk)
         chunks.push_back({data + at * int64_t{sizeof(Raw)}, scores[t].bits + at / 64,
@@ -62,9 +84,10 @@ class Pass {
   // One read: bits of everything at or above the bracket, counts, and (if asked) the entries inside as candidates.
   void read(bool keep_candidates) {
     const int workers = threads();
-    candidates.assign(static_cast<size_t>(workers), {});
-    if (keep_candidates)  // address space only; growing would copy and hold twice
-      for (auto& buffer : candidates) buffer.reserve(static_cast<size_t>(std::min(capacity, numel)));
+    candidates.clear();
+    candidates.resize(static_cast<size_t>(workers));
+    if (keep_candidates)  // a thread below the capacity takes one chunk more
+      for (auto& buffer : candidates) buffer.reserve(static_cast<size_t>(std::min(capacity + kChunk, numel)));
     std::atomic<int64_t> kept{0};
     Region region;
 #pragma omp parallel for schedule(dynamic, 4) num_threads(workers)
@@ -78,25 +101,27 @@ class Pass {
     region.finish();
   }
 
-  void read_chunk(int64_t c, std::vector<Kept>* keep) {
+  void read_chunk(int64_t c, Buffer<Kept>* keep) {
     const Chunk& chunk = chunks[static_cast<size_t>(c)];
-    Outcome out;
-    out.thread = omp_get_thread_num();
-    out.begin = keep ? keep->size() : 0;
-    for (int64_t at = 0; at < chunk.numel; at += 64) {
-      const Word word = scan(chunk, at);
-      uint64_t inside = word.from_low & ~word.from_high;
-      chunk.bits[at / 64] = word.from_high;
-      out.sure += __builtin_popcountll(word.from_high);
-      out.ties += __builtin_popcountll(inside);
-      if (word.invalid) count_invalid<F>(chunk.data + at * int64_t{sizeof(Raw)}, word.invalid, out.nans, out.negatives);
+    Marks marks{0, 0, 0, 0};
+    const size_t begin = keep ? keep->size() : 0;
+    uint64_t inside[kRun];
+    for (int64_t at = 0; at < chunk.numel; at += 64 * kRun) {
+      const int64_t numel = std::min<int64_t>(64 * kRun, chunk.numel - at);
+      scan_part<F>(scan_, chunk.data + at * int64_t{sizeof(Raw)}, numel, low, high, abs_, chunk.bits + at / 64, inside,
+                   marks);
       if (!keep) continue;
-      for (; inside; inside &= inside - 1) {
-        const int64_t i = at + __builtin_ctzll(inside);
-        keep->push_back({static_cast<Raw>(key_at<F>(chunk.data, i)), static_cast<uint16_t>(i)});
-      }
+      uint16_t some[kRun];  // words with candidates, found without a branch to mispredict
+      int count = 0;
+      for (int w = 0; w < (numel + 63) / 64; ++w) some[count] = static_cast<uint16_t>(w), count += inside[w] != 0;
+      for (int n = 0; n < count; ++n)
+        for (uint64_t left = inside[some[n]]; left; left &= left - 1) {
+          const int64_t i = at + 64 * some[n] + __builtin_ctzll(left);
+          keep->push({static_cast<Raw>(key_at<F>(chunk.data, i)), static_cast<uint16_t>(i)});
+        }
     }
-    outcomes[static_cast<size_t>(c)] = out;
+    outcomes[static_cast<size_t>(c)] = {marks.above,     marks.inside,         0,    marks.nans,
+                                        marks.negatives, omp_get_thread_num(), begin};
   }
 
   Word scan(const Chunk& chunk, int64_t at) const {
@@ -159,14 +184,14 @@ class Pass {
   }
 
   std::vector<Chunk> chunks;
-  std::vector<Outcome> outcomes;              // [chunks]
-  std::vector<std::vector<Kept>> candidates;  // [threads]
-  int64_t numel = 0, capacity = 0;            // capacity: candidates that are kept
-  uint64_t low = 0, high = 0;                 // the bracket [low, high) of keys
+  std::vector<Outcome> outcomes;         // [chunks]
+  std::vector<Buffer<Kept>> candidates;  // [threads]
+  int64_t numel = 0, capacity = 0;       // capacity: candidates that are kept
+  uint64_t low = 0, high = 0;            // the bracket [low, high) of keys
 
  private:
   const std::vector<ScoreTensor>& scores_;
-  const ScanWord scan_;
+  const Scan scan_;
   const bool abs_;
   std::vector<int64_t> starts_;  // [tensors + 1] flat index of each tensor's first entry
 };

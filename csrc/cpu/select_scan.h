@@ -1,4 +1,4 @@
-// One 64-entry word of comparisons: the only part of selection that depends on the instruction set.
+// Comparisons of 64-entry words and of runs of them: the only part of selection that depends on the instruction set.
 // A score's key is its bit pattern without the sign: an unsigned integer that orders as the non-negative score does.
 // Plain C inside, no library headers: a file compiled for AVX2 must not leave inline functions to the linker.
 #pragma once
@@ -15,14 +15,46 @@ struct Word {
 // `low`, `high` are keys in [0, infinity's key + 1]; p points at 64 entries.
 using ScanWord = Word (*)(const void* p, uint64_t low, uint64_t high, bool abs);
 
-Word scan_avx2_float32(const void* p, uint64_t low, uint64_t high, bool abs);
-Word scan_avx2_float64(const void* p, uint64_t low, uint64_t high, bool abs);
-Word scan_avx2_bfloat16(const void* p, uint64_t low, uint64_t high, bool abs);
-Word scan_avx2_float16(const void* p, uint64_t low, uint64_t high, bool abs);
+struct Run {
+  int64_t above, inside;  // entries with key >= high; with low <= key < high
+  bool clean;             // false: some entry may be invalid or -0, and nothing else here is to be used
+};
 
+// The bits of each word of a run. The common case: what is not clean goes word by word.
+using ScanRun = Run (*)(const void* p, int64_t words, uint64_t low, uint64_t high, bool abs, uint64_t* above,
+                        uint64_t* inside);
+
+struct Scan {
+  ScanWord word;
+  ScanRun run;
+};
+
+// After the words are written: a loop that writes and counts would wait for its own narrow stores.
+static inline Run counted(const uint64_t* above, const uint64_t* inside, int64_t words, bool clean) {
+  Run out = {0, 0, clean};
+  for (int64_t w = 0; clean && w < words; ++w) {
+    out.above += __builtin_popcountll(above[w]);
+    out.inside += __builtin_popcountll(inside[w]);
+  }
+  return out;
+}
+
+// A run by the scan of its words.
+template <ScanWord kScan, int kBytes>
+static inline Run run_by_words(const void* p, int64_t words, uint64_t low, uint64_t high, bool abs, uint64_t* above,
+                               uint64_t* inside) {
+  uint64_t invalid = 0;
+  for (int64_t w = 0; w < words; ++w) {
+    const Word word = kScan((const char*)p + 64 * kBytes * w, low, high, abs);
+    above[w] = word.from_high;
+    inside[w] = word.from_low & ~word.from_high;
+    invalid |= word.invalid;
+  }
+  return counted(above, inside, words, invalid == 0);
+}
+
+extern const Scan kAvx2Float32, kAvx2Float64, kAvx2Bfloat16, kAvx2Float16;
 // float64 has no scan of its own for AVX-512: it takes that of AVX2.
-Word scan_avx512_float32(const void* p, uint64_t low, uint64_t high, bool abs);
-Word scan_avx512_bfloat16(const void* p, uint64_t low, uint64_t high, bool abs);
-Word scan_avx512_float16(const void* p, uint64_t low, uint64_t high, bool abs);
+extern const Scan kAvx512Float32, kAvx512Bfloat16, kAvx512Float16;
 
 }  // namespace cwfast

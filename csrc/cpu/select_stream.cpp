@@ -50,22 +50,17 @@ Marks mark_scores(const ScoreTensor& scores, Dtype dtype, uint64_t low, uint64_t
   return by_dtype(dtype, [&](auto format) {
     using F = decltype(format);
     const auto* data = static_cast<const char*>(scores.data);
-    const ScanWord scan = scanner<F>(dtype);
+    const Scan scan = scanner<F>(dtype);
     int64_t above = 0, within = 0, nans = 0, negatives = 0;
     Region region;
 #pragma omp parallel for schedule(dynamic, 4) num_threads(threads()) reduction(+ : above, within, nans, negatives)
     for (int64_t part = 0; part < (scores.numel + kPart - 1) / kPart; ++part)
       region.run([&, part] {
-        const int64_t end = std::min((part + 1) * kPart, scores.numel);
-        for (int64_t at = part * kPart; at < end; at += 64) {
-          const char* p = data + at * static_cast<int64_t>(sizeof(typename F::Raw));
-          const Word word = scan_some<F>(scan, p, end - at, low, high, false);
-          scores.bits[at / 64] = word.from_high;
-          inside[at / 64] = word.from_low & ~word.from_high;
-          above += __builtin_popcountll(word.from_high);
-          within += __builtin_popcountll(word.from_low & ~word.from_high);
-          if (word.invalid) count_invalid<F>(p, word.invalid, nans, negatives);
-        }
+        const int64_t at = part * kPart, numel = std::min(kPart, scores.numel - at);
+        Marks marks{0, 0, 0, 0};
+        scan_part<F>(scan, data + at * static_cast<int64_t>(sizeof(typename F::Raw)), numel, low, high, false,
+                     scores.bits + at / 64, inside + at / 64, marks);
+        above += marks.above, within += marks.inside, nans += marks.nans, negatives += marks.negatives;
       });
     region.finish();
     return Marks{above, within, nans, negatives};
