@@ -42,18 +42,20 @@ autodoc_typehints_format = "short"
 python_use_unqualified_type_names = True
 python_maximum_signature_line_length = 100
 napoleon_numpy_docstring = False
+napoleon_use_ivar = True
 napoleon_use_rtype = False
 napoleon_custom_sections = ["Source"]
 
 nitpicky = True
 nitpick_ignore_regex = [
     (r"py:.*", r"(torch|numpy|collections|matplotlib|os|pathlib|types|typing)\..*|Figure"),  # documented elsewhere
-    (r"py:.*", r"cwfast\.(_\w+|layers\.samples)\..*"),  # results that have no public name
+    (r"py:.*", r"cwfast\.(_\w+|checkpoint\.reader|layers\.samples)\..*"),  # results that have no public name
 ]
 
 
 def setup(app):
     app.connect("autodoc-process-docstring", public_names.readable, priority=400)  # before napoleon's
+    app.connect("autodoc-process-signature", public_names.signature)
     app.connect("autodoc-skip-member", public_names.skipped)
     app.connect("missing-reference", public_names.resolved)
     app.connect("env-check-consistency", public_names.complete)

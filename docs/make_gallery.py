@@ -1,7 +1,7 @@
 """Makes ``docs/_gallery``: real runs, their reports as pages, and Markdown with their figures for ``gallery.md``.
 
-``python docs/make_gallery.py`` makes it anew; Sphinx makes it where it is missing. ``--demo FOLDER`` takes the report of
-a ``cwfast demo`` that has been run already. Takes about a minute on two cores without that.
+``python docs/make_gallery.py`` makes it anew; Sphinx makes it where it is missing. ``--demo FOLDER`` takes the report
+of a ``cwfast demo`` that has been run already. Takes about a minute on two cores without that.
 """
 
 import argparse

@@ -1,4 +1,4 @@
-"""What the API reference must hold, and how docstrings become its pages; ``conf.py`` hands these functions to Sphinx."""
+"""What the API reference must hold, and how docstrings become its pages; ``conf.py`` hands this to Sphinx."""
 
 import inspect
 import re
@@ -6,7 +6,9 @@ from collections.abc import Collection
 from functools import cache
 from importlib import import_module
 
+import numpy.typing
 from sphinx.util import logging
+from sphinx.util.typing import stringify_annotation
 
 ROOMS = (  # every module whose names users import, each on a page under api/
     "cwfast",
@@ -29,6 +31,8 @@ ROOMS = (  # every module whose names users import, each on a page under api/
     "cwfast.training",
 )
 _LITERAL = re.compile(r"(``.*?``|`[^`]*`)")
+_ARRAY_LIKE = stringify_annotation(numpy.typing.ArrayLike, "smart")  # a union of half a dozen private names
+_NDARRAY = re.compile(r"~numpy\.ndarray\[tuple\[~typing\.Any, \.\.\.\], ~numpy\.dtype\[(.*?)\]\]")
 _SOURCE = re.compile(r"(\s*)Source: (.+)")
 
 
@@ -80,6 +84,19 @@ def readable(app, what, name, obj, options, lines) -> None:
 def _plain(line: str) -> str:
     parts = _LITERAL.split(line)
     return "".join(part if part.startswith("`") else re.sub(r"([|*])", r"\\\1", part) for part in parts)
+
+
+def signature(app, what, name, obj, options, text, result) -> tuple[str | None, str | None]:
+    """Sphinx's autodoc-process-signature: NumPy's array types by the names that the code gives them."""
+
+    def short(types: str | None) -> str | None:
+        return types and _NDARRAY.sub(
+            r"~numpy.typing.NDArray[\1]", types.replace(_ARRAY_LIKE, "~numpy.typing.ArrayLike")
+        )
+
+    if text and "<factory>" in text:  # a default that is no expression would leave the whole signature unread
+        text = re.sub(r"~(?:\w+\.)+", "", text).replace("<factory>", "...")
+    return short(text), short(result)
 
 
 def skipped(app, what, name, obj, skip, options) -> bool | None:
