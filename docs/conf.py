@@ -1,4 +1,4 @@
-"""Sphinx's settings. ``python -m sphinx -W -n -b html docs docs/_build`` builds the site; nothing is downloaded.
+"""Sphinx's settings. ``sphinx-build -W -b html docs docs/_build/html`` builds the site; nothing is downloaded.
 
 ``-t reference`` builds the API pages alone, in seconds.
 """
@@ -15,7 +15,7 @@ project = "cwfast"
 author = "the cwfast authors"
 release = metadata.version("cwfast")
 extensions = ["sphinx.ext.autodoc", "sphinx.ext.napoleon", "myst_nb"]
-exclude_patterns = ["_build", "_gallery"]
+exclude_patterns = ["_build", "_gallery", "jupyter_execute"]
 default_role = "py:obj"  # a name in single backticks is a link
 
 html_theme = "furo"
@@ -23,6 +23,8 @@ html_title = f"cwfast {release}"
 html_show_copyright = False
 html_copy_source = False
 html_show_sourcelink = False
+html_static_path = ["static"]
+html_css_files = ["tables.css"]
 
 if tags.has("reference"):  # noqa: F821  (Sphinx defines it)
     root_doc = "api/index"

@@ -94,9 +94,8 @@ def signature(app, what, name, obj, options, text, result) -> tuple[str | None, 
             r"~numpy.typing.NDArray[\1]", types.replace(_ARRAY_LIKE, "~numpy.typing.ArrayLike")
         )
 
-    if text and "<factory>" in text:  # a default that is no expression would leave the whole signature unread
-        text = re.sub(r"~(?:\w+\.)+", "", text).replace("<factory>", "...")
-    return short(text), short(result)
+    # A default that is no expression would leave the whole signature unread.
+    return short(text and text.replace("<factory>", "...")), short(result)
 
 
 def skipped(app, what, name, obj, skip, options) -> bool | None:
