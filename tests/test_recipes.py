@@ -51,6 +51,7 @@ def test_accelerate():
     assert_trained(run("accelerate"))
 
 
+@pytest.mark.usefixtures("without_torchvision")
 def test_trainer():
     pytest.importorskip("accelerate")
     transformers = pytest.importorskip("transformers")
