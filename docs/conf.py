@@ -8,6 +8,7 @@ from importlib import metadata
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent))
+import command_help
 import make_gallery
 import public_names
 
@@ -56,6 +57,7 @@ nitpick_ignore_regex = [
 
 
 def setup(app):
+    app.add_directive("command-help", command_help.CommandHelp)
     app.connect("autodoc-process-docstring", public_names.readable, priority=400)  # before napoleon's
     app.connect("autodoc-process-signature", public_names.signature)
     app.connect("autodoc-skip-member", public_names.skipped)
