@@ -10,25 +10,15 @@ import numpy.typing
 from sphinx.util import logging
 from sphinx.util.typing import stringify_annotation
 
-ROOMS = (  # every module whose names users import, each on a page under api/
+import cwfast
+
+ROOMS = (  # every module whose names users import
     "cwfast",
-    "cwfast.checkpoint",
-    "cwfast.data",
+    *(f"cwfast.{room}" for room in cwfast._ROOMS),
     "cwfast.data.bundled",
-    "cwfast.defense",
-    "cwfast.distributed",
-    "cwfast.errors",
     "cwfast.integrations.prune",
-    "cwfast.layers",
-    "cwfast.mia",
     "cwfast.mia.attacks",
     "cwfast.mia.metrics",
-    "cwfast.ops",
-    "cwfast.optim",
-    "cwfast.reference",
-    "cwfast.report",
-    "cwfast.testing",
-    "cwfast.training",
 )
 _LITERAL = re.compile(r"(``.*?``|`[^`]*`)")
 _ARRAY_LIKE = stringify_annotation(numpy.typing.ArrayLike, "smart")  # a union of half a dozen private names
