@@ -43,7 +43,7 @@ class SaliencyScorer:
 
     ``g_b`` is the gradient of sample b's own loss, summed over every use of the weight before the absolute value. The
     factor is the weight ("taylor"), its distance from the initial weight ("taylor_delta") or 1 ("grad"; "fisher" sums
-    ``g_b ** 2``), with the weights of that backward pass.
+    ``g_b ** 2``), with the weights of that backward pass::
 
         scorer = SaliencyScorer(model)
         with scorer:

@@ -10,24 +10,10 @@ from torch.nn import functional
 from cwfast import SaliencyScorer
 from cwfast.errors import UnsupportedLayer
 
-import_utils = transformers.utils.import_utils
 B, T, V = 4, 9, 31
 
 
-@pytest.fixture(scope="module", autouse=True)
-def without_torchvision():
-    """No image is read here, and a torchvision that was built for another torch breaks the import of the models."""
-    available = import_utils._is_package_available
-    import_utils._is_package_available = lambda name, **options: (
-        (False, "N/A") if name == "torchvision" else available(name, **options)
-    )
-    caches = (import_utils.is_torchvision_available, import_utils.is_torchvision_v2_available)
-    for cache in caches:
-        cache.cache_clear()
-    yield
-    import_utils._is_package_available = available
-    for cache in caches:
-        cache.cache_clear()
+pytestmark = pytest.mark.usefixtures("without_torchvision")
 
 
 def randomized(model):

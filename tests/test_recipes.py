@@ -1,31 +1,20 @@
 """Every block of docs/recipes.md runs, and does what the page says of it."""
 
-import re
-from pathlib import Path
-
 import pytest
+import snippets
 import torch
 
-PAGE = Path(__file__).parent.parent / "docs" / "recipes.md"
-BLOCK = re.compile(r"^```python ?(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
-BLOCKS = BLOCK.findall(PAGE.read_text(encoding="utf-8")) if PAGE.exists() else []
-RECIPES = dict.fromkeys(name for name, _ in BLOCKS if name)
+PAGE = "recipes.md"
+RECIPES = dict.fromkeys(name for name, _ in snippets.blocks(PAGE) if name)
 
 
 def run(recipe):
-    """The page's beginning, then the recipe's blocks; what they define."""
-    code = "\n".join(text for name, text in BLOCKS if name in ("", recipe))
-    found = {}
-    exec(compile(code, f"{PAGE.name}:{recipe}", "exec"), found)
-    return found
+    return snippets.run(PAGE, recipe)
 
 
 @pytest.fixture(autouse=True)
 def folder(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-
-
-pytestmark = pytest.mark.skipif(not PAGE.exists(), reason="the page comes with the repository")
 
 
 def test_every_section_has_a_recipe_and_every_recipe_a_test():
@@ -62,6 +51,7 @@ def test_accelerate():
     assert_trained(run("accelerate"))
 
 
+@pytest.mark.usefixtures("without_torchvision")
 def test_trainer():
     pytest.importorskip("accelerate")
     transformers = pytest.importorskip("transformers")

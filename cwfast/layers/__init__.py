@@ -2,7 +2,7 @@
 
 A rule is called in place of the function and returns its result, or NotImplemented where it cannot score this call.
 What it has to say is how a sample's gradient follows from inputs, output gradients and weight. For a layer of your own,
-here a gate ``y = x * sigmoid(w)`` that your module calls as a function through ``torch.overrides``:
+here a gate ``y = x * sigmoid(w)`` that your module calls as a function through ``torch.overrides``::
 
     @register(gate)
     def rule(tracker, x, weight):
