@@ -17,6 +17,7 @@ _SETTINGS = (  # every environment variable that the code reads, so that a missp
     "CWFAST_CUDA",
     "CWFAST_CUDA_ARCHS",
     "CWFAST_FUZZ",
+    "CWFAST_NEED_DATA",
     "CWFAST_NO_EXT",
     "CWFAST_OPTIMIZE",
 )
