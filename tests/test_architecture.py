@@ -79,7 +79,7 @@ def python(code: str) -> str:
         "import cwfast; dir(cwfast); cwfast.__version__",
         "import contextlib, cwfast.cli\nwith contextlib.suppress(SystemExit): cwfast.cli.main(['--help'])",
         "import contextlib, cwfast.cli\nwith contextlib.suppress(SystemExit): cwfast.cli.main(['demo', '--help'])",
-        "import contextlib, cwfast.cli\nwith contextlib.suppress(SystemExit): cwfast.cli.main(['audit'])",
+        "import contextlib, cwfast.cli\nwith contextlib.suppress(SystemExit): cwfast.cli.main(['audit', '--help'])",
     ],
 )
 def test_importing_and_help_load_no_heavy_library(code):
