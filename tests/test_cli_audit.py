@@ -17,7 +17,7 @@ from cwfast.checkpoint.arrays import read_array
 from cwfast.cli import main
 from cwfast.commands import audit as command
 from cwfast.errors import CheckpointError
-from cwfast.mia import Signals, _pictures, attacks, audit
+from cwfast.mia import Signals, _curves, _page, _pictures, attacks, audit
 
 K, N, C = 8, 240, 3
 
@@ -296,6 +296,73 @@ def test_pictures_are_read_by_pillow():
     image = pytest.importorskip("PIL.Image")
     pixels = np.random.default_rng(0).integers(0, 256, (9, 7, 3)).astype(np.uint8)
     np.testing.assert_array_equal(np.asarray(image.open(io.BytesIO(_pictures.png(pixels)))), pixels)
+
+
+# -- the page
+
+
+def row(auc, tpr=0.2, low=0.1, high=0.3):
+    """As much of an attack's report as the page shows."""
+    points = [{"fpr": fpr, "tpr": tpr, "low": low, "high": high} for fpr in (0.004, 0.1, 1.0)]
+    at = {"fpr": 0.01, "tpr": tpr, "low": low, "high": high, "warning": None}
+    return {
+        "function": "f<",
+        "signal": "phi",
+        "options": {"gamma": 2.0},
+        "confidence": 0.9,
+        "auc": auc,
+        "auc_low": None if low is None else auc - 0.01,
+        "auc_high": None if low is None else auc + 0.01,
+        "auc_models_low": None,
+        "auc_models_high": None,
+        "balanced_accuracy": 0.75,
+        "shadow_calibrated": None,
+        "tpr_at_fpr": [at],
+        "roc": points,
+        "most_exposed": [{"id": 5, "row": 0, "found_in": 0.75, "models": 4, "mean_rank": 0.9}],
+    }
+
+
+def report_of(rows):
+    members = {"fewest": 1000, "most": 1000}
+    about = {"models": 8, "targets": 1, "samples": 2000, "members": members, "manifest": {}, "signals_sha256": "x"}
+    return {**about, "seed": 0, "attacks": rows}
+
+
+def test_the_page_orders_its_legend_and_puts_the_best_first():
+    names = [f"attack{i}<" for i in range(9)]
+    rows = {name: row(0.5 + i / 100, tpr=0.3 - i / 100) for i, name in enumerate(names)}
+    page = _page.render(report_of(rows))
+    Page(page)
+    assert re.findall(r"</svg>(attack\d&lt;) <span", page) == [f"attack{i}&lt;" for i in range(8, -1, -1)]
+    assert "attack8<" not in page
+    assert page.index("<details open") < page.index("<summary>attack8&lt;") < page.index("What was attacked")
+    assert page.count("<details open") == 1
+    looks = set(re.findall(r"<path d='M0 3H30' (stroke='#\w+' stroke-width='3' stroke-dasharray='[\d ]*')", page))
+    assert len(looks) == 9  # colours repeat after seven, with other dashes
+    assert "3 of 4" in page
+    assert "90% intervals" in page
+    sentences = _page.lead(report_of(rows))
+    assert sentences == [
+        "AUC 0.580 [0.570, 0.590] by attack8<, the highest of 9 attacks.",
+        "At most 1% false alarms: 30% of the members found, by attack0<.",
+        "1 of 8 models attacked on 2,000 samples, each trained on 1,000 of them.",
+    ]
+
+
+def test_curves_stay_within_their_axes():
+    """Also where a rate is 0, which a logarithm does not have."""
+    rows = {"a": row(0.6, tpr=0.0, low=0.0, high=0.2), "b": row(0.5, low=None, high=None)}
+    picture = _curves.figure(rows)
+    numbers = [tuple(map(float, pair)) for pair in re.findall(r"([\d.-]+),([\d.-]+)", picture)]
+    assert len(numbers) == 3 + 3 + 6
+    for x, y in numbers:
+        assert 62 <= x <= 622
+        assert 12 <= y <= 370
+    assert picture.count("<polygon") == 1
+    ticks = re.findall(r"text-anchor='middle'>([\d.]+%)</text>", picture)
+    assert ticks == ["0.5%", "1%", "2%", "5%", "10%", "20%", "50%", "100%"]
+    assert _curves._ticks(-4.0) == [1e-4, 1e-3, 1e-2, 1e-1, 1.0]
 
 
 # -- refusals

@@ -20,7 +20,7 @@ figure{margin:1rem 0}.roc{display:flex;flex-wrap:wrap;gap:1rem 1.5rem;align-item
 .roc ul{list-style:none;margin:.4rem 0 0;padding:0;font-size:.9rem;line-height:1.75}
 .key{width:30px;height:6px;margin-right:.6em;vertical-align:middle}
 .wide{overflow-x:auto}table{border-collapse:collapse;font-size:.9rem;line-height:1.35;font-variant-numeric:tabular-nums}
-th,td{padding:.4rem .75rem;border-bottom:1px solid var(--line);text-align:right;white-space:nowrap;vertical-align:top}
+th,td{padding:.4rem .55rem;border-bottom:1px solid var(--line);text-align:right;white-space:nowrap;vertical-align:top}
 thead th{vertical-align:bottom;font-weight:600;border-bottom:2px solid #b9c1ca;white-space:normal}
 th:first-child,td:first-child{text-align:left;padding-left:0}td small{display:block;color:var(--soft)}
 details{border-bottom:1px solid var(--line);padding:.5rem 0}summary{cursor:pointer;font-weight:600}
