@@ -17,6 +17,7 @@ _SETTINGS = (  # every environment variable that the code reads, so that a missp
     "CWFAST_CUDA",
     "CWFAST_CUDA_ARCHS",
     "CWFAST_FUZZ",
+    "CWFAST_NEED_DATA",
     "CWFAST_NO_EXT",
     "CWFAST_OPTIMIZE",
 )
@@ -35,7 +36,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     except Exception as error:
         if options.debug:
             raise
-        print(f"cwfast: error: {' '.join(str(error).split()) or type(error).__name__}", file=sys.stderr)
+        message = error.args[0] if isinstance(error, KeyError) and error.args else error  # whose str is a repr
+        print(f"cwfast: error: {' '.join(str(message).split()) or type(error).__name__}", file=sys.stderr)
         return 1
     print(json.dumps(document, indent=2, allow_nan=False) if options.json else text)
     return 0
@@ -68,6 +70,17 @@ def _parser() -> argparse.ArgumentParser:
     )
     demo.set_defaults(run=_demo)
 
+    _audit_arguments(
+        commands.add_parser(
+            "audit",
+            parents=[common],
+            help="attack models by their logits: who was in the training data, how surely can one tell",
+            description="Attack models by what they say of samples: give --logits, --labels and --membership, or "
+            "--signals. FILE is npy, npz, safetensors or a tensor of torch.save; FILE:ARRAY names one of several "
+            "arrays. Nothing is unpickled.",
+        )
+    )
+
     bench = commands.add_parser(
         "bench", parents=[common], help="time the kernels against their peers and this machine's limits"
     )
@@ -87,6 +100,53 @@ def _parser() -> argparse.ArgumentParser:
     )
     env.set_defaults(run=_env)
     return parser
+
+
+def _audit_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.set_defaults(run=_audit, usage=parser.error)
+    given = parser.add_argument_group("what is attacked")
+    given.add_argument(
+        "--logits",
+        metavar="FILE",
+        help="[K, N, C] or [K, N, Q, C]: K models, N samples, Q queries of each, C classes; [N, C] for a single model",
+    )
+    given.add_argument("--labels", metavar="FILE", help="[N] whole numbers, the right class of each sample")
+    given.add_argument("--membership", metavar="FILE", help="[K, N]: was model k trained on sample i")
+    given.add_argument("--ids", metavar="FILE", help="[N] whole numbers by which samples are listed; default: 0 .. N-1")
+    given.add_argument("--signals", metavar="FILE", help="instead: a safetensors file that cwfast.mia.Signals wrote")
+    given.add_argument("--features", metavar="FILE", help="[N, F], for the attack quantile_regression")
+    how = parser.add_argument_group("how")
+    how.add_argument(
+        "--attacks",
+        nargs="+",
+        metavar="NAME",
+        help="default: loss lira rmia; for a single model, loss and attack_p; a wrong name lists all",
+    )
+    how.add_argument(
+        "--fpr",
+        nargs="+",
+        type=float,
+        default=[0.01, 0.001],
+        help="false-positive rates at which true ones are told (default: 0.01 0.001)",
+    )
+    how.add_argument(
+        "--target",
+        type=int,
+        metavar="K",
+        help="attack this model only, with the others as its shadows; default: every model in turn",
+    )
+    how.add_argument("--bootstrap", type=int, default=1000, help="replicates for intervals (default: %(default)s)")
+    how.add_argument("--seed", type=int, default=0, help="of the bootstrap (default: %(default)s)")
+    told = parser.add_argument_group("what is told")
+    told.add_argument("--out", type=Path, help="folder for report.json and report.html")
+    told.add_argument(
+        "--show-inputs",
+        action="store_true",
+        help="show the most exposed samples themselves in report.html, not only their ids; needs --inputs",
+    )
+    told.add_argument(
+        "--inputs", metavar="FILE", help="[N, ...]: the samples; images are [N, H, W], [N, C, H, W] or [N, H, W, C]"
+    )
 
 
 class _Version(argparse.Action):
@@ -115,71 +175,15 @@ def _demo(options: argparse.Namespace) -> tuple[dict[str, Any], str]:
 
 
 def _bench(options: argparse.Namespace) -> tuple[dict[str, Any], str]:
-    """Runs ``python -m cwfast.benchmarks`` in a process of its own, whose output goes to stderr."""
-    import subprocess
-    import tempfile
+    from cwfast.commands import bench
 
-    if options.chart is not None and not options.chart.resolve().parent.is_dir():
-        raise ValueError(f"--chart must name a file in a folder that exists; got {options.chart}")
-    with tempfile.TemporaryDirectory() as folder:
-        lines = Path(folder) / "results.jsonl"
-        command = [sys.executable, "-P", "-m", "cwfast.benchmarks", *options.suites, "--size", options.size]
-        if options.out is not None:  # an unwritable one is found now, not after minutes
-            options.out.open("a").close()
-        done = subprocess.run([*command, "--out", str(lines)], stdout=sys.stderr, check=False)
-        written = lines.read_text(encoding="utf-8") if lines.exists() else ""
-    if options.out is not None:
-        with options.out.open("a", encoding="utf-8") as file:
-            file.write(written)
-    results = [json.loads(line) for line in written.splitlines()]
-    if done.returncode:
-        raise RuntimeError(
-            f"every benchmark must run; exit status {done.returncode} after {len(results)} cases, see above"
-        )
-    skipped = sorted({peer for result in results for peer in result.get("skipped_peers", ())})
-    document = {"size": options.size, "results": results, "skipped_peers": skipped}
-    text = _bench_table(results)
-    if skipped:
-        text += f"\n\nPeers not installed, skipped: {', '.join(skipped)}"
-    if options.chart is not None:
-        text += f"\n{_bench_chart(options.chart, results)}"
-    return document, text
+    return bench.run(options)
 
 
-def _bench_chart(path: Path, results: list[dict[str, Any]]) -> str:
-    """Draws the results, or says why not."""
-    import importlib.util
+def _audit(options: argparse.Namespace) -> tuple[dict[str, Any], str]:
+    from cwfast.commands import audit
 
-    if importlib.util.find_spec("matplotlib") is None:
-        return 'No chart: matplotlib must be installed (pip install "cwfast[demo]")'
-    from cwfast.report import benchmarks, plots
-
-    if not benchmarks.drawn(results):
-        return "No chart: no case has a ratio to draw"
-    path.write_bytes(plots.png(benchmarks.figure(results)))
-    return f"Chart: {path.resolve()}"
-
-
-def _bench_table(results: list[dict[str, Any]]) -> str:
-    """A row per case: our time, what others take in units of it and what it takes in units of a limit, memory."""
-    import itertools
-    import textwrap
-
-    def lines(parts: list[str], width: int) -> list[str]:  # broken between the parts, never inside one
-        joined = ", ".join(part.replace(" ", "\0") for part in parts)
-        return [line.replace("\0", " ") for line in textwrap.wrap(joined, width, break_on_hyphens=False)]
-
-    rows = [("case", "time", "ratios", "memory")]
-    for result in results:
-        ratios = [f"{name} {value:.3g}" for name, value in result["ratios"].items()]
-        memory = [
-            f"{name} {count / 1e6:.1f} MB" for name, count in result.get("bytes", {}).items() if count is not None
-        ]
-        time = next((f"{seconds * 1e3:.4g} ms" for seconds in result["seconds"].values()), "")  # memory alone has none
-        cells = [result["case"]], [time], lines(ratios, 76), lines(memory, 44)
-        rows += list(itertools.zip_longest(*cells, fillvalue=""))
-    widths = [max(len(row[i]) for row in rows) for i in range(3)]
-    return "\n".join("  ".join([*(f"{c:<{w}}" for c, w in zip(r, widths, strict=False)), r[3]]).rstrip() for r in rows)
+    return audit.run(options)
 
 
 def _env(options: argparse.Namespace) -> tuple[dict[str, Any], str]:

@@ -11,7 +11,6 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
-from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +19,7 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from cwfast import _backends, ops
+from cwfast import ops
 from cwfast.data import Dataset
 from cwfast.data.bundled import digits
 from cwfast.defense.baselines import PlainTraining, early_stopping_sweep, interpolated, tau_at_distance
@@ -29,6 +28,7 @@ from cwfast.defense.losses import RelaxLoss
 from cwfast.masks import MaskSet, rewind_
 from cwfast.mia import attacks, metrics
 from cwfast.report import prepare, write_report
+from cwfast.report.provenance import backends, machine, versions
 from cwfast.report.reading import reading
 from cwfast.training import Fitted, Loss, Recipe, Task, cross_entropy
 
@@ -131,13 +131,10 @@ class _Demo:
             "command": command,
             "seed": self.seed,
             "quick": quick,
-            "versions": _versions(),
+            "versions": versions(("cwfast", "torch", "numpy", "scikit-learn", "matplotlib")),
             "device": "cpu",
-            "machine": f"{torch.get_num_threads()} threads, instruction set {_isa()}",
-            "backends": {
-                op: _backends.resolve("auto", torch.device("cpu"), import_module(f"cwfast.ops.{op}").BACKENDS)
-                for op in ("saliency", "select", "rewind", "logit_stats")
-            },
+            "machine": machine(),
+            "backends": backends("saliency", "select", "rewind", "logit_stats"),
             "data": _describe(self.dataset),
             "settings": self._settings(),
             "stages": self.stages,
@@ -341,16 +338,3 @@ def _describe(data: Dataset) -> dict[str, Any]:
         "sha256": digest,
         "note": data.note,
     }
-
-
-def _versions() -> dict[str, str]:
-    import platform
-    from importlib.metadata import version
-
-    names = ("cwfast", "torch", "numpy", "scikit-learn", "matplotlib")
-    return {"python": platform.python_version(), **{name: version(name) for name in names}}
-
-
-def _isa() -> str:
-    native = _backends.extension()
-    return "none (no compiled extension)" if isinstance(native, str) else native.isa()

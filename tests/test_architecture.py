@@ -22,6 +22,7 @@ LEVELS = [
     {"integrations"},
     {"report"},
     {"demo"},
+    {"commands"},
     {"cli"},
 ]
 STRANGERS = [("defense", "mia"), ("mia", "defense")]  # these two do not know each other
@@ -78,6 +79,7 @@ def python(code: str) -> str:
         "import cwfast; dir(cwfast); cwfast.__version__",
         "import contextlib, cwfast.cli\nwith contextlib.suppress(SystemExit): cwfast.cli.main(['--help'])",
         "import contextlib, cwfast.cli\nwith contextlib.suppress(SystemExit): cwfast.cli.main(['demo', '--help'])",
+        "import contextlib, cwfast.cli\nwith contextlib.suppress(SystemExit): cwfast.cli.main(['audit', '--help'])",
     ],
 )
 def test_importing_and_help_load_no_heavy_library(code):

@@ -60,14 +60,26 @@ class Audit:
         with atomic_write(path) as temporary:
             temporary.write_text(json.dumps(self.report, indent=1, allow_nan=False) + "\n", encoding="utf-8")
 
-    def to_html(self, path: str | os.PathLike[str]) -> None:
+    def to_html(self, path: str | os.PathLike[str], *, inputs: Array | None = None) -> None:
         """Write one page that needs nothing else: the table, ROC curves on logarithmic axes, the most exposed samples.
+
+        Args:
+            path: of the page.
+            inputs: [N, ...]: the samples themselves. Given, the page shows the most exposed of them, images as
+                pictures ([H, W], or 1 or 3 channels first or last); not given, their ids alone.
 
         Raises:
             OSError: the folder does not exist or cannot be written.
+            ValueError: inputs of another number of samples.
         """
+        if inputs is not None and len(inputs) != self.report["samples"]:  # type: ignore[arg-type]
+            raise ValueError(f"inputs must be [N, ...] with N = {self.report['samples']}; got {len(inputs)}")  # type: ignore[arg-type]
         with atomic_write(path) as temporary:
-            temporary.write_text(_page.render(self.report), encoding="utf-8")
+            temporary.write_text(_page.render(self.report, inputs), encoding="utf-8")
+
+    def summary(self) -> str:
+        """What was found, in three or four sentences."""
+        return "\n".join(_page.lead(self.report))
 
 
 def audit(
@@ -224,7 +236,13 @@ def _exposed(scores: Floats, members: Bools, fpr: float, signals: Signals | None
     order = np.lexsort((-rank, -share))[:_EXPOSED]
     ids = np.arange(scores.shape[1]) if signals is None or signals.ids is None else signals.ids.numpy()
     return [
-        {"id": int(ids[i]), "found_in": float(share[i]), "models": int(trained[i]), "mean_rank": float(rank[i])}
+        {
+            "id": int(ids[i]),
+            "row": int(i),
+            "found_in": float(share[i]),
+            "models": int(trained[i]),
+            "mean_rank": float(rank[i]),
+        }
         for i in order
         if trained[i]
     ]

@@ -13,7 +13,7 @@ from typing import Any
 
 from cwfast.checkpoint.files import atomic_write
 
-__all__ = ["prepare", "write_report"]
+__all__ = ["folder", "prepare", "write_report"]
 
 
 def prepare(out: str | os.PathLike[str]) -> Path:
@@ -29,15 +29,24 @@ def prepare(out: str | os.PathLike[str]) -> Path:
         except ImportError as error:
             message = f'a report needs {name}, which cannot be imported here; pip install "cwfast[demo]" brings it'
             raise ImportError(message, name=name) from error
-    folder = Path(out)
+    return folder(out)
+
+
+def folder(out: str | os.PathLike[str]) -> Path:
+    """Make the folder ``out`` and see that files can be made in it.
+
+    Raises:
+        OSError: they cannot.
+    """
+    made = Path(out)
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=folder):  # permission bits alone do not tell (root, read-only mounts)
+        made.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=made):  # permission bits alone do not tell (root, read-only mounts)
             pass
     except OSError as error:
-        reason = f"the output must be a folder that can be made and written; got {str(folder)!r} ({error.strerror})"
+        reason = f"the output must be a folder that can be made and written; got {str(made)!r} ({error.strerror})"
         raise OSError(reason) from error
-    return folder
+    return made
 
 
 def write_report(report: Mapping[str, Any], out: str | os.PathLike[str]) -> list[Path]:
@@ -57,7 +66,7 @@ def write_report(report: Mapping[str, Any], out: str | os.PathLike[str]) -> list
         OSError: ``out`` cannot be made or written.
         ValueError: the report holds NaN or infinity, which JSON cannot.
     """
-    folder = prepare(out)
+    made = prepare(out)
     from cwfast.report import page, plots
 
     text = json.dumps(report, indent=1, allow_nan=False) + "\n"
@@ -66,6 +75,6 @@ def write_report(report: Mapping[str, Any], out: str | os.PathLike[str]) -> list
     files |= {f"{name}.png": plots.png(figure) for name, figure in figures.items()}
     files["report.html"] = page.render(report, figures).encode()
     for name, content in files.items():
-        with atomic_write(folder / name) as temporary:
+        with atomic_write(made / name) as temporary:
             temporary.write_bytes(content)
-    return [folder / name for name in files]
+    return [made / name for name in files]

@@ -1,0 +1,118 @@
+"""One array from a file that somebody else wrote: npy, npz, safetensors or torch.save. Nothing in it is run."""
+
+import hashlib
+import os
+import pickle
+import zipfile
+import zlib
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from cwfast.errors import CheckpointError
+
+_KINDS = ".npy, .npz, .safetensors, .pt or .pth"
+
+
+def read_array(where: str | os.PathLike[str], name: str) -> Tensor:
+    """The array ``name`` of a file, on the CPU.
+
+    Args:
+        where: path; where the file holds several arrays, ``path:array`` says which. Without that it is the one called
+            ``name``, or the only one.
+        name: what it is, for messages.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        CheckpointError: a broken file, one with pickled objects, or one that does not say which array is meant.
+    """
+    path, array = split_path(where)
+    if not path.is_file():
+        raise FileNotFoundError(f"{name} must be a file; there is none at {where}")
+    readers = {".npy": _numpy, ".npz": _numpy, ".safetensors": _safetensors, ".pt": _torch, ".pth": _torch}
+    if path.suffix not in readers:
+        raise CheckpointError(f"{name} must be a file {_KINDS}; got {path}")
+    value = readers[path.suffix](path, array, name)
+    if not isinstance(value, Tensor) or value.layout is not torch.strided or value.is_complex():
+        raise CheckpointError(f"{path} must hold real numbers as {name}; got {type(value).__name__}")
+    return value.detach()
+
+
+def split_path(where: str | os.PathLike[str]) -> tuple[Path, str | None]:
+    """``file.npz:array`` in two; a file that has this very name is that file."""
+    path, colon, array = os.fspath(where).rpartition(":")
+    if not colon or Path(where).exists():
+        return Path(where), None
+    return Path(path), array
+
+
+def sha256(path: str | os.PathLike[str]) -> str:
+    """Of a file's bytes, read as a stream."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _numpy(path: Path, array: str | None, name: str) -> Tensor:
+    import numpy as np
+
+    try:
+        with path.open("rb") as file:
+            found: Any = np.load(file, allow_pickle=False)
+            if isinstance(found, np.lib.npyio.NpzFile):
+                found = found[_chosen(path, found.files, array, name)]
+            elif array is not None:
+                raise CheckpointError(f"{path} must be named without an array: it holds one; got :{array}")
+    except (ValueError, EOFError, zipfile.BadZipFile, zlib.error) as error:
+        if isinstance(error, CheckpointError):
+            raise
+        if "allow_pickle" in str(error) and "Object arrays" in str(error):
+            raise CheckpointError(f"{path} must hold plain numbers as {name}; got pickled objects") from error
+        raise CheckpointError(f"{path} must be a whole {path.suffix} file of plain numbers; {error}") from error
+    if found.dtype.kind not in "biuf" or found.dtype.itemsize > 8:
+        raise CheckpointError(f"{path} must hold numbers as {name}; got {found.dtype}")
+    return torch.from_numpy(np.ascontiguousarray(found, dtype=found.dtype.newbyteorder("=")).reshape(found.shape))
+
+
+def _safetensors(path: Path, array: str | None, name: str) -> Tensor:
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(path, "pt") as file:
+            return file.get_tensor(_chosen(path, list(file.keys()), array, name))
+    except SafetensorError as error:
+        raise CheckpointError(f"{path} must be a safetensors file; {error}") from error
+
+
+def _torch(path: Path, array: str | None, name: str) -> Any:
+    try:
+        found = torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        raise CheckpointError(
+            f"{path} must hold tensors alone, as torch.save writes them (other pickled objects can run code and are "
+            "not read); it does not, or it is broken"
+        ) from error
+    except (RuntimeError, EOFError, ValueError) as error:
+        reason = str(error).partition("\n")[0]
+        raise CheckpointError(f"{path} must be a file of torch.save; {reason}") from error
+    if isinstance(found, dict):
+        return found[_chosen(path, [str(key) for key in found], array, name)]
+    if array is not None:
+        raise CheckpointError(f"{path} must be named without an array: it holds one; got :{array}")
+    return found
+
+
+def _chosen(path: Path, names: list[str], array: str | None, name: str) -> str:
+    have = ", ".join(names) or "none"
+    if array is not None:
+        if array not in names:
+            raise CheckpointError(f"{path} must hold an array {array!r}; it holds {have}")
+        return array
+    if name in names:
+        return name
+    if len(names) != 1:
+        raise CheckpointError(
+            f"{path} must be given as {path}:ARRAY, to say which array is the {name}; it holds {have}"
+        )
+    return names[0]

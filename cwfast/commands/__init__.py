@@ -1,0 +1,1 @@
+"""What the subcommands of ``cwfast`` do, one module each; ``cwfast.cli`` reads their arguments."""

@@ -1,0 +1,155 @@
+"""``cwfast audit``: attacks on logits or signals that lie in files, as a table, JSON and one page."""
+
+import argparse
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from cwfast import report
+from cwfast.checkpoint.arrays import read_array, sha256, split_path
+from cwfast.mia import Audit, Signals, audit
+from cwfast.report import provenance
+
+ALONE = ("loss", "attack_p", "correctness", "gradient_norm", "quantile_regression")  # attacks that need no shadow model
+LOGITS = ("logits", "labels", "membership", "ids")
+
+
+def run(options: argparse.Namespace) -> tuple[dict[str, Any], str]:
+    """The report and what is printed; with ``--out``, report.json and report.html are written.
+
+    Raises:
+        ValueError, TypeError, CheckpointError, OSError: as the messages say.
+    """
+    _check_usage(options)
+    if options.out is not None:
+        report.folder(options.out)  # an unwritable one is found now, not at the end
+    backends: dict[str, str] = {}
+    if options.signals is not None:
+        signals = Signals.load(options.signals)
+    else:
+        signals = _from_logits(options)
+        backends = provenance.backends("logit_stats")
+    attacks = options.attacks or (["loss", "lira", "rmia"] if len(signals.membership) > 1 else ["loss", "attack_p"])
+    _check_membership(signals.membership, attacks)
+    features = None if options.features is None else read_array(options.features, "features")
+    inputs = None if options.inputs is None else _of_samples(read_array(options.inputs, "inputs"), signals)
+    found = audit(
+        signals,
+        attacks=list(dict.fromkeys(attacks)),
+        features=features,
+        target=options.target,
+        fprs=options.fpr,
+        bootstrap=options.bootstrap,
+        seed=options.seed,
+    )
+    document = {
+        **found.report,
+        "command": options.command_line,
+        "versions": provenance.versions(("cwfast", "torch", "numpy", "safetensors")),
+        "device": "cpu",
+        "machine": provenance.machine(),
+        "backends": backends,
+        "inputs": _inputs(options),
+    }
+    found = Audit(document, found.scores, found.membership)
+    lines = [found.summary(), "", found.table().rstrip("\n")]
+    if options.out is not None:
+        found.to_json(options.out / "report.json")
+        found.to_html(options.out / "report.html", inputs=inputs)
+        lines += ["", f"Report: {(options.out / 'report.html').resolve()}"]
+    return document, "\n".join(lines)
+
+
+def _check_usage(options: argparse.Namespace) -> None:
+    """Wrong combinations of arguments end the program, as argparse's own errors do."""
+    given = [name for name in LOGITS if getattr(options, name) is not None]
+    if options.signals is not None and given:
+        options.usage(f"--signals holds all of the models' side; got --{given[0]} besides")
+    missing = [f"--{name}" for name in LOGITS[:3] if name not in given]
+    if options.signals is None and missing:
+        options.usage(
+            f"--logits, --labels and --membership must be given, or --signals; got no {', no '.join(missing)}"
+        )
+    if options.show_inputs != (options.inputs is not None):
+        options.usage("--show-inputs and --inputs must be given together; got one of them")
+    if options.show_inputs and options.out is None:
+        options.usage("--show-inputs must come with --out: samples are shown in report.html; got none")
+    if options.bootstrap < 0:
+        options.usage(f"--bootstrap must be at least 0; got {options.bootstrap}")
+
+
+def _from_logits(options: argparse.Namespace) -> Signals:
+    logits = read_array(options.logits, "logits")
+    if not logits.is_floating_point() or logits.ndim not in (2, 3, 4) or 0 in logits.shape:
+        raise ValueError(
+            "logits must be floating point, [K, N, C], [K, N, Q, C] or, for a single model, [N, C]; "
+            f"got {_told(logits)}"
+        )
+    logits = logits[None] if logits.ndim == 2 else logits
+    models, samples = logits.shape[:2]
+    if logits.min() >= 0 and ((logits.double().sum(dim=-1) - 1).abs() < 1e-2).all():
+        raise ValueError(
+            "logits must be those before the softmax; got rows that sum to 1: give the logarithm of these probabilities"
+        )
+    labels = _whole("labels", read_array(options.labels, "labels"), samples)
+    ids = None if options.ids is None else _whole("ids", read_array(options.ids, "ids"), samples)
+    member = read_array(options.membership, "membership")
+    if models == 1 and member.ndim == 1:
+        member = member[None]
+    if member.shape != (models, samples):
+        raise ValueError(
+            f"membership must have shape [K, N] = ({models}, {samples}), as the logits say; got {_told(member)}"
+        )
+    if not ((member == 0) | (member == 1)).all():
+        raise ValueError(f"membership must be true or false, 1 or 0; got {_told(member)} with other values")
+    return Signals.from_logits(logits, labels, member.bool(), ids=ids)
+
+
+def _whole(name: str, value: Tensor, samples: int) -> Tensor:
+    if value.is_floating_point() or value.dtype == torch.bool or value.shape != (samples,):
+        raise ValueError(f"{name} must be whole numbers [N] = ({samples},), as the logits say; got {_told(value)}")
+    return value.long()
+
+
+def _check_membership(member: Tensor, attacks: list[str]) -> None:
+    trained = member.sum(dim=1)
+    for row, count in enumerate(trained.tolist()):
+        if count in (0, member.shape[1]):
+            raise ValueError(
+                f"membership must give each model samples it was trained on and others; model {row} was trained on "
+                f"{count} of {member.shape[1]}"
+            )
+    if len(member) == 1:
+        wrong = [name for name in attacks if name not in ALONE]
+        if wrong:
+            raise ValueError(
+                f"attacks on a single model must be among {', '.join(ALONE)}: the others need shadow models beside it; "
+                f"got {wrong[0]!r}"
+            )
+    elif (member == member[0]).all():
+        raise ValueError(
+            "membership must differ between models, so that samples have models with and without them; "
+            f"got {len(member)} equal rows"
+        )
+
+
+def _of_samples(inputs: Tensor, signals: Signals) -> Tensor:
+    samples = signals.membership.shape[1]
+    if inputs.ndim < 2 or len(inputs) != samples or inputs[0].numel() == 0:
+        raise ValueError(f"inputs must be [N, ...] with N = {samples}, as the models' side says; got {_told(inputs)}")
+    return inputs
+
+
+def _told(value: Tensor) -> str:
+    return f"{value.dtype} {tuple(value.shape)}".removeprefix("torch.")
+
+
+def _inputs(options: argparse.Namespace) -> dict[str, Any]:
+    """The files, as they were given, and the hashes of their bytes."""
+    named = {name: getattr(options, name) for name in (*LOGITS, "signals", "features", "inputs")}
+    return {
+        name: {"file": str(where), "sha256": sha256(split_path(where)[0])}
+        for name, where in named.items()
+        if where is not None
+    }
