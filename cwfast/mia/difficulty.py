@@ -102,8 +102,8 @@ def attack_p(
             over queries.
         membership: [K, N], bool: model k was trained on sample i.
         target: row of the attacked model, or None for every row.
-        population: [M] distinct sample indices, or None for all samples. A target's own members are left out of it,
-            and x is never compared with itself.
+        population: [M] distinct sample indices, or None for all samples. A target's own members are left out of it;
+            a non-member of it counts itself, or equal losses would be told apart by membership (see `cwfast.mia.rmia`).
 
     Returns:
         float64 in [0, 1], of shape [N], or [K, N] for ``target`` None.
@@ -121,5 +121,5 @@ def attack_p(
     scores = np.empty_like(losses)
     for row, crowd in enumerate(_inputs.crowds(pool, member, rows)):
         at_most = np.searchsorted(np.sort(losses[row, crowd]), losses[row], side="right")
-        scores[row] = 1 - (at_most - crowd) / (np.count_nonzero(crowd) - crowd)
+        scores[row] = 1 - at_most / np.count_nonzero(crowd)
     return scores if target is None else scores[0]

@@ -31,8 +31,10 @@ def rmia(
         logprob: [K, N] or [K, N, Q], floating point, log-probability of the label in nats, at most 0, finite.
         membership: [K, N], bool: model k was trained on sample i.
         target: row of the attacked model, or None for every row.
-        population: [M] distinct sample indices, or None for all samples. A target's own members are left out of it,
-            and x is never compared with itself.
+        population: [M] distinct sample indices, or None for all samples. A target's own members are left out of it.
+            A non-member of it is compared with itself too, which adds nothing for gamma >= 1: leaving it out would
+            change the divisor for non-members alone, so that samples with equal ratios, of which there are many where
+            a model is sure of most, would be told apart by their membership.
         mode: "online": p(x) = mean of the other models' probabilities, less one model per sample where the split is
             balanced (see `cwfast.mia.attacks`). "offline": p(x) = ((1 + a) p_OUT(x) + 1 - a) / 2, p_OUT over OUT
             models only.
@@ -76,12 +78,11 @@ def rmia(
     for row, crowd in enumerate(crowds):
         ratio = ratios[:, row]
         limit = ratio - math.log(gamma)
-        itself = crowd & (2 * np.count_nonzero(ratio < limit, axis=0) > len(ratio))  # only for gamma < 1
         if len(ratio) == 1:
             below = np.searchsorted(np.sort(ratio[0, crowd]), limit[0], side="left")
         else:
             below = _majority(limit, ratio[:, crowd])
-        scores[row] = (below - itself) / (np.count_nonzero(crowd) - crowd)
+        scores[row] = below / np.count_nonzero(crowd)
     return scores if target is None else scores[0]
 
 
