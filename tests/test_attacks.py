@@ -99,7 +99,9 @@ def plain_lira(phi, member, target, mode, variance, center):
                     log_density.append(norm - (a + 0.5) * math.log1p(z * z / (2 * a)))
                 else:
                     at = np.median(group) if center == "median" else group.mean()
-                    deviation = fit if variance == "fixed" else group.std()
+                    deviation = 1e-30 + (
+                        fit if variance == "fixed" else (group - group[0]).std()
+                    )  # exactly 0 of equals
                     z = (x - at) / deviation
                     log_density.append(-math.log(deviation) - z * z / 2)
             scores[i] += (log_density[0] - log_density[1] if mode == "online" else z) / queries
