@@ -85,7 +85,7 @@ def rmia(mode="online", vote="mean"):
         for off in (1e-9, -1e-9):
             shares = []
             for i in range(samples):
-                wins = ratio[i] - math.log(2) > ratio[crowd[crowd != i]] + off
+                wins = ratio[i] - math.log(2) > ratio[crowd] + off
                 shares.append(np.mean(2 * wins.sum(axis=1) > wins.shape[1]))
             bounds.append(np.array(shares))
         return tuple(bounds)
@@ -132,7 +132,7 @@ def attack_p(data, target):
     loss = [-mean(row) for row in data["logprob"][target]]
     crowd = np.flatnonzero(~data["member"][target])
     return tuple(
-        np.array([1 - np.mean([loss[z] <= loss[i] + off for z in crowd if z != i]) for i in range(40)])
+        np.array([1 - np.mean([z == i or loss[z] <= loss[i] + off for z in crowd]) for i in range(40)])
         for off in (1e-9, -1e-9)
     )
 
