@@ -74,7 +74,7 @@ def _pairs(ratio: Floats, crowd: Bools, limit: float) -> Floats:
     for begin in range(0, len(ratio), 512):
         rows = slice(begin, begin + 512)
         found[rows] = (ratio[rows, None] - limit > others[None]).sum(axis=1)
-    result: Floats = (found - (crowd & (limit < 0))) / (crowd.sum() - crowd)
+    result: Floats = found / crowd.sum()
     return result
 
 

@@ -1,9 +1,9 @@
 """What joins defenses, shadows and attacks: a recipe, a task, a defense and what it fits; and training of many small
 models as one stacked fleet."""
 
-import copy
 import math
-from collections.abc import Callable, Iterable, Sequence
+import warnings
+from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from typing import Protocol
@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from cwfast import reference
+from cwfast._fleet import Alone, Fleet, Stacked, signature, why_alone
 from cwfast._parameters import snapshot
 from cwfast.data import Dataset
 from cwfast.freezing import freeze
@@ -35,6 +35,7 @@ class Recipe:
         momentum: of sgd.
         weight_decay: of the optimizer.
         seed: base of the seeds where a caller gives none.
+        stack: train many models as one stack where that can be done (see ``train_many``); False: always one by one.
     """
 
     optimizer: str = "sgd"
@@ -45,6 +46,7 @@ class Recipe:
     momentum: float = 0.9
     weight_decay: float = 0.0
     seed: int = 0
+    stack: bool = True
 
     def __post_init__(self) -> None:
         if self.optimizer not in OPTIMIZERS:
@@ -154,58 +156,80 @@ def train_many(
 ) -> None:
     """Train models of one architecture in place, all in one stack of tensors: the same steps as one by one, faster.
 
-    Results equal those of a fleet of one up to the rounding of batched matrix products.
+    Results equal those of a fleet of one up to the rounding of batched matrix products; BatchNorm's running statistics
+    are each model's own. Not stacked but trained one by one are models with dropout or other modules that draw random
+    numbers (each model's then follow from its seed alone), recurrent ones, BatchNorm with ``momentum=None``, and all
+    models where ``recipe.stack`` is False. Where the recipe would have them stacked, a warning says why they are not.
 
     Args:
-        models: without buffers (BatchNorm) and dropout; their present weights are where training starts.
+        models: trained in training mode from their present weights; each module keeps its mode.
         dataset: inputs and targets.
         ids: for each model the indices it trains on, equally many.
-        seeds: of each model's order of samples.
-        recipe: optimizer, schedule, batch size.
+        seeds: of each model's order of samples, and of its random numbers.
+        recipe: optimizer, schedule, batch size, whether to stack.
         loss: applied to each model's batch.
         epochs: instead of ``recipe.epochs``.
         masks: for each model, weights that stay as they are.
-        on_epoch: called after each epoch with the number of epochs done and a function that gives the present weights.
+        on_epoch: called after each epoch with the number of epochs done and a function that gives the present
+            parameters and buffers of each model by name.
 
     Raises:
-        ValueError: the models cannot be stacked, or the lists differ in length.
+        ValueError: the models differ in architecture, or the lists in length.
+        RuntimeError: ``torch.func.vmap`` cannot run the model or the loss; nothing has been trained.
     """
-    _check_stackable(models, ids, seeds, masks)
+    _check_lists(models, ids, seeds, masks)
     epochs = recipe.epochs if epochs is None else epochs
-    fleet, names = _stack(models)
-    parameters: dict[str, Tensor] = dict(fleet.named_parameters())
-    skeleton = copy.deepcopy(models[0]).to("meta")
+    reason = why_alone(models[0]) if recipe.stack else None
+    if reason is not None and len(models) > 1:
+        warnings.warn(f"{len(models)} models are trained one by one, not as one stack: {reason}", stacklevel=2)
+    together = recipe.stack and reason is None
+    groups = [slice(0, len(models))] if together else [slice(k, k + 1) for k in range(len(models))]
+    fleets: list[Fleet] = [Stacked(models[g]) if together else Alone(models[g.start], seeds[g.start]) for g in groups]
+    with ExitStack() as stack:
+        runs = []
+        for fleet, g in zip(fleets, groups, strict=True):
+            stack.callback(fleet.finish)
+            frozen = None if masks is None else masks[g]
+            runs.append(_run(fleet, dataset, ids[g], seeds[g], recipe, loss, epochs, frozen))
+            stack.callback(runs[-1].close)
+        for epoch in range(epochs):
+            for run in runs:
+                next(run)
+            if on_epoch is not None:
+                on_epoch(epoch + 1, lambda: [_copy(state) for fleet in fleets for state in fleet.states()])
 
-    def objective(weights: dict[str, Tensor], inputs: Tensor, targets: Tensor, epoch: int) -> Tensor:
-        return loss(torch.func.functional_call(skeleton, weights, (inputs,)), targets, epoch=epoch)
 
-    objectives = torch.func.vmap(objective, in_dims=(0, 0, 0, None))
+def _run(
+    fleet: Fleet,
+    dataset: Dataset,
+    ids: Sequence[Tensor],
+    seeds: Sequence[int],
+    recipe: Recipe,
+    loss: Loss,
+    epochs: int,
+    masks: Sequence[MaskSet] | None,
+) -> Generator[None, None, None]:
+    """Trains, and pauses after each epoch."""
     samples = torch.stack(list(ids))
     steps = epochs * -(-samples.shape[1] // recipe.batch_size)
-    optimizer = _optimizer([p for p in fleet.parameters() if p.requires_grad], recipe)
+    optimizer = _optimizer([p for p in fleet.module.parameters() if p.requires_grad], recipe)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: _factor(recipe, step, steps))
     generators = [torch.Generator().manual_seed(seed) for seed in seeds]
     with ExitStack() as stack:
         if masks is not None:
-            stack.enter_context(freeze(fleet, optimizer, _stacked_masks(masks)))
+            stack.enter_context(freeze(fleet.module, optimizer, fleet.masks(masks)))
         for epoch in range(epochs):
             order = torch.stack([torch.randperm(samples.shape[1], generator=generator) for generator in generators])
             for batch in samples.gather(1, order).split(recipe.batch_size, dim=1):
                 optimizer.zero_grad()
-                objectives(parameters, dataset.inputs[batch], dataset.targets[batch], epoch).sum().backward()
+                fleet.losses(loss, dataset.inputs[batch], dataset.targets[batch], epoch).sum().backward()
                 optimizer.step()
                 schedule.step()
-            if on_epoch is not None:
-                on_epoch(
-                    epoch + 1,
-                    lambda: [
-                        {name: parameters[name][k].detach().clone() for name in names} for k in range(len(models))
-                    ],
-                )
-    with torch.no_grad():
-        for k, model in enumerate(models):
-            for name, parameter in model.named_parameters():
-                parameter.copy_(parameters[name][k])
+            yield
+
+
+def _copy(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {name: tensor.clone() for name, tensor in state.items()}
 
 
 def fit_from_scratch(
@@ -223,7 +247,7 @@ def fit_from_scratch(
     return [Fitted(model, before) for model, before in zip(models, initial, strict=True)]
 
 
-def _check_stackable(
+def _check_lists(
     models: Sequence[nn.Module], ids: Sequence[Tensor], seeds: Sequence[int], masks: Sequence[MaskSet] | None
 ) -> None:
     lengths = {"models": len(models), "ids": len(ids), "seeds": len(seeds)} | (
@@ -233,37 +257,15 @@ def _check_stackable(
         raise ValueError(f"there must be as many ids, seeds and masks as models, at least one; got {lengths}")
     if len({len(x) for x in ids}) != 1:
         raise ValueError(f"models of one fleet must train on equally many samples; got {sorted({len(x) for x in ids})}")
-    for model in models:
-        if _signature(model) != _signature(models[0]):
-            raise ValueError("models of one fleet must have parameters of the same names, shapes and requires_grad")
-    stateful = [name for name, _ in models[0].named_buffers()]
-    stateful += [name for name, m in models[0].named_modules() if isinstance(m, nn.modules.dropout._DropoutNd)]
-    if stateful:
-        raise ValueError(f"models of one fleet must have no buffers and no dropout; got {stateful[0]!r}")
-
-
-def _signature(model: nn.Module) -> dict[str, tuple[torch.Size, bool]]:
-    return {name: (parameter.shape, parameter.requires_grad) for name, parameter in model.named_parameters()}
-
-
-def _stack(models: Sequence[nn.Module]) -> tuple[nn.Module, list[str]]:
-    """A module of the same structure whose parameters are ``[models, *shape]``, under their usual names."""
-    fleet = copy.deepcopy(models[0])
-    names = []
-    for name, parameter in list(fleet.named_parameters()):
-        path, _, leaf = name.rpartition(".")
-        stacked = torch.stack([dict(model.named_parameters())[name].detach() for model in models])
-        fleet.get_submodule(path)._parameters[leaf] = nn.Parameter(stacked, requires_grad=parameter.requires_grad)
-        names.append(name)
-    return fleet, names
-
-
-def _stacked_masks(masks: Sequence[MaskSet]) -> MaskSet:
-    """One set over the fleet's stacked parameters."""
-    stacked = {name: torch.stack([one[name] for one in masks]) for name in masks[0].names}
-    return MaskSet(
-        {name: reference.pack(mask) for name, mask in stacked.items()}, {n: m.shape for n, m in stacked.items()}
-    )
+    for k, model in enumerate(models):
+        for what, own, first in zip(
+            ("parameters", "buffers", "modules"), signature(model), signature(models[0]), strict=True
+        ):
+            if own != first:
+                raise ValueError(
+                    f"models of one fleet must have {what} of the same names, types, shapes, dtypes and "
+                    f"requires_grad; those of models 0 and {k} differ"
+                )
 
 
 def _optimizer(parameters: Iterable[nn.Parameter], recipe: Recipe) -> torch.optim.Optimizer:

@@ -17,7 +17,7 @@ LEVELS = [
     {"ops"},
     {"layers", "_picks", "_radix", "_streaming", "_mask_files", "_mask_view"},
     {"masks", "_selecting", "_tracking", "scoring", "freezing", "optim", "distributed", "data"},
-    {"training"},
+    {"training", "_fleet"},
     {"defense", "mia"},
     {"integrations"},
     {"report"},

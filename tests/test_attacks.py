@@ -1,12 +1,13 @@
 """Attacks against a plain loop over samples, against the pairwise definition, and on data with a planted answer."""
 
+import functools
 import math
 
 import numpy as np
 import pytest
 import torch
 
-from cwfast.mia import lira, loss, metrics, rmia
+from cwfast.mia import attack_p, lira, loss, metrics, rmia
 
 FITS = ("shrinkage median", "per_example median", "per_example mean", "fixed median", "fixed mean")
 LIRA = [
@@ -98,7 +99,9 @@ def plain_lira(phi, member, target, mode, variance, center):
                     log_density.append(norm - (a + 0.5) * math.log1p(z * z / (2 * a)))
                 else:
                     at = np.median(group) if center == "median" else group.mean()
-                    deviation = fit if variance == "fixed" else group.std()
+                    deviation = 1e-30 + (
+                        fit if variance == "fixed" else (group - group[0]).std()
+                    )  # exactly 0 of equals
                     z = (x - at) / deviation
                     log_density.append(-math.log(deviation) - z * z / 2)
             scores[i] += (log_density[0] - log_density[1] if mode == "online" else z) / queries
@@ -148,7 +151,7 @@ def plain_rmia(logprob, member, target, population, mode, gamma, a):
             ratio[i] += (logprob[target, i, q] - math.log(typical)) / queries
     crowd = [z for z in (range(samples) if population is None else population) if not member[target, z]]
     beats = ratio[:, None] - math.log(gamma) > ratio[None, :]
-    return np.array([np.mean([beats[i, z] for z in crowd if z != i]) for i in range(samples)])
+    return np.array([np.mean([beats[i, z] for z in crowd]) for i in range(samples)])
 
 
 @pytest.mark.parametrize("split", [balanced, uneven])
@@ -168,11 +171,33 @@ def test_rmia_is_the_pairwise_matrix(split, population, mode, gamma, a):
 
 
 def test_rmia_ties_and_self_comparison():
-    """All ratios equal: nobody beats anybody at gamma 1, everybody beats all others, but not itself, below 1."""
+    """All ratios equal: nobody beats anybody at gamma 1, everybody beats everybody below 1."""
     member = balanced(np.random.default_rng(0), 6, 20)
     logprob = np.full((6, 20), -0.5)
     assert (rmia(logprob, member, gamma=1.0) == 0).all()
     assert (rmia(logprob, member, gamma=0.5) == 1).all()
+
+
+@pytest.mark.parametrize(
+    "attack",
+    [
+        rmia,
+        functools.partial(rmia, gamma=0.9),
+        functools.partial(rmia, mode="offline"),
+        functools.partial(rmia, vote="majority"),
+        attack_p,
+    ],
+)
+@pytest.mark.parametrize("queries", [None, 3])
+def test_equal_samples_get_equal_scores_whoever_is_a_member(attack, queries):
+    """Four fifths are as sure as can be under every model: they say nothing, and no divisor may say it for them."""
+    rng = np.random.default_rng(9)
+    member = balanced(rng, 8, 200)
+    logprob = -rng.exponential(2, (8, 200) if queries is None else (8, 200, queries))
+    logprob[:, 40:] = 0
+    for row, members in zip(attack(logprob, member), member, strict=True):
+        assert 0 < members[40:].sum() < 160
+        assert np.unique(row[40:]).size == 1
 
 
 def test_rmia_in_log_space():

@@ -21,7 +21,7 @@ def put(array, index, value):
 def test_bad_arrays(attack, signal):
     holes = put(put(LOGPROB, (0, 1), np.nan), (2, 2), -np.inf)
     cases = [
-        (holes, MEMBER, ValueError, f"{signal} must be finite; got 1 NaN and 1 infinite of 96"),
+        (holes, MEMBER, ValueError, f"{signal} must hold no NaN; got 1 of 96"),
         (LOGPROB[0], MEMBER, ValueError, rf"{signal} must have shape \[K, N\]"),
         (LOGPROB[:, :0], MEMBER[:, :0], ValueError, f"{signal} must have shape"),
         (LOGPROB.astype(int), MEMBER, TypeError, f"{signal} must have a floating-point dtype; got int64"),

@@ -114,14 +114,15 @@ def test_fitted_predicts_in_evaluation_mode_without_a_graph():
     [
         ({"ids": ids_of(3)}, "as many ids"),
         ({"ids": [torch.arange(5), torch.arange(6)]}, "equally many samples"),
-        ({"models": [nn.Linear(6, 3), nn.Linear(6, 4)]}, "same names, shapes"),
-        ({"models": [nn.Sequential(nn.Linear(6, 3), nn.BatchNorm1d(3)) for _ in range(2)]}, "no buffers"),
-        ({"models": [nn.Sequential(nn.Linear(6, 3), nn.Dropout()) for _ in range(2)]}, "no buffers and no dropout"),
+        ({"models": [nn.Linear(6, 3), nn.Linear(6, 4)]}, "parameters of the same names, .* 0 and 1 differ"),
+        ({"models": [nn.BatchNorm1d(6), nn.BatchNorm1d(6).double()]}, "parameters of the same"),
+        ({"models": [nn.BatchNorm1d(6), nn.BatchNorm1d(6, track_running_stats=False)]}, "buffers of the same"),
+        ({"models": [nn.Sequential(nn.Linear(6, 3), act()) for act in (nn.ReLU, nn.Tanh)]}, "modules of the same"),
         ({"models": [], "ids": [], "seeds": []}, "at least one"),
     ],
-    ids=["number", "lengths", "shapes", "buffers", "dropout", "none"],
+    ids=["number", "lengths", "shapes", "dtypes", "buffers", "modules", "none"],
 )
-def test_what_cannot_be_stacked_is_refused(change, message):
+def test_models_that_are_no_fleet_are_refused(change, message):
     given = {"models": [network(), network()], "ids": ids_of(2), "seeds": [0, 1]} | change
     with pytest.raises(ValueError, match=message):
         train_many(given["models"], blobs(), given["ids"], given["seeds"], Recipe(epochs=1))
@@ -180,5 +181,5 @@ def test_parameters_without_gradient_stay_as_they_are():
         assert unchanged[0]
         assert not any(unchanged[1:])
     models[1].requires_grad_(True)
-    with pytest.raises(ValueError, match="names, shapes and requires_grad"):
+    with pytest.raises(ValueError, match="dtypes and requires_grad; those of models 0 and 1"):
         train_many(models, data, ids_of(2), [0, 1], Recipe(lr=0.1, epochs=1, batch_size=8))

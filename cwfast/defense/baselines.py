@@ -89,6 +89,6 @@ def _distance(a: Mapping[str, Tensor], b: Mapping[str, Tensor]) -> float:
 def _with_weights(fitted: Fitted, state: Mapping[str, Tensor]) -> Fitted:
     model = copy.deepcopy(fitted.model)
     with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            parameter.copy_(state[name])
+        for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
+            tensor.copy_(state[name])
     return Fitted(model, fitted.initial)

@@ -1,5 +1,6 @@
 """What every attack checks of its arrays, in words that name the argument; signals come out as float64."""
 
+import math
 import operator
 from typing import Any
 
@@ -11,6 +12,8 @@ Array = npt.ArrayLike | torch.Tensor
 Floats = npt.NDArray[np.float64]
 Ints = npt.NDArray[np.int64]
 Bools = npt.NDArray[np.bool_]
+
+_FARTHEST = math.log(1e45)  # where LiRA's released code ends phi: 1e-45 is its least probability
 
 
 def to_numpy(name: str, value: Array, kinds: str) -> npt.NDArray[Any]:
@@ -32,14 +35,38 @@ def to_numpy(name: str, value: Array, kinds: str) -> npt.NDArray[Any]:
 
 
 def signal(name: str, value: Array) -> Floats:
-    """A finite signal as float64 [Q, K, N]: each query a block of its own."""
+    """A signal as float64 [Q, K, N], each query a block of its own; infinite values are values like others."""
     array = to_numpy(name, value, "f")
     if array.ndim not in (2, 3) or 0 in array.shape:
         raise ValueError(f"{name} must have shape [K, N] or [K, N, Q], none of them 0; got {array.shape}")
-    nan, infinite = int(np.isnan(array).sum()), int(np.isinf(array).sum())
-    if nan or infinite:
-        raise ValueError(f"{name} must be finite; got {nan} NaN and {infinite} infinite of {array.size} values")
+    missing = int(np.isnan(array).sum())
+    if missing:
+        raise ValueError(f"{name} must hold no NaN; got {missing} of {array.size} values")
     return np.ascontiguousarray(np.moveaxis(np.atleast_3d(array), 2, 0))
+
+
+def phi(value: Array) -> Floats:
+    """phi as float64 [Q, K, N]: of an infinite one (a probability of 0 or 1) the farthest of all, at least 103.6.
+
+    No mean or deviation could be taken of infinities.
+    """
+    values = signal("phi", value)
+    infinite = np.isinf(values)
+    if infinite.any():
+        farthest = max(_FARTHEST, float(np.abs(values).max(where=~infinite, initial=0)))
+        values = np.where(infinite, np.copysign(farthest, values), values)
+    return values
+
+
+def difference(a: Floats, b: Floats) -> Floats:
+    """a - b, and 0 where both are the same infinity: neither is likelier."""
+    with np.errstate(invalid="ignore"):
+        return settled(a - b)
+
+
+def settled(x: Floats) -> Floats:
+    """x, and 0 where infinities have met."""
+    return np.where(np.isnan(x), 0, x)
 
 
 def logprob(value: Array) -> Floats:

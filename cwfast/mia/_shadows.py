@@ -104,31 +104,43 @@ def moments(x: Floats, use: Bools, *, median: bool = False) -> Moments:
 
 
 def sums_of_exp(x: Floats, use: Bools) -> tuple[Floats, Floats]:
-    """(top, sum): sum of e^(x - top) over the used entries of a column but entry k, [K, N] each.
+    """(top, sum): sum of e^(x - top) over the used entries of a column but entry k, [K, N] each; x may be -inf.
 
-    ``top`` is the largest of those that are left, so the sum neither overflows nor vanishes (0 only for no entry).
+    ``top`` is the largest of those that are left, so the sum neither overflows nor vanishes (0 only for no entry above
+    -inf).
     """
     masked = np.where(use, x, -np.inf)
-    first = masked.argmax(axis=0)[None]
-    largest = np.take_along_axis(masked, first, axis=0)
-    np.put_along_axis(masked, first, -np.inf, axis=0)
-    second = masked.max(axis=0, keepdims=True)
-    terms = np.exp(masked - np.where(np.isfinite(second), second, 0))
-    total = terms.sum(axis=0, keepdims=True)
+    first, second = np.full((2, x.shape[1]), -np.inf)
+    for row in masked:  # row by row: numpy's reductions along columns are several times slower
+        second = np.maximum(second, np.minimum(first, row))
+        first = np.maximum(first, row)
+    some, several = first > -np.inf, second > -np.inf
+    largest = np.zeros(x.shape, bool)
+    seen = np.zeros(x.shape[1], bool)
+    for row, found in zip(masked, largest, strict=True):
+        np.equal(row, first, out=found)
+        found &= ~seen  # of equal ones the first
+        seen |= found
+    masked[largest] = -np.inf
+    terms = np.exp(masked - np.where(several, second, 0))
     with np.errstate(invalid="ignore"):  # of no entry
-        share = np.where(np.isfinite(second), np.exp(second - largest), 0)
-    sums = np.isfinite(largest) + _all_but_one(terms) * share  # the largest is 1
-    tops = np.repeat(largest, len(x), axis=0)
-    np.put_along_axis(sums, first, total, axis=0)
-    np.put_along_axis(tops, first, second, axis=0)
-    return tops, sums
+        share = np.where(several, np.exp(second - first), 0)
+    total = np.zeros(x.shape[1])
+    for row in terms:
+        total += row
+    sums = np.where(largest, total, some + _all_but_one(terms) * share)  # the largest is 1
+    return np.where(largest, second, first), sums
 
 
 def _all_but_one(x: Floats) -> Floats:
-    """[K, N]: the sum of each column without entry k."""
+    """[K, N]: the sum of each column without entry k, from both ends up to it."""
     result = np.zeros_like(x)
-    np.cumsum(x[:-1], axis=0, out=result[1:])
-    result[:-1] += np.cumsum(x[:0:-1], axis=0)[::-1]
+    for k in range(1, len(x)):
+        np.add(result[k - 1], x[k - 1], out=result[k])
+    above = np.zeros(x.shape[1])
+    for k in range(len(x) - 2, -1, -1):
+        above += x[k + 1]
+        result[k] += above
     return result
 
 

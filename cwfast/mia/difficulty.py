@@ -12,7 +12,8 @@ def calibrated_loss(logprob: Array, membership: Array, target: int | None = None
     """score = ln p(y | x, target) - mean_k ln p(y | x, model k), averaged over queries: the loss less its usual size.
 
     Args:
-        logprob: [K, N] or [K, N, Q], floating point, log-probability of the label in nats, at most 0, finite.
+        logprob: [K, N] or [K, N, Q], floating point, log-probability of the label in nats, at most 0, no NaN;
+            -inf is a probability of 0, and a score is 0 where both terms are -inf.
         membership: [K, N], bool: model k was trained on sample i.
         target: row of the attacked model, or None for every row.
         mode: "offline": mean over OUT models; "online": over all others, less one per sample where the split is
@@ -34,15 +35,16 @@ def calibrated_loss(logprob: Array, membership: Array, target: int | None = None
     used = [outside] if mode == "offline" else [inside, outside]
     count = sum((side.left for side in used), np.zeros((), np.int64))
     _shadows.enough(count, "OUT" if mode == "offline" else "other", rows, 1)
-    scores = np.zeros(count.shape)
+    usual = np.zeros(count.shape)
     for query in values:
+        impossible = query == -np.inf
         for side in used:
-            mean = _shadows.moments(query, side.use).mean
+            mean = _shadows.moments(np.where(impossible, 0, query), side.use).mean
+            never = side.use & impossible
             for row, left in enumerate(side.left):
-                share = left / count[row]
-                usual = np.where(left > 0, side.pick(mean, row), 0)
-                scores[row] -= share * usual / len(values)
-        scores += query[rows] / len(values)
+                found = np.where(never.sum(axis=0) > side.pick(never, row), -np.inf, side.pick(mean, row))
+                usual[row] += left / count[row] * np.where(left > 0, found, 0) / len(values)
+    scores = _inputs.difference(values[:, rows].mean(axis=0), usual)
     return scores if target is None else scores[0]
 
 
@@ -53,7 +55,7 @@ def attack_r(logprob: Array, membership: Array, target: int | None = None) -> Fl
     loss equal to others has the lowest of their levels. Averaged over queries. With few models ties are many.
 
     Args:
-        logprob: [K, N] or [K, N, Q], floating point, log-probability of the label in nats, at most 0, finite.
+        logprob: [K, N] or [K, N, Q], floating point, log-probability of the label in nats, at most 0, no NaN.
         membership: [K, N], bool: model k was trained on sample i.
         target: row of the attacked model, or None for every row.
 
@@ -98,12 +100,12 @@ def attack_p(
     threshold: score > 1 - alpha has a false-positive rate of about alpha without any other model.
 
     Args:
-        logprob: [K, N] or [K, N, Q], floating point, log-probability of the label in nats, at most 0, finite; averaged
+        logprob: [K, N] or [K, N, Q], floating point, log-probability of the label in nats, at most 0, no NaN; averaged
             over queries.
         membership: [K, N], bool: model k was trained on sample i.
         target: row of the attacked model, or None for every row.
-        population: [M] distinct sample indices, or None for all samples. A target's own members are left out of it,
-            and x is never compared with itself.
+        population: [M] distinct sample indices, or None for all samples. A target's own members are left out of it;
+            a non-member of it counts itself, or equal losses would be told apart by membership (see `cwfast.mia.rmia`).
 
     Returns:
         float64 in [0, 1], of shape [N], or [K, N] for ``target`` None.
@@ -121,5 +123,5 @@ def attack_p(
     scores = np.empty_like(losses)
     for row, crowd in enumerate(_inputs.crowds(pool, member, rows)):
         at_most = np.searchsorted(np.sort(losses[row, crowd]), losses[row], side="right")
-        scores[row] = 1 - (at_most - crowd) / (np.count_nonzero(crowd) - crowd)
+        scores[row] = 1 - at_most / np.count_nonzero(crowd)
     return scores if target is None else scores[0]

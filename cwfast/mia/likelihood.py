@@ -36,7 +36,8 @@ def lira(
       others. It scales the scores of one target and leaves their order alone.
 
     Args:
-        phi: [K, N] or [K, N, Q], floating point, finite; ln(p / (1 - p)) of the label's probability p.
+        phi: [K, N] or [K, N, Q], floating point, no NaN; ln(p / (1 - p)) of the label's probability p. An
+            infinite one counts as the farthest finite one, at least 103.6, where the authors' code ends.
         membership: [K, N], bool: model k was trained on sample i.
         target: row of the attacked model, or None for every row; statistics come from other rows only, less one
             model per sample where the split is balanced (see `cwfast.mia.attacks`).
@@ -50,14 +51,14 @@ def lira(
 
     Raises:
         TypeError: a wrong dtype, or ``target`` not an integer.
-        ValueError: a wrong shape or option, a value not finite, ``target`` out of range, or a sample with too few
+        ValueError: a wrong shape or option, a value NaN, ``target`` out of range, or a sample with too few
             models on a needed side: 1, for "per_example" 2; for "shrinkage" 1, and 2 for some sample.
 
     Source: Carlini et al., "Membership Inference Attacks From First Principles", S&P 2022, algorithm 1. Shrinkage:
         the idea of a conjugate prior is that of Brännvall, arXiv 2603.11799 (BaVarIA); the posterior is in Gelman et
         al., "Bayesian Data Analysis", section 3.3; the choice of the prior is ours.
     """
-    values = _inputs.signal("phi", phi)
+    values = _inputs.phi(phi)
     member = _inputs.membership(membership, values)
     _inputs.choice("mode", mode, ("online", "offline"))
     _inputs.choice("variance", variance, ("shrinkage", "per_example", "fixed"))
@@ -90,7 +91,7 @@ def lira_carlini(
     Their code gives the negative.
 
     Args:
-        phi: [K, N] or [K, N, Q], floating point, finite.
+        phi: [K, N] or [K, N, Q], floating point, no NaN; infinite ones as for `lira`.
         membership: [K, N], bool.
         target: row of the attacked model, or None for every row (each computed by itself).
         mode: "online" or "offline".
@@ -104,7 +105,7 @@ def lira_carlini(
 
     Source: ``research/mi_lira_2021/plot.py`` of the repository tensorflow/privacy.
     """
-    values = _inputs.signal("phi", phi)
+    values = _inputs.phi(phi)
     member = _inputs.membership(membership, values)
     _inputs.choice("mode", mode, ("online", "offline"))
     rows = _inputs.targets(target, values)

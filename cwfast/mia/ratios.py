@@ -1,6 +1,7 @@
 """RMIA and BASE: how much likelier is a sample under the target than under a typical model, as given by the others?"""
 
 import math
+from collections.abc import Iterator
 
 import numpy as np
 import numpy.typing as npt
@@ -28,11 +29,14 @@ def rmia(
     pairwise definition without its matrix.
 
     Args:
-        logprob: [K, N] or [K, N, Q], floating point, log-probability of the label in nats, at most 0, finite.
+        logprob: [K, N] or [K, N, Q], floating point, log-probability of the label in nats, at most 0, no NaN. -inf is
+            a probability of 0; where p(x | target) and p(x) are both 0, and where queries say 0 and infinity, r is 1.
         membership: [K, N], bool: model k was trained on sample i.
         target: row of the attacked model, or None for every row.
-        population: [M] distinct sample indices, or None for all samples. A target's own members are left out of it,
-            and x is never compared with itself.
+        population: [M] distinct sample indices, or None for all samples. A target's own members are left out of it.
+            A non-member of it is compared with itself too, which adds nothing for gamma >= 1: leaving it out would
+            change the divisor for non-members alone, so that samples with equal ratios, of which there are many where
+            a model is sure of most, would be told apart by their membership.
         mode: "online": p(x) = mean of the other models' probabilities, less one model per sample where the split is
             balanced (see `cwfast.mia.attacks`). "offline": p(x) = ((1 + a) p_OUT(x) + 1 - a) / 2, p_OUT over OUT
             models only.
@@ -47,7 +51,7 @@ def rmia(
 
     Raises:
         TypeError: a wrong dtype, or ``target`` not an integer.
-        ValueError: a wrong shape or option, a value not finite or above 0, ``target`` or an index out of range, fewer
+        ValueError: a wrong shape or option, a value NaN or above 0, ``target`` or an index out of range, fewer
             than 2 non-members of a target in the population, or a sample without a model to estimate p(x) from.
 
     Source: Zarifzadeh, Liu and Shokri, "Low-Cost High-Power Membership Inference Attacks", ICML 2024;
@@ -69,19 +73,21 @@ def rmia(
         if mode == "offline":
             with np.errstate(divide="ignore"):  # ln(1 - a) = -inf at a = 1 is what is meant
                 typical = np.logaddexp(np.log1p(a) + typical, np.log1p(-a)) - math.log(2)
-        ratio[:] = query[rows] - typical
+        ratio[:] = _inputs.difference(query[rows], typical)
     if vote == "mean":
-        ratios = ratios.mean(axis=0, keepdims=True)
+        with np.errstate(invalid="ignore"):
+            ratios = _inputs.settled(ratios.mean(axis=0, keepdims=True))
     scores = np.empty(ratios.shape[1:])
     for row, crowd in enumerate(crowds):
         ratio = ratios[:, row]
         limit = ratio - math.log(gamma)
-        itself = crowd & (2 * np.count_nonzero(ratio < limit, axis=0) > len(ratio))  # only for gamma < 1
         if len(ratio) == 1:
-            below = np.searchsorted(np.sort(ratio[0, crowd]), limit[0], side="left")
+            order = ratio[0].argsort()  # sorted limits find their places twice as fast
+            below = np.empty(len(order), np.int64)
+            below[order] = np.searchsorted(ratio[0, order[crowd[order]]], limit[0, order], side="left")
         else:
             below = _majority(limit, ratio[:, crowd])
-        scores[row] = (below - itself) / (np.count_nonzero(crowd) - crowd)
+        scores[row] = below / np.count_nonzero(crowd)
     return scores if target is None else scores[0]
 
 
@@ -94,7 +100,8 @@ def base(
     queries. The authors take probabilities at temperature 2: divide the logits by it first.
 
     Args:
-        logprob: [K, N] or [K, N, Q], floating point, log-probability of the label in nats, at most 0, finite.
+        logprob: [K, N] or [K, N, Q], floating point, log-probability of the label in nats, at most 0, no NaN; -inf as
+            for `rmia`.
         membership: [K, N], bool.
         target: row of the attacked model, or None for every row.
         mode: "online" (the other models, less one per sample where the split is balanced) or "offline" (OUT only).
@@ -115,28 +122,53 @@ def base(
         raise ValueError(f"kappa must lie in [0, 1]; got {kappa}")
     rows = _inputs.targets(target, values)
     factor = 1.0 if mode == "online" else kappa
-    found = zip(values, _typical(values, member, rows, mode), strict=True)
-    scores: Floats = sum((query[rows] - factor * typical for query, typical in found), np.zeros(())) / len(values)
+    scores = np.zeros((len(rows), member.shape[1]))
+    with np.errstate(invalid="ignore"):
+        for query, typical in zip(values, _typical(values, member, rows, mode), strict=True):
+            scores += _inputs.difference(query[rows], factor * typical if factor else np.zeros(1)) / len(values)
+    scores = _inputs.settled(scores)
     return scores if target is None else scores[0]
 
 
-def _typical(values: Floats, member: Bools, rows: list[int], mode: str) -> list[Floats]:
-    """Per query: ln of the mean probability under the other models (or the OUT models), [targets, N]."""
+def _typical(values: Floats, member: Bools, rows: list[int], mode: str) -> Iterator[Floats]:
+    """Per query: ln of the mean probability under the other models (or the OUT models), [targets, N]; -inf for 0."""
     inside, outside = _shadows.sides(member, rows)
     used = [outside] if mode == "offline" else [inside, outside]
     count = sum((side.left for side in used), np.zeros((), np.int64))
     _shadows.enough(count, "OUT" if mode == "offline" else "other", rows, 1)
-    result = []
     for query in values:
+        if len(rows) == 1:  # one sum, instead of one without each of the models
+            yield _log_sums(*_one_sum(query, used))[None] - np.log(count)
+            continue
         sums = [_shadows.sums_of_exp(query, side.use) for side in used]
         typical = np.empty(count.shape)
         for row in range(len(rows)):
             picked = [(side.pick(top, row), side.pick(sum_, row)) for side, (top, sum_) in zip(used, sums, strict=True)]
-            highest = np.max([top for top, _ in picked], axis=0)
+            highest = _finite(np.max([top for top, _ in picked], axis=0))
             total = np.sum([sum_ * np.exp(top - highest) for top, sum_ in picked], axis=0)
-            typical[row] = highest + np.log(total / count[row])
-        result.append(typical)
+            typical[row] = _log_sums(highest, total) - np.log(count[row])
+        yield typical
+
+
+def _one_sum(query: Floats, used: list[_shadows.Side]) -> tuple[Floats, Floats]:
+    """(top, sum of e^(x - top)) of what the sides use against the only target, [N]."""
+    use = np.logical_or.reduce([side.use for side in used])
+    for side in used:
+        np.put_along_axis(use, side.lost, False, axis=0)
+    masked = np.where(use, query, -np.inf)
+    highest = _finite(masked.max(axis=0))
+    return highest, np.exp(masked - highest).sum(axis=0)
+
+
+def _log_sums(highest: Floats, total: Floats) -> Floats:
+    with np.errstate(divide="ignore"):  # ln 0 where all probabilities are 0
+        result: Floats = highest + np.log(total)
     return result
+
+
+def _finite(x: Floats) -> Floats:
+    """Any number in place of -inf: the sum that it scales is 0."""
+    return np.where(x > -np.inf, x, 0)
 
 
 def _majority(limit: Floats, ratio: Floats) -> npt.NDArray[np.int64]:

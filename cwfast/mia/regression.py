@@ -32,7 +32,7 @@ def quantile_regression(
     that has seen it; samples outside the population get the mean of both scores.
 
     Args:
-        phi: [K, N] or [K, N, Q] (averaged over queries), floating point, finite.
+        phi: [K, N] or [K, N, Q] (averaged over queries), floating point, no NaN; infinite ones as for `lira`.
         membership: [K, N], bool: model k was trained on sample i.
         features: [N, F], floating point, finite: the inputs, or better an embedding that no audited model made.
         target: row of the attacked model, or None for every row (one pair of networks each).
@@ -46,12 +46,13 @@ def quantile_regression(
 
     Raises:
         TypeError: a wrong dtype, or ``target`` not an integer.
-        ValueError: a wrong shape, a value not finite, ``alpha`` out of range, or fewer than 2 non-members.
+        ValueError: a wrong shape, a value NaN, features not finite, ``alpha`` out of range, or fewer than 2
+            non-members.
 
     Source: Bertran et al., "Scalable Membership Inference Attacks via Quantile Regression", NeurIPS 2023, section 3;
         the size of the network and the halves are ours.
     """
-    signals = _inputs.signal("phi", phi)
+    signals = _inputs.phi(phi)
     member = _inputs.membership(membership, signals)
     inputs = _inputs.to_numpy("features", features, "f")
     if inputs.ndim != 2 or inputs.shape[0] != member.shape[1] or inputs.shape[1] == 0:

@@ -10,7 +10,8 @@ def loss(logprob: Array, membership: Array | None = None, target: int | None = N
     """score = log p(y | x, target), averaged over queries: the negative loss.
 
     Args:
-        logprob: [K, N] or [K, N, Q], floating point, log-probability of the label in nats, at most 0.
+        logprob: [K, N] or [K, N, Q], floating point, log-probability of the label in nats, at most 0, no
+            NaN; -inf is a probability of 0.
         membership: [K, N], bool; not used, taken so that all attacks are called alike.
         target: row of the attacked model, or None for every row.
 
@@ -19,7 +20,7 @@ def loss(logprob: Array, membership: Array | None = None, target: int | None = N
 
     Raises:
         TypeError: a wrong dtype, or ``target`` not an integer.
-        ValueError: a wrong shape, a value not finite or above 0, or ``target`` out of range.
+        ValueError: a wrong shape, a value NaN or above 0, or ``target`` out of range.
 
     Source: Yeom et al., "Privacy Risk in Machine Learning", CSF 2018, adversary 2.
     """
@@ -50,8 +51,8 @@ def gradient_norm(norms: Array, membership: Array | None = None, target: int | N
     """score = -norm of the loss gradient at x, in parameters or inputs, averaged over queries.
 
     Args:
-        norms: [K, N] or [K, N, Q], floating point, at least 0, finite. Norms in the parameters come from
-            ``SaliencyScorer(..., norms=True)`` or ``cwfast.layers``.
+        norms: [K, N] or [K, N, Q], floating point, at least 0, no NaN; infinite ones are ordinary. Norms in the
+            parameters come from ``SaliencyScorer(..., norms=True)`` or ``cwfast.layers``.
         membership: [K, N], bool; not used.
         target: row of the attacked model, or None for every row.
 
@@ -79,8 +80,9 @@ def class_thresholds(
     several, the one that calls the fewest members. For ``larger=False`` all signs turn.
 
     Args:
-        values: [K, N] or [K, N, Q] (averaged over queries), floating point, finite: confidence, log-probability
-            (``larger=True``), entropy or modified entropy (``larger=False``) of ``cwfast.ops.logit_stats``.
+        values: [K, N] or [K, N, Q] (averaged over queries), floating point, no NaN: confidence, log-probability
+            (``larger=True``), entropy or modified entropy (``larger=False``) of ``cwfast.ops.logit_stats``. At an
+            infinite threshold, scores are infinite or 0.
         membership: [K, N], bool: model k was trained on sample i.
         labels: [N], integer classes.
         target: row of the attacked model, or None for every row.
@@ -91,8 +93,8 @@ def class_thresholds(
 
     Raises:
         TypeError: a wrong dtype, or ``target`` not an integer.
-        ValueError: a wrong shape, a value not finite, or a class of which the other models have no member, or no
-            non-member.
+        ValueError: a wrong shape, a value NaN, queries of both infinities, or a class of which the other models have no
+            member, or no non-member.
 
     Source: Song and Mittal, "Systematic Evaluation of Privacy Risks of Machine Learning Models", USENIX Security 2021,
         section 4.
@@ -103,7 +105,10 @@ def class_thresholds(
     if classes.shape != member.shape[1:]:
         raise ValueError(f"labels must have shape [N] = {member.shape[1:]}; got {classes.shape}")
     rows = _inputs.targets(target, signals)
-    v = signals.mean(axis=0) if larger else -signals.mean(axis=0)
+    with np.errstate(invalid="ignore"):
+        v = signals.mean(axis=0) if larger else -signals.mean(axis=0)
+    if np.isnan(v).any():
+        raise ValueError("values must have a mean over queries; got +inf and -inf of one sample")
     scores = np.empty((len(rows), member.shape[1]))
     for one in np.unique(classes):
         columns = np.flatnonzero(classes == one)
@@ -111,7 +116,8 @@ def class_thresholds(
         order = np.argsort(-own, kind="stable")
         falling, in_order, model = own[order], flags[order], order // len(columns)
         for row, chosen in zip(scores, rows, strict=True):
-            row[columns] = v[chosen, columns] - _threshold(falling, in_order, model != chosen, int(one), chosen)
+            threshold = np.array(_threshold(falling, in_order, model != chosen, int(one), chosen))
+            row[columns] = _inputs.difference(v[chosen, columns], threshold)
     return scores if target is None else scores[0]
 
 
