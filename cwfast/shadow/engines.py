@@ -9,53 +9,59 @@ import signal
 import sys
 import time
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
-from multiprocessing.connection import Connection, wait
+from collections.abc import Callable, Generator, Iterator, Sequence
+from multiprocessing.connection import wait
 from typing import Any
 
 from cwfast.shadow.work import THREADS, Work
 
 PR_SET_PDEATHSIG = 1
+Outcomes = Generator[tuple[int, str | None], None, None]
 
 
 def local(
     work: Work, left: Sequence[int], workers: int | None, gpus: float, retries: int, options: dict[str, Any]
-) -> Iterator[tuple[int, str | None]]:
+) -> Outcomes:
     """Spawned processes. A pool of ``concurrent.futures`` is of no use: it breaks whole if one of its workers dies."""
     if options:
         raise ValueError(f"engine 'local' takes no options; got {sorted(options)}")
-    slots = deque(device_slots(workers, gpus, work.settings["threads"]))
     context = multiprocessing.get_context("spawn")
     pending = deque((index, 1) for index in left)
-    busy: dict[Connection, tuple[Any, str, int, int]] = {}
+    idle: list[Any] = [(slot, None, None) for slot in device_slots(workers, gpus, work.settings["threads"])]
+    busy: dict[Any, Any] = {}
     started = []
     try:
         while pending or busy:
-            while pending and slots:
-                ours, theirs = context.Pipe()
-                process = context.Process(target=_serve, args=(theirs, work, os.getpid()))
-                with _environment({**_pinned(work, gpus), "CUDA_VISIBLE_DEVICES": slots[0]}):
-                    process.start()
-                theirs.close()
-                started.append(process)
-                _hand(ours, busy, process, slots.popleft(), *pending.popleft())
-            for connection in wait(list(busy)):
-                process, slot, index, attempt = busy.pop(connection)  # type: ignore[index]
+            while pending and idle:
+                slot, process, connection = idle.pop()
+                if process is None:
+                    connection, theirs = context.Pipe()
+                    process = context.Process(target=_serve, args=(theirs, work, os.getpid()))
+                    with _environment({**_pinned(work, gpus), "CUDA_VISIBLE_DEVICES": slot}):
+                        process.start()
+                    theirs.close()  # so that reading from ours ends when the worker does
+                    started.append(process)
+                index, attempt = pending.popleft()
+                with contextlib.suppress(OSError):  # if it is dead, it does not answer below
+                    connection.send(index)
+                busy[connection] = slot, process, index, attempt
+            ready: list[Any] = wait(list(busy))
+            for connection in ready:
+                slot, process, index, attempt = busy.pop(connection)
                 try:
-                    outcome = connection.recv()  # type: ignore[union-attr]
-                except (EOFError, OSError):  # it died, and its job with it
-                    process.join(10)
-                    slots.append(slot)
+                    outcome = connection.recv()
+                except (EOFError, OSError):
+                    process.join(10)  # it is dead, or at its exit handlers
+                    process.kill()
+                    process.join()
+                    idle.append((slot, None, None))
                     if attempt <= retries:
                         pending.appendleft((index, attempt + 1))
                     else:
                         yield index, f"its worker ended with exit code {process.exitcode}, {attempt} times"
-                    continue
-                if pending:
-                    _hand(connection, busy, process, slot, *pending.popleft())
                 else:
-                    connection.close()  # it ends
-                yield index, outcome
+                    idle.append((slot, process, connection))
+                    yield index, outcome
     finally:
         for process in started:
             process.kill()
@@ -64,13 +70,7 @@ def local(
             process.close()
 
 
-def _hand(connection: Any, busy: dict[Any, Any], process: Any, slot: str, index: int, attempt: int) -> None:
-    with contextlib.suppress(OSError):  # a worker that is dead is found out when it should answer
-        connection.send(index)
-    busy[connection] = process, slot, index, attempt
-
-
-def _serve(connection: Connection, work: Work, driver: int) -> None:
+def _serve(connection: Any, work: Work, driver: int) -> None:
     """A worker: does what jobs it is told, until the driver closes the connection or dies."""
     if sys.platform == "linux":  # elsewhere a worker whose driver is dead finishes its job first
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
@@ -112,7 +112,7 @@ def device_slots(workers: int | None, gpus: float, threads: int) -> list[str]:
 
 def ray(
     work: Work, left: Sequence[int], workers: int | None, gpus: float, retries: int, options: dict[str, Any]
-) -> Iterator[tuple[int, str | None]]:
+) -> Outcomes:
     """Ray Core: many machines that share the folder. ``options`` are those of ``ray.init``, such as ``address``."""
     ray = _imported("ray", "ray")
     mine = not ray.is_initialized()
@@ -125,7 +125,8 @@ def ray(
         max_retries=retries,
         runtime_env={"env_vars": _pinned(work, gpus)},
     )(_do)
-    pending, running = deque(left), {}
+    pending = deque(left)
+    running: dict[Any, int] = {}
     try:
         shared = ray.put(work)
         while pending or running:
@@ -152,7 +153,7 @@ def _do(work: Work, index: int) -> str | None:
 
 def slurm(
     work: Work, left: Sequence[int], workers: int | None, gpus: float, retries: int, options: dict[str, Any]
-) -> Iterator[tuple[int, str | None]]:
+) -> Outcomes:
     """Slurm through submitit: an array of jobs, ``workers`` of them at a time, on machines that share the folder.
 
     ``options`` are those of ``submitit.AutoExecutor.update_parameters``, such as ``timeout_min`` and
@@ -198,7 +199,7 @@ def slurm(
     yield from lost.items()
 
 
-ENGINES: dict[str, Callable[..., Iterator[tuple[int, str | None]]]] = {"local": local, "ray": ray, "slurm": slurm}
+ENGINES: dict[str, Callable[..., Outcomes]] = {"local": local, "ray": ray, "slurm": slurm}
 
 
 def _pinned(work: Work, gpus: float) -> dict[str, str]:

@@ -126,7 +126,7 @@ def data_hash(dataset: Dataset) -> str:
     """SHA-256 of the bytes of inputs and targets."""
     digest = hashlib.sha256()
     for tensor in (dataset.inputs, dataset.targets):
-        digest.update(tensor.cpu().contiguous().view(torch.uint8).numpy())
+        digest.update(tensor.cpu().numpy().tobytes())
     return digest.hexdigest()
 
 

@@ -3,6 +3,7 @@
 import fcntl
 import json
 import os
+import pickle
 import socket
 import sys
 from collections.abc import Callable, Iterator, Mapping
@@ -77,6 +78,10 @@ def run(
         if value < (name != "retries"):
             raise ValueError(f"{name} must be at least {int(name != 'retries')}; got {value}")
     called = resolve(job)
+    try:
+        pickle.dumps(job)
+    except (pickle.PicklingError, AttributeError, TypeError) as error:
+        raise TypeError(f"a job must be one that can be pickled, or named 'module:function'; {error}") from error
     kind = called if hasattr(called, "__qualname__") else type(called)
     settings = {
         "format": FORMAT,
@@ -123,7 +128,9 @@ def collect(plan: Plan, out: str | os.PathLike[str]) -> Signals:
     parts = [work.load(index) for index in range(work.jobs)]
     done = [part for part in parts if part is not None]
     if len(done) < len(parts):
-        raise CheckpointError(f"all {len(parts)} jobs of {out} must be done; {len(parts) - len(done)} are not: run again")
+        raise CheckpointError(
+            f"all {len(parts)} jobs of {out} must be done; {len(parts) - len(done)} are not: run again"
+        )
     first = done[0]
     for index, part in enumerate(done):
         same = part.values.keys() == first.values.keys() and (part.labels is None) == (first.labels is None)
