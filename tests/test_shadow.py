@@ -18,6 +18,7 @@ from cwfast import mia, shadow
 from cwfast.defense.baselines import PlainTraining
 from cwfast.errors import CheckpointError
 from cwfast.shadow import engines
+from cwfast.shadow.work import Work
 
 TINY = shadow_jobs.TINY
 HERE = Path(__file__).parent
@@ -129,29 +130,26 @@ class Driver:
     """``python -m shadow_jobs`` on a folder; killed at the end, whatever happens."""
 
     def __init__(self, out, engine="local"):
+        self.files = [Path(f"{out}.{kind}") for kind in ("stdout", "stderr")]  # no pipes: its workers may outlive it
         command = [sys.executable, "-m", "shadow_jobs", str(out), engine]
-        self.errors = open(f"{out}.stderr", "w+b")  # noqa: SIM115
-        self.process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=self.errors)
+        with open(self.files[0], "wb") as stdout, open(self.files[1], "wb") as stderr:
+            self.process = subprocess.Popen(command, stdout=stdout, stderr=stderr)
 
     def __enter__(self):
         return self
 
     def __exit__(self, *_):
-        self.process.kill()
-        self.process.communicate()
-        self.errors.close()
+        self.kill()
 
     def kill(self):
         self.process.kill()
         self.process.wait()
 
     def finish(self):
-        printed, _ = self.process.communicate(timeout=180)
-        self.errors.seek(0)
-        said = self.errors.read().decode()
-        assert self.process.returncode == 0, said
-        assert printed == b""
-        return said
+        self.process.wait(180)
+        stdout, stderr = (file.read_text() for file in self.files)
+        assert self.process.returncode == 0, stderr
+        assert stdout == ""
 
 
 def until(condition, what, seconds=120):
@@ -167,6 +165,13 @@ def alive(pid):
         return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] not in "ZX"
     except (FileNotFoundError, ProcessLookupError):
         return False
+
+
+def waits_for_a_lock(parent):
+    """A child of the process ``parent`` does."""
+    waiting = [line.split()[5] for line in Path("/proc/locks").read_text().splitlines() if "->" in line]
+    children = Path(f"/proc/{parent}/task/{parent}/children").read_text().split()
+    return bool({*waiting} & {*children})
 
 
 @pytest.fixture(scope="module")
@@ -188,10 +193,8 @@ def check(out, truth):
         assert torch.equal(found[name], value), name
 
 
-ENGINES = ["local", pytest.param("ray", marks=pytest.mark.slow)]
-
-
-@pytest.mark.parametrize("engine", ENGINES)
+@pytest.mark.slow
+@pytest.mark.parametrize("engine", ["local", "ray"])
 def test_kill_9_of_a_worker_costs_its_running_job_alone(engine, tmp_path, log, truth):
     hold = Path(f"{log.path}.hold-3")
     hold.touch()
@@ -209,7 +212,9 @@ def test_kill_9_of_a_worker_costs_its_running_job_alone(engine, tmp_path, log, t
     check(tmp_path / "out", truth)
 
 
-@pytest.mark.parametrize("engine", [*ENGINES, pytest.param("slurm", marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "engine", ["local", *(pytest.param(name, marks=pytest.mark.slow) for name in ("ray", "slurm"))]
+)
 def test_kill_9_of_the_driver_then_resume(engine, tmp_path, log, truth):
     """The workers of a dead driver die with it, but for Slurm's: the next run waits for those, and trains no twice."""
     hold = Path(f"{log.path}.hold-3")
@@ -226,8 +231,7 @@ def test_kill_9_of_the_driver_then_resume(engine, tmp_path, log, truth):
         shadow.collect(TINY, tmp_path / "out")
     with Driver(tmp_path / "out", "local" if engine == "slurm" else engine) as driver:  # any engine may go on
         if engine == "slurm":
-            until(lambda: "plan.json" in os.listdir(tmp_path / "out"), "the second run")
-            time.sleep(2)
+            until(lambda: waits_for_a_lock(driver.process.pid), "the second run to wait for the first one's worker")
         hold.unlink()
         driver.finish()
     again = 1 if engine == "slurm" else 2
@@ -246,6 +250,7 @@ def test_engines_agree_to_the_bit(engine, tmp_path, log, truth):
     check(tmp_path / "out", truth)
 
 
+@pytest.mark.slow
 def test_two_runs_exclude_each_other_until_the_first_is_killed(tmp_path, log, truth):
     hold = Path(f"{log.path}.hold-0")
     hold.touch()
@@ -261,6 +266,7 @@ def test_two_runs_exclude_each_other_until_the_first_is_killed(tmp_path, log, tr
     check(out, truth)
 
 
+@pytest.mark.slow
 def test_ctrl_c_stops_driver_and_workers(tmp_path, log):
     for model in range(6):
         Path(f"{log.path}.hold-{model}").touch()
@@ -294,8 +300,11 @@ def test_what_a_job_finds(tmp_path, log, capfd, monkeypatch):
 
 def test_a_job_that_fails_is_named_and_the_others_kept(tmp_path, log):
     out = tmp_path / "out"
+    out.mkdir()
+    (out / ".signals-00000.safetensors.abc.tmp").touch()  # of a worker that was killed while it wrote
     with pytest.raises(RuntimeError, match=r"job 1 \(models 2, 3\) failed: too many; 1 of 3 jobs failed.*log.jsonl"):
         shadow.run(TINY, shadow_jobs.failing, out, workers=1, group=2)
+    assert not list(out.glob("*.tmp"))
     assert sorted(path.name for path in out.glob("signals-*")) == [f"signals-0000{k}.safetensors" for k in (0, 2)]
     lines = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
     (failed,) = [line for line in lines if line["event"] == "failed"]
@@ -304,6 +313,7 @@ def test_a_job_that_fails_is_named_and_the_others_kept(tmp_path, log):
     assert [model for event, model, _ in log()] == [0, 2, 4]  # what raised is not tried again
 
 
+@pytest.mark.slow
 def test_a_job_that_kills_its_worker_is_given_up_after_some_retries(tmp_path, log):
     with pytest.raises(RuntimeError, match=r"job 3 \(models 3\) failed: its worker ended with exit code -9, 2 times"):
         shadow.run(TINY, shadow_jobs.dying, tmp_path / "out", workers=1, retries=1)
@@ -374,6 +384,14 @@ def test_a_folder_of_another_run_is_refused(change, name, out):
     given = {"plan": TINY, "job": shadow_jobs.with_state, "group": 3, **change}
     with pytest.raises(CheckpointError, match=f"must be this run's; its {name} is"):
         shadow.run(out=out, **given)
+
+
+def test_a_worker_left_from_another_run_writes_nothing(finished, out):
+    settings = {**json.loads((out / "run.json").read_text()), "group": 2}
+    left = Work(TINY, shadow_jobs.with_state, out, settings)
+    (out / "signals-00001.safetensors").unlink()
+    assert "must still be of the run that began this job" in left(1)
+    assert not (out / "signals-00001.safetensors").exists()
 
 
 def test_a_finished_run_starts_no_worker(out):

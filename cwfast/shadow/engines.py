@@ -190,7 +190,7 @@ def slurm(
                         outcome = _one_line(error)
                     del lost[index]
                     yield index, outcome
-                time.sleep(0.2)
+                time.sleep(1)  # done() looks at the shared folder
         finally:
             for job in submitted.values():
                 job.cancel()

@@ -7,7 +7,7 @@ import pickle
 import socket
 import sys
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import closing, contextmanager
+from contextlib import closing, contextmanager, redirect_stdout
 from pathlib import Path
 from typing import Any
 
@@ -99,7 +99,8 @@ def run(
         failed = {}
         hidden = None if progress else True
         bar = tqdm(total=plan.models, desc="shadow models", unit="model", file=sys.stderr, disable=hidden)
-        with bar, closing(ENGINES[engine](work, left, workers, gpus, retries, dict(options or {}))) as outcomes:
+        outcomes = ENGINES[engine](work, left, workers, gpus, retries, dict(options or {}))
+        with bar, closing(outcomes), redirect_stdout(sys.stderr):  # Ray prints to what is the caller's
             bar.update(plan.models - sum(len(work.rows(index)) for index in left))
             for index, wrong in outcomes if left else ():
                 if wrong is None:
