@@ -16,9 +16,12 @@ from safetensors.torch import load_file
 
 from cwfast import mia, shadow
 from cwfast.defense.baselines import PlainTraining
+from cwfast.defense.cwrf import CWRF
+from cwfast.defense.losses import RelaxLoss
 from cwfast.errors import CheckpointError
 from cwfast.shadow import engines
 from cwfast.shadow.work import Work
+from cwfast.training import Recipe, Task
 
 TINY = shadow_jobs.TINY
 HERE = Path(__file__).parent
@@ -212,9 +215,8 @@ def test_kill_9_of_a_worker_costs_its_running_job_alone(engine, tmp_path, log, t
     check(tmp_path / "out", truth)
 
 
-@pytest.mark.parametrize(
-    "engine", ["local", *(pytest.param(name, marks=pytest.mark.slow) for name in ("ray", "slurm"))]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("engine", ["local", "ray", "slurm"])
 def test_kill_9_of_the_driver_then_resume(engine, tmp_path, log, truth):
     """The workers of a dead driver die with it, but for Slurm's: the next run waits for those, and trains no twice."""
     hold = Path(f"{log.path}.hold-3")
@@ -493,6 +495,17 @@ def test_signals_are_those_of_the_models_by_their_own_predict(tmp_path, log):
     assert manifest["recipe"]["epochs"] == 2
     assert manifest["data"] == shadow.Training("shadow_jobs:tiny").manifest["data"]
     assert mia.audit(found, attacks=("loss",), plan={**plan.expected, "defense": manifest["defense"]})
+
+
+def test_a_description_tells_defenses_apart_and_no_addresses():
+    task, _ = shadow_jobs.tiny()
+    first, same, other = (shadow.Training((task, CWRF(rate, loss=RelaxLoss(0.5)))) for rate in (0.1, 0.1, 0.2))
+    assert first.manifest == same.manifest
+    assert first.manifest != other.manifest
+    assert "0x" not in json.dumps(first.manifest)
+    assert first.manifest["defense"]["CWRF"]["loss"] == "RelaxLoss(alpha=0.5, upper=1.0)"
+    changed = Task(shadow_jobs.network, task.dataset, Recipe(lr=0.2, batch_size=8, epochs=2))
+    assert shadow.Training((changed, CWRF(0.1, loss=RelaxLoss(0.5)))).manifest != first.manifest
 
 
 def test_a_source_that_gives_other_data_in_each_process_is_refused(tmp_path):
