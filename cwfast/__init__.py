@@ -27,6 +27,7 @@ _ROOMS = (
     "optim",
     "reference",
     "report",
+    "shadow",
     "testing",
     "training",
 )

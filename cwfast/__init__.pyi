@@ -11,6 +11,7 @@ from cwfast import ops as ops
 from cwfast import optim as optim
 from cwfast import reference as reference
 from cwfast import report as report
+from cwfast import shadow as shadow
 from cwfast import testing as testing
 from cwfast import training as training
 from cwfast._backends import backends as backends

@@ -19,7 +19,7 @@ LEVELS = [
     {"masks", "_selecting", "_tracking", "scoring", "freezing", "optim", "distributed", "data"},
     {"training"},
     {"defense", "mia"},
-    {"integrations"},
+    {"integrations", "shadow"},
     {"report"},
     {"demo"},
     {"commands"},
