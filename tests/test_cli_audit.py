@@ -174,14 +174,19 @@ def test_signals_from_a_file(arrays, files, capsys):
         torch.from_numpy(arrays["logits"]),
         torch.from_numpy(arrays["labels"]),
         arrays["membership"],
-        manifest={"defense": "<none>"},
+        manifest={"defense": "<none>", "recipe": {"lr": 0.1}},
     )
     signals.save(files / "s.safetensors")
     found = document(capsys, "--signals", files / "s.safetensors", "--bootstrap", "0")
     assert found["attacks"] == document(capsys, *given(files), "--bootstrap", "0")["attacks"]
-    assert found["manifest"] == {"defense": "<none>"}
+    assert found["manifest"] == {"defense": "<none>", "recipe": {"lr": 0.1}}
     assert found["signals_sha256"] == signals.sha256
     assert list(found["inputs"]) == ["signals"]
+    assert (
+        main(["audit", "--signals", str(files / "s.safetensors"), "--bootstrap", "0", "--out", str(files / "o")]) == 0
+    )
+    assert {"<none>", '{"lr": 0.1}'} <= set(Page((files / "o" / "report.html").read_text()).cells)
+    capsys.readouterr()
     assert found["backends"] == {}
     assert "must say format cwfast-signals/1" in error(capsys, "--signals", save(files, write_safetensors, arrays))
     assert "there is none at" in error(capsys, "--signals", files / "none.safetensors")

@@ -1,6 +1,7 @@
 """The report of an audit as one HTML page that needs nothing else: no script, no network, the pictures within."""
 
 import html
+import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -156,7 +157,7 @@ def _exposed(name: str, row: Mapping[str, Any], inputs: Array | None, first: boo
 
 
 def _facts(report: Mapping[str, Any]) -> str:
-    facts = dict(report["manifest"])
+    facts = {key: one if isinstance(one, str) else json.dumps(one) for key, one in report["manifest"].items()}
     facts |= {key: report[key] for key in ("command", "seed", "device", "machine") if key in report}
     facts |= {f"backend of {op}": backend for op, backend in report.get("backends", {}).items()}
     facts |= {f"version of {package}": version for package, version in report.get("versions", {}).items()}
