@@ -76,8 +76,8 @@ def _parser() -> argparse.ArgumentParser:
             parents=[common],
             help="attack models by their logits: who was in the training data, how surely can one tell",
             description="Attack models by what they say of samples: give --logits, --labels and --membership, or "
-            "--signals. FILE is npy, npz, safetensors or a tensor of torch.save; FILE:ARRAY names one of several "
-            "arrays. Nothing is unpickled.",
+            "--signals, or --train. FILE is npy, npz, safetensors or a tensor of torch.save; FILE:ARRAY names one of "
+            "several arrays. Nothing in them is unpickled.",
         )
     )
 
@@ -115,6 +115,18 @@ def _audit_arguments(parser: argparse.ArgumentParser) -> None:
     given.add_argument("--ids", metavar="FILE", help="[N] whole numbers by which samples are listed; default: 0 .. N-1")
     given.add_argument("--signals", metavar="FILE", help="instead: a safetensors file that cwfast.mia.Signals wrote")
     given.add_argument("--features", metavar="FILE", help="[N, F], for the attack quantile_regression")
+    trained = parser.add_argument_group("or who is trained first")
+    trained.add_argument(
+        "--train",
+        metavar="MODULE:FUNCTION",
+        help="instead: a function that returns (task, defense), which are trained on halves of the task's pool; "
+        "cwfast.examples:adult is one. Needs --out, where an interrupted run goes on",
+    )
+    trained.add_argument("--models", type=int, help="how many, an even number (default: 16)")
+    trained.add_argument("--group", type=int, help="models trained at once as one fleet (default: 8)")
+    trained.add_argument("--engine", help="local, ray or slurm (default: local)")
+    trained.add_argument("--workers", type=int, help="jobs at a time (default, local: one per core)")
+    trained.add_argument("--threads", type=int, help="of each job (default: 1)")
     how = parser.add_argument_group("how")
     how.add_argument(
         "--attacks",
@@ -136,7 +148,7 @@ def _audit_arguments(parser: argparse.ArgumentParser) -> None:
         help="attack this model only, with the others as its shadows; default: every model in turn",
     )
     how.add_argument("--bootstrap", type=int, default=1000, help="replicates for intervals (default: %(default)s)")
-    how.add_argument("--seed", type=int, default=0, help="of the bootstrap (default: %(default)s)")
+    how.add_argument("--seed", type=int, default=0, help="of bootstrap and training (default: %(default)s)")
     told = parser.add_argument_group("what is told")
     told.add_argument("--out", type=Path, help="folder for report.json and report.html")
     told.add_argument(

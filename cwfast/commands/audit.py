@@ -1,6 +1,8 @@
-"""``cwfast audit``: attacks on logits or signals that lie in files, as a table, JSON and one page."""
+"""``cwfast audit``: attacks on logits or signals from files, or on models trained first; a table, JSON and one page."""
 
 import argparse
+import os
+import sys
 from typing import Any
 
 import torch
@@ -13,6 +15,7 @@ from cwfast.report import provenance
 
 ALONE = ("loss", "attack_p", "correctness", "gradient_norm", "quantile_regression")  # attacks that need no shadow model
 LOGITS = ("logits", "labels", "membership", "ids")
+TRAINING = ("models", "group", "engine", "workers", "threads")
 
 
 def run(options: argparse.Namespace) -> tuple[dict[str, Any], str]:
@@ -24,16 +27,19 @@ def run(options: argparse.Namespace) -> tuple[dict[str, Any], str]:
     _check_usage(options)
     if options.out is not None:
         report.folder(options.out)  # an unwritable one is found now, not at the end
-    backends: dict[str, str] = {}
+    inputs = None
     if options.signals is not None:
         signals = Signals.load(options.signals)
+    elif options.train is not None:
+        signals, inputs = _trained(options)
     else:
         signals = _from_logits(options)
-        backends = provenance.backends("logit_stats")
+    backends = {} if options.signals is not None else provenance.backends("logit_stats")
     attacks = options.attacks or (["loss", "lira", "rmia"] if len(signals.membership) > 1 else ["loss", "attack_p"])
     _check_membership(signals.membership, attacks)
     features = None if options.features is None else read_array(options.features, "features")
-    inputs = None if options.inputs is None else _of_samples(read_array(options.inputs, "inputs"), signals)
+    if options.inputs is not None:
+        inputs = _of_samples(read_array(options.inputs, "inputs"), signals)
     found = audit(
         signals,
         attacks=list(dict.fromkeys(attacks)),
@@ -64,19 +70,38 @@ def run(options: argparse.Namespace) -> tuple[dict[str, Any], str]:
 def _check_usage(options: argparse.Namespace) -> None:
     """Wrong combinations of arguments end the program, as argparse's own errors do."""
     given = [name for name in LOGITS if getattr(options, name) is not None]
-    if options.signals is not None and given:
-        options.usage(f"--signals holds all of the models' side; got --{given[0]} besides")
+    settings = [name for name in TRAINING if getattr(options, name) is not None]
     missing = [f"--{name}" for name in LOGITS[:3] if name not in given]
-    if options.signals is None and missing:
-        options.usage(
-            f"--logits, --labels and --membership must be given, or --signals; got no {', no '.join(missing)}"
-        )
-    if options.show_inputs != (options.inputs is not None):
+    whole = [name for name in ("signals", "train") if getattr(options, name) is not None]
+    if whole and (given or len(whole) == 2):
+        options.usage(f"--{whole[0]} says all of the models' side; got --{[*whole[1:], *given][0]} besides")
+    if not whole and missing:
+        wanted = "--logits, --labels and --membership must be given, or --signals, or --train"
+        options.usage(f"{wanted}; got no {', no '.join(missing)}")
+    if settings and options.train is None:
+        options.usage(f"--{settings[0]} must come with --train, as it is about training; got it alone")
+    if options.train is not None and options.out is None:
+        options.usage("--train must come with --out, where an interrupted run goes on; got none")
+    if options.train is not None and options.inputs is not None:
+        options.usage("--inputs must not come with --train, whose data are shown; got both")
+    if options.train is None and options.show_inputs != (options.inputs is not None):
         options.usage("--show-inputs and --inputs must be given together; got one of them")
     if options.show_inputs and options.out is None:
         options.usage("--show-inputs must come with --out: samples are shown in report.html; got none")
     if options.bootstrap < 0:
         options.usage(f"--bootstrap must be at least 0; got {options.bootstrap}")
+
+
+def _trained(options: argparse.Namespace) -> tuple[Signals, Tensor | None]:
+    """Signals of models trained now, or in the run that ``--out`` holds; and the samples, if they are to be shown."""
+    from cwfast import shadow
+
+    sys.path.insert(0, os.getcwd())  # where a user's module lies: the installed command does not look there
+    how = {name: getattr(options, name) for name in TRAINING if getattr(options, name) is not None}
+    job = shadow.Training(options.train)
+    signals = shadow.signals(job.source, options.out / "shadows", seed=options.seed, **{"models": 16, **how})
+    signals.save(options.out / "signals.safetensors")
+    return signals, job.setup[0].dataset.inputs[signals.ids].cpu() if options.show_inputs else None
 
 
 def _from_logits(options: argparse.Namespace) -> Signals:
