@@ -21,10 +21,11 @@ def integers(*shape, dtype=torch.float32):
     return torch.randint(-3, 4, shape).to(dtype)
 
 
-def gradients(indices, grads, samples_of):
+def gradients(indices, grads, samples_of, words=V, columns=D):
     """[B, V, D]"""
-    found = torch.zeros(max(samples_of, default=-1) + 1, V, D, dtype=torch.float64)
-    for sample, token, row in zip(samples_of, indices.reshape(-1).tolist(), grads.reshape(-1, D).double(), strict=True):
+    found = torch.zeros(max(samples_of, default=-1) + 1, words, columns, dtype=torch.float64)
+    rows = grads.reshape(-1, columns).double()
+    for sample, token, row in zip(samples_of, indices.reshape(-1).tolist(), rows, strict=True):
         found[sample, token] += row
     return found
 

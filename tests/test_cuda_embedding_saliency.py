@@ -1,0 +1,190 @@
+"""The CUDA kernels of accumulate_embedding_saliency_, executed on the CPU through the op: the checks of its tests.
+
+Tokens with more rows than a piece holds are the ones that two kernels share; here pieces may be a few rows long.
+"""
+
+import os
+import subprocess
+import sys
+
+import pytest
+import test_embedding_saliency as tests
+import torch
+from cuda_on_cpu import build
+from cuda_on_cpu.emulate import emulate, sparse
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from test_embedding_saliency import DTYPES, LARGE, gradients, integers
+
+from cwfast import ops
+from cwfast.ops import _embedding_device
+
+pytestmark = pytest.mark.skipif(bool(build.why_not()), reason=f"CUDA on the CPU {build.why_not()}")
+
+
+@pytest.fixture(params=["plain", "checked"])
+def library(request, monkeypatch):
+    return emulate(monkeypatch, "embedding_saliency", request.param == "checked")
+
+
+def cut_into(monkeypatch, rows):
+    """Pieces of so many rows, whatever the number of rows in all."""
+    monkeypatch.setattr(_embedding_device, "PIECE", rows)
+    monkeypatch.setattr(_embedding_device.math, "isqrt", lambda count: 1)
+
+
+def laid_out(x, how):
+    """The same entries, elsewhere in memory."""
+    wide = x.shape[-1] + {"dense": 0, "rows_apart": 3, "aligned_rows_apart": 8}.get(how, 0)
+    if how == "columns_apart":
+        return x.mT.contiguous().mT
+    if how == "shifted":  # by one entry, so that no vector is aligned
+        return torch.cat([x.new_zeros(1), x.reshape(-1)])[1:].view(x.shape)
+    return torch.cat([x, x.new_full((*x.shape[:-1], wide - x.shape[-1]), torch.nan)], dim=-1)[..., : x.shape[-1]]
+
+
+LAYOUTS = ["dense", "rows_apart", "aligned_rows_apart", "columns_apart", "shifted"]
+
+
+def check(shape, words, columns, dtype, *, out_dtype=torch.float32, layout="dense", factor_dtype=None, **options):
+    """Integers: equal by bits, gradient sum included; ``out`` and ``grad`` hold something before."""
+    indices, grads = torch.randint(words, shape), integers(*shape, columns, dtype=dtype)
+    samples = [b for b in range(shape[0]) for _ in range(shape[1])]
+    each = gradients(indices, grads, samples, words, columns)
+    if (padding := options.get("padding_idx")) is not None:
+        each[:, padding] = 0
+    factor = None if factor_dtype is None else integers(words, columns, dtype=factor_dtype)
+    out, grad = (integers(words, columns, dtype=out_dtype) for _ in range(2))
+    weight = 1 if factor is None else factor.double()
+    want = out.double() + (options.get("scale", 1.0) * each * weight).abs().pow(options["power"]).sum(dim=0)
+    want_grad = grad.double() + each.sum(dim=0)
+    out, grad, grads = (laid_out(x, layout) for x in (out, grad, grads))
+    factor = None if factor is None else laid_out(factor, layout)
+    ops.accumulate_embedding_saliency_(out, indices, grads, factor=factor, grad=grad, backend="cuda", **options)
+    assert torch.equal(out.double(), want)
+    assert torch.equal(grad.double(), want_grad)
+
+
+@pytest.mark.parametrize("padding_idx", [None, 12])
+@pytest.mark.parametrize("power", [1, 2])
+@pytest.mark.parametrize("with_factor", [False, True])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("shape", [(0,), (6,), (0, 3), (4, 0), (1, 1), (4, 50)], ids=str)
+def test_exact_on_integers(library, shape, dtype, with_factor, power, padding_idx):
+    tests.test_exact_on_integers(shape, dtype, with_factor, power, padding_idx, "cuda")
+
+
+# A thread owns 4 columns, 32 threads a piece at most; a block has 256 threads.
+@pytest.mark.parametrize("columns", [1, 3, 4, 5, 8, 31, 127, 128, 129, 132, 260])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_exact_at_every_edge_of_the_columns(library, columns, dtype):
+    library.coc_configure(columns, 1 + columns % 3, None, 0)
+    check((3, 30), 7, columns, dtype, power=2, factor_dtype=dtype, padding_idx=2, scale=-2.0)
+
+
+@pytest.mark.parametrize("piece", [1, 2, 3, 8, 128])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_exact_however_tokens_are_cut(library, monkeypatch, piece, dtype):
+    cut_into(monkeypatch, piece)
+    for power in (1, 2):
+        check((5, 40), 3, 6, dtype, power=power, factor_dtype=torch.float32)
+        check((1, 130), 1, 6, dtype, power=power)  # one sample, one token
+        check((130, 1), 2, 6, dtype, power=power, out_dtype=torch.float64, padding_idx=0)
+
+
+sizes = st.sampled_from([1, 2, 3, 7, 8, 17])
+
+
+@settings(max_examples=25)
+@given(
+    shape=st.tuples(sizes, sizes),
+    words=sizes,
+    columns=sizes,
+    dtype=st.sampled_from(DTYPES),
+    out_dtype=st.sampled_from([torch.float32, torch.float64]),
+    factor_dtype=st.none() | st.sampled_from(DTYPES),
+    power=st.sampled_from([1, 2]),
+    scale=st.sampled_from([1.0, 0.0, -2.0, 0.5]),
+    layout=st.sampled_from(LAYOUTS),
+    piece=st.integers(1, 9),
+    schedule=st.tuples(st.integers(0, 1000), st.integers(1, 3)),
+)
+def test_exact_on_any_shape_layout_and_schedule(library, shape, words, columns, dtype, piece, schedule, **options):
+    library.coc_configure(*schedule, None, 0)
+    with pytest.MonkeyPatch.context() as patch:
+        cut_into(patch, piece)
+        check(shape, words, columns, dtype, **options)
+
+
+def test_packed_samples(library):
+    tests.test_packed_samples("cuda")
+
+
+@pytest.mark.parametrize("piece", [5, 128])
+def test_no_worse_than_torch_and_the_same_bits_for_every_schedule(library, monkeypatch, piece):
+    cut_into(monkeypatch, piece)
+    tests.test_no_worse_than_torch_and_the_same_bits_every_time("cuda")
+    indices, grads = torch.randint(20, (8, 60)), torch.randn(8, 60, 40)
+
+    def run(seed):
+        library.coc_configure(seed, 1 + seed % 3, None, 0)
+        out, grad = torch.zeros(20, 40), torch.zeros(20, 40)
+        ops.accumulate_embedding_saliency_(out, indices, grads, grad=grad, backend="cuda")
+        return out, grad
+
+    first = run(0)
+    for seed in range(1, 10):
+        assert all(map(torch.equal, run(seed), first))
+
+
+@pytest.mark.parametrize("piece", [2, 128])
+def test_nan_stays_in_its_row_and_out_may_have_any_strides(library, monkeypatch, piece):
+    cut_into(monkeypatch, piece)
+    tests.test_nan_stays_in_its_row_and_out_may_have_any_strides("cuda")
+
+
+@pytest.mark.parametrize("power", [1, 2])
+def test_numbers_that_are_not_ordinary(library, power):
+    tests.test_numbers_that_are_not_ordinary(power, "cuda")
+
+
+@pytest.mark.parametrize("strides", ["dense", "rows_apart", "columns_apart"])
+@pytest.mark.parametrize("name", LARGE)
+def test_large_exactly(library, name, strides):
+    tests.test_large_exactly(name, torch.float16, strides, "cuda")
+
+
+def test_what_a_token_with_most_of_the_rows_costs():
+    """No piece, and no token's number of pieces, is a long walk; the workspace stays small."""
+    for count, columns in ((10**6, 8), (2**14, 4096), (10**6, 4096)):
+        order = torch.zeros(1, dtype=torch.int64).expand(count)
+        rows = _embedding_device.Rows(order, order, torch.tensor([0]), torch.tensor([0, count]))
+        pieces = _embedding_device.pieces_of(rows, torch.empty((1, columns), device="meta"))
+        assert len(pieces.tokens) == -(-count // pieces.rows)
+        assert max(pieces.rows, len(pieces.tokens)) <= 8192
+        assert pieces.partial.nbytes <= 32 << 20
+
+
+def far(library):
+    """Rows, vocabulary and columns that lie beyond 2^31 entries; most of the memory is never touched."""
+    wide = (3 << 30) // 8
+    grads = sparse((8 * wide + 8,), torch.float32).as_strided((9, 8), (wide, 1))
+    grads.copy_(integers(9, 8))
+    out, factor, grad = (sparse((8 * wide + 8,), torch.float32).as_strided((9, 8), (wide, 1)) for _ in range(3))
+    factor[:] = integers(9, 8)
+    indices = torch.tensor([0, 8, 8, 8, 3, 8, 0, 8, 8])
+    each = torch.zeros(3, 9, 8, dtype=torch.float64)
+    for row, token in enumerate(indices.tolist()):
+        each[row // 3, token] += grads[row].double()
+    for _ in range(2):
+        ops.accumulate_embedding_saliency_(
+            out, indices.view(3, 3), grads.view(3, 3, 8), factor=factor, grad=grad, backend="cuda"
+        )
+    assert torch.equal(out.double(), 2 * (each * factor.double()).abs().sum(dim=0))
+    assert torch.equal(grad.double(), 2 * each.sum(dim=0))
+
+
+@pytest.mark.parametrize("piece", [2, 128])
+def test_offsets_above_2_to_the_31(library, monkeypatch, piece):
+    cut_into(monkeypatch, piece)
+    far(library)
