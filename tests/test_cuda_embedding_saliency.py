@@ -166,25 +166,112 @@ def test_what_a_token_with_most_of_the_rows_costs():
 
 
 def far(library):
-    """Rows, vocabulary and columns that lie beyond 2^31 entries; most of the memory is never touched."""
+    """Rows or columns so far apart that the last lies beyond 2^31 entries; most of the memory is never touched."""
     wide = (3 << 30) // 8
-    grads = sparse((8 * wide + 8,), torch.float32).as_strided((9, 8), (wide, 1))
-    grads.copy_(integers(9, 8))
-    out, factor, grad = (sparse((8 * wide + 8,), torch.float32).as_strided((9, 8), (wide, 1)) for _ in range(3))
-    factor[:] = integers(9, 8)
-    indices = torch.tensor([0, 8, 8, 8, 3, 8, 0, 8, 8])
-    each = torch.zeros(3, 9, 8, dtype=torch.float64)
-    for row, token in enumerate(indices.tolist()):
-        each[row // 3, token] += grads[row].double()
-    for _ in range(2):
+    for strides in ((wide, 1), (1, wide)):
+
+        def matrix(rows, strides=strides):
+            return sparse((8 * wide + 9,), torch.float32).as_strided((rows, 9), strides)
+
+        out, grad, grads, factor = matrix(9), matrix(9), matrix(9), matrix(9)
+        grads[:], factor[:] = integers(9, 9), integers(9, 9)
+        indices = torch.tensor([0, 8, 8, 8, 3, 8, 0, 8, 8])
+        each = gradients(indices, grads, [0, 0, 0, 1, 1, 1, 2, 2, 2], 9, 9)
+        ends = torch.tensor([0, 3, 6, 9])
         ops.accumulate_embedding_saliency_(
-            out, indices.view(3, 3), grads.view(3, 3, 8), factor=factor, grad=grad, backend="cuda"
+            out, indices, grads, factor=factor, cu_seqlens=ends, grad=grad, backend="cuda"
         )
-    assert torch.equal(out.double(), 2 * (each * factor.double()).abs().sum(dim=0))
-    assert torch.equal(grad.double(), 2 * each.sum(dim=0))
+        assert torch.equal(out.double(), (each * factor.double()).abs().sum(dim=0))
+        assert torch.equal(grad.double(), each.sum(dim=0))
+
+
+def wide(library):
+    """3.2e9 columns; only the first and the last block run."""
+    columns = (3 << 30) + 5
+    out, grads = sparse((1, columns), torch.float32), sparse((1, columns), torch.float16)
+    for row in (out, grads):
+        row[:, :8] = row[:, -5:] = 1
+    only = torch.tensor([0, -(-columns // 128) - 1], dtype=torch.int32)
+    library.coc_configure(1, 2, only.data_ptr(), 2)
+    ops.accumulate_embedding_saliency_(out, torch.tensor([0]), grads, scale=3.0, backend="cuda")
+    library.coc_configure(1, 2, None, 0)
+    assert [*out[0, :8].tolist(), *out[0, -5:].tolist()] == [4.0] * 13
 
 
 @pytest.mark.parametrize("piece", [2, 128])
 def test_offsets_above_2_to_the_31(library, monkeypatch, piece):
     cut_into(monkeypatch, piece)
     far(library)
+    wide(library)
+
+
+PLANTED = {  # text in csrc/cuda/embedding_saliency.cu, replacement; each must be caught by the runs of catch()
+    "no absolute value": ("power == 1 ? fabsf(x) : x * x", "power == 1 ? x : x * x"),
+    "absolute value in double": ("power == 1 ? fabs(x) : x * x", "power == 1 ? x : x * x"),
+    "sample not cleared": ("        sample = {};\n        first = false;", "        first = false;"),
+    "32-bit row offset": ("row * x.row_stride +", "(int)row * (int)x.row_stride +"),
+    "32-bit column offset": ("from[c * x.column_stride]", "from[c * (int)x.column_stride]"),
+    "32-bit column": (
+        "((int64_t{tile} << args.lanes) + in_tile) * kColumns",
+        "int(((tile << args.lanes) + in_tile) * kColumns)",
+    ),
+    "last columns": ("c < at.count ? from", "true ? from"),
+    "writes past the columns": ("if (c < at.count) to[", "to["),
+    "vectors past the columns": ("if (x.quads && at.count == kColumns) {\n    *", "if (x.quads) {\n    *"),
+    "vectors where there are none": ("x.row_stride % kColumns == 0;", "true;"),
+    "vectors across columns": ("x.column_stride == 1 && reinterpret", "reinterpret"),
+    "first sample of a piece closed": ("        if (first)\n          sums.head = sample;\n        else\n", ""),
+    "tail of a piece lost": ("    sums.tail = sample;", "    ;"),
+    "every row a sample": ("(mine != owner) << u", "(true) << u"),
+    "owner kept": ("      owner = mine;\n", ""),
+    "piece runs into the next": ("return {begin, end < last ? end : last};", "return {begin, last};"),
+    "piece past its token": ("return {begin, end < last ? end : last};", "return {begin, end};"),
+    "rows past the piece": ("if (kFull || u < count) row[u]", "row[u]"),
+    "a token's pieces all from the first": ("(piece - args.first_pieces[which]) * args.piece_rows", "0 * piece"),
+    "cut token written by each piece": ("args.first_pieces[which + 1] - first == 1", "true"),
+    "pieces share a slot": ("(args.slots[which] + at.item - first) * kKinds", "args.slots[which] * kKinds"),
+    "sample over two pieces closed": (
+        "piece > 0 && args.samples[rows.begin] != args.samples[rows.begin - 1]",
+        "piece > 0",
+    ),
+    "sample never closed between pieces": (
+        "piece > 0 && args.samples[rows.begin] != args.samples[rows.begin - 1]",
+        "false",
+    ),
+    "row before the first piece": ("if (piece > 0 && args.samples", "if (args.samples"),
+    "samples inside a piece": ("if (args.samples[rows.begin] != args.samples[rows.end - 1]) {", "if (false) {"),
+    "last sample of a token": ("  add_powered(total, sample, args.power);\n  finish", "  finish"),
+    "tail of a whole token": ("    add_powered(sums.total, sums.tail, args.power);\n", ""),
+    "sign of the factor": ("*= powered(factor.element[c], args.power)", "*= factor.element[c]"),
+    "gradient sum of samples": ("        add(sums.sum, sample);\n", ""),
+    "tile of another item": ("blockIdx.x % args.tiles, block", "blockIdx.x % 1, block"),
+    "columns past the last": ("item >= items || left <= 0", "item >= items"),
+    "items past the last": ("item >= items || left <= 0", "left <= 0"),
+}
+
+
+def catch(name: str) -> None:
+    """Plant one defect and run; called in a process of its own, which the defect may crash."""
+    patch = pytest.MonkeyPatch()
+    library = emulate(patch, "embedding_saliency", checked=True, changes=(PLANTED[name],) if name else ())
+    for seed, piece in enumerate((3, 128)):
+        library.coc_configure(seed, 1 + seed, None, 0)
+        cut_into(patch, piece)
+        for out_dtype in (torch.float32, torch.float64):
+            for power, layout in enumerate(LAYOUTS):
+                options = {"power": 1 + power % 2, "layout": layout, "out_dtype": out_dtype, "padding_idx": 1}
+                check((5, 40), 4, 7, torch.bfloat16, factor_dtype=torch.float16, **options)
+                check((3, 9), 5, 132, torch.float32, factor_dtype=torch.float32, **options)
+                check((2, 9), 3, 8, torch.float64, factor_dtype=torch.float64, **options)
+        far(library)
+    wide(library)
+
+
+@pytest.mark.parametrize("name", build.some_slow(["", *PLANTED]))
+def test_planted_defect_is_caught(name):
+    code = f"import test_cuda_embedding_saliency as t; t.catch({name!r})"
+    folder = os.path.dirname(__file__)
+    ran = subprocess.run([sys.executable, "-c", code], cwd=folder, capture_output=True, text=True)
+    assert (ran.returncode == 0) == (name == ""), ran.stdout + ran.stderr
+    assert "must occur once" not in ran.stderr
+    assert "error:" not in ran.stderr, ran.stderr  # of the compiler

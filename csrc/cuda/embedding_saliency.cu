@@ -1,39 +1,26 @@
 // out[v,d] += scale * |factor[v,d]|^power * sum_b |G_b[v,d]|^power,  grad[v,d] += sum_b G_b[v,d],
 // G_b[v] = sum of grad_outputs[r] over the rows r of sample b with token v.
 // Reference: cwfast/reference.py, accumulate_embedding_saliency_; called by cwfast/ops/_embedding_device.py.
-// Bytes: each row of grad_outputs once; out and grad twice and the factor once, of the tokens that occur; 16 a row of
-// order and samples for each 512 bytes (float32) of it; for tokens cut into pieces 32 * D a piece (float32).
+// Bytes: each row of grad_outputs once, and of the tokens that occur out and grad twice and the factor once; 16 a row
+// for its place and sample, for every 128 columns, of which the cache holds most; of a token cut into pieces 32 * D a
+// piece (float32).
 // Rows come sorted by (token, sample). A token's are cut into pieces of at most piece_rows, so that one token with
 // most of the rows keeps a whole GPU busy; few lanes of a warp walk a piece in order, 4 columns each: no atomics, no
 // shared memory, the same bits on every run. The longest walks are piece_rows rows, then a token's pieces.
 // Not yet run on a GPU: compiled for sm_80 and sm_90 (docs/gates-cuda.md), run on the CPU by
 // tests/test_cuda_embedding_saliency.py.
-#include "common/device.h"
-#include "cuda/launchers.h"
+#include "cuda/embedding_saliency_rows.h"
 
 namespace cwfast {
 namespace {
 
 constexpr int kThreads = 256;
-constexpr int kColumns = 4;     // of a thread: 16 bytes of float32 at once
 constexpr int kMostLanes = 32;  // that share a piece: neighbours in a warp read neighbouring columns
 enum Kind { kHead, kTotal, kTail, kSum, kKinds };
 
 // Rows whose loads are under way before the first is added: 64 bytes a thread, whatever the type.
 template <class In>
 constexpr int kAtOnce = 64 / (kColumns * static_cast<int>(sizeof(In)));
-
-template <class T>
-struct alignas(kColumns * sizeof(T)) Quad {
-  T element[kColumns];
-};
-
-struct Matrix {
-  void* data;
-  int64_t row_stride, column_stride;  // in entries
-  int dtype;
-  bool quads;  // four columns from a multiple of four on are one aligned load
-};
 
 struct Args {
   Matrix out, grad, grad_outputs, factor, partial;
@@ -43,11 +30,6 @@ struct Args {
   int lanes;       // of a tile, as a power of two
   int power;
   double scale;
-};
-
-struct Place {  // what a thread works on: columns `column` to column + count of an item, none if count is 0
-  int64_t item, column;
-  int count;
 };
 
 __device__ __forceinline__ Place place_of(const Args& args, int64_t items) {
@@ -70,73 +52,6 @@ __device__ __forceinline__ Rows rows_of(const Args& args, int64_t which, int64_t
   return {begin, end < last ? end : last};
 }
 
-template <class T, class In>
-__device__ __forceinline__ T number(In x) {
-  if constexpr (std::is_arithmetic_v<In>)
-    return static_cast<T>(x);
-  else
-    return static_cast<T>(to_float(x));
-}
-
-template <class T>
-__device__ __forceinline__ T powered(T x, int power) {
-  if constexpr (std::is_same_v<T, float>)
-    return power == 1 ? fabsf(x) : x * x;
-  else
-    return power == 1 ? fabs(x) : x * x;
-}
-
-template <class In>
-__device__ __forceinline__ In* address(const Matrix& x, int64_t row, int64_t column) {
-  return static_cast<In*>(x.data) + row * x.row_stride + column * x.column_stride;
-}
-
-template <bool kQuads, class In>
-__device__ __forceinline__ Quad<In> load(const Matrix& x, int64_t row, const Place& at) {
-  const In* const from = address<In>(x, row, at.column);
-  if constexpr (kQuads) {
-    return *reinterpret_cast<const Quad<In>*>(from);
-  } else {
-    Quad<In> quad;
-#pragma unroll
-    for (int c = 0; c < kColumns; ++c) quad.element[c] = c < at.count ? from[c * x.column_stride] : In(0.0f);
-    return quad;
-  }
-}
-
-template <class T, class In>
-__device__ __forceinline__ Quad<T> read(const Matrix& x, int64_t row, const Place& at) {
-  const Quad<In> quad = x.quads && at.count == kColumns ? load<true, In>(x, row, at) : load<false, In>(x, row, at);
-  Quad<T> numbers;
-#pragma unroll
-  for (int c = 0; c < kColumns; ++c) numbers.element[c] = number<T>(quad.element[c]);
-  return numbers;
-}
-
-template <class T>
-__device__ __forceinline__ void write(const Matrix& x, int64_t row, const Place& at, const Quad<T>& quad) {
-  T* const to = address<T>(x, row, at.column);
-  if (x.quads && at.count == kColumns) {
-    *reinterpret_cast<Quad<T>*>(to) = quad;
-  } else {
-#pragma unroll
-    for (int c = 0; c < kColumns; ++c)
-      if (c < at.count) to[c * x.column_stride] = quad.element[c];
-  }
-}
-
-template <class T>
-__device__ __forceinline__ void add(Quad<T>& to, const Quad<T>& more) {
-#pragma unroll
-  for (int c = 0; c < kColumns; ++c) to.element[c] += more.element[c];
-}
-
-template <class T>
-__device__ __forceinline__ void add_powered(Quad<T>& to, const Quad<T>& more, int power) {
-#pragma unroll
-  for (int c = 0; c < kColumns; ++c) to.element[c] += powered(more.element[c], power);
-}
-
 // What a piece gives. Its first and last samples may reach into the pieces beside it.
 template <class T>
 struct Sums {
@@ -146,26 +61,38 @@ struct Sums {
   Quad<T> sum = {};    // of all rows
 };
 
-template <bool kQuads, class T, class In>
-__device__ __forceinline__ Sums<T> walk(const Args& args, const Rows& rows, const Place& at) {
-  Sums<T> sums;
+// Walks the rows of a piece in order.
+template <class T, class In, bool kQuads>
+struct Walk {
+  const Args& args;
+  const Place& at;
+  int64_t owner;  // of the row before
   Quad<T> sample = {};
-  int64_t owner = args.samples[rows.begin];
+  Sums<T> sums = {};
   bool first = true;
-  for (int64_t begin = rows.begin; begin < rows.end; begin += kAtOnce<In>) {
+
+  // The next `count` rows; kFull: kAtOnce of them, without a branch between their loads.
+  template <bool kFull>
+  __device__ __forceinline__ void step(int64_t begin, int64_t count) {
+    int64_t order[kAtOnce<In>];
     Quad<In> row[kAtOnce<In>];
     unsigned next = 0;  // bit u: row u is of another sample than the one before
 #pragma unroll
+    for (int u = 0; u < kAtOnce<In>; ++u)
+      if (kFull || u < count) order[u] = args.order[begin + u];
+#pragma unroll
+    for (int u = 0; u < kAtOnce<In>; ++u)
+      if (kFull || u < count) row[u] = load<kQuads, In>(args.grad_outputs, order[u], at);
+#pragma unroll
     for (int u = 0; u < kAtOnce<In>; ++u) {
-      if (begin + u >= rows.end) continue;
-      row[u] = load<kQuads, In>(args.grad_outputs, args.order[begin + u], at);
+      if (!kFull && u >= count) continue;
       const int64_t mine = args.samples[begin + u];
       next |= static_cast<unsigned>(mine != owner) << u;
       owner = mine;
     }
 #pragma unroll
     for (int u = 0; u < kAtOnce<In>; ++u) {
-      if (begin + u >= rows.end) continue;
+      if (!kFull && u >= count) continue;
       if (next >> u & 1) {
         add(sums.sum, sample);
         if (first)
@@ -179,44 +106,41 @@ __device__ __forceinline__ Sums<T> walk(const Args& args, const Rows& rows, cons
       for (int c = 0; c < kColumns; ++c) sample.element[c] += number<T>(row[u].element[c]);
     }
   }
-  add(sums.sum, sample);
-  if (first)
-    sums.head = sample;
-  else
-    sums.tail = sample;
-  return sums;
-}
 
-template <class T>
-__device__ __forceinline__ Quad<T> factor_at(const Args& args, int64_t token, const Place& at) {
-  switch (args.factor.dtype) {
-    case kFloat32:
-      return read<T, float>(args.factor, token, at);
-    case kBfloat16:
-      return read<T, __nv_bfloat16>(args.factor, token, at);
-    case kFloat16:
-      return read<T, __half>(args.factor, token, at);
-    default:
-      return read<T, double>(args.factor, token, at);
+  __device__ __forceinline__ Sums<T> all(const Rows& rows) {
+    int64_t begin = rows.begin;
+    for (; begin + kAtOnce<In> <= rows.end; begin += kAtOnce<In>) step<true>(begin, kAtOnce<In>);
+    if (begin < rows.end) step<false>(begin, rows.end - begin);
+    add(sums.sum, sample);
+    if (first)
+      sums.head = sample;
+    else
+      sums.tail = sample;
+    return sums;
   }
+};
+
+template <class T, class In, bool kQuads>
+__device__ __forceinline__ Sums<T> walk(const Args& args, const Rows& rows, const Place& at) {
+  return Walk<T, In, kQuads>{args, at, args.samples[rows.begin]}.all(rows);
 }
 
-// Adds what all samples of a token gave.
+// Adds what all samples of a token gave; total is changed.
 template <class T>
-__device__ __forceinline__ void finish(const Args& args, int64_t which, const Place& at, Quad<T> total,
+__device__ __forceinline__ void finish(const Args& args, int64_t which, const Place& at, Quad<T>& total,
                                        const Quad<T>& sum) {
   const int64_t token = args.tokens[which];
   if (args.factor.data) {
-    const Quad<T> factor = factor_at<T>(args, token, at);
+    const Quad<T> factor = read_any<T>(args.factor, token, at);
 #pragma unroll
     for (int c = 0; c < kColumns; ++c) total.element[c] *= powered(factor.element[c], args.power);
   }
-  Quad<T> entries = read<T, T>(args.out, token, at);
 #pragma unroll
-  for (int c = 0; c < kColumns; ++c) entries.element[c] += static_cast<T>(args.scale) * total.element[c];
-  write(args.out, token, at, entries);
+  for (int c = 0; c < kColumns; ++c) total.element[c] *= static_cast<T>(args.scale);
+  add(total, read<T, T>(args.out, token, at));
+  write(args.out, token, at, total);
   if (!args.grad.data) return;
-  entries = read<T, T>(args.grad, token, at);
+  Quad<T> entries = read<T, T>(args.grad, token, at);
   add(entries, sum);
   write(args.grad, token, at, entries);
 }
@@ -228,8 +152,8 @@ __global__ void __launch_bounds__(kThreads) piece_kernel(const Args args) {
   if (at.count == 0) return;
   const int64_t which = args.piece_tokens[at.item], first = args.first_pieces[which];
   const Rows rows = rows_of(args, which, at.item);
-  Sums<T> sums = args.grad_outputs.quads && at.count == kColumns ? walk<true, T, In>(args, rows, at)
-                                                                 : walk<false, T, In>(args, rows, at);
+  Sums<T> sums = args.grad_outputs.quads && at.count == kColumns ? walk<T, In, true>(args, rows, at)
+                                                                 : walk<T, In, false>(args, rows, at);
   if (args.first_pieces[which + 1] - first == 1) {
     add_powered(sums.total, sums.head, args.power);
     add_powered(sums.total, sums.tail, args.power);
@@ -296,13 +220,6 @@ int launch(const Args& args, cudaStream_t stream) {
     default:
       return launch<T, double>(args, stream);
   }
-}
-
-Matrix matrix(const CwfastMatrix& x) {
-  const int quad = kColumns * (x.dtype == kFloat64 ? 8 : x.dtype == kFloat32 ? 4 : 2);
-  const bool quads =
-      x.column_stride == 1 && reinterpret_cast<uintptr_t>(x.data) % quad == 0 && x.row_stride % kColumns == 0;
-  return {x.data, x.row_stride, x.column_stride, static_cast<int>(x.dtype), quads};
 }
 
 }  // namespace
