@@ -167,16 +167,17 @@ def test_what_a_token_with_most_of_the_rows_costs():
 
 def far(library):
     """Rows or columns so far apart that the last lies beyond 2^31 entries; most of the memory is never touched."""
-    wide = (3 << 30) // 8
-    for strides in ((wide, 1), (1, wide)):
+    apart = (3 << 30) // 8
+    for columns, strides in ((9, (apart, 1)), (9, (1, apart)), (4, (1, 1 << 30))):
 
-        def matrix(rows, strides=strides):
-            return sparse((8 * wide + 9,), torch.float32).as_strided((rows, 9), strides)
+        def matrix(columns=columns, strides=strides):
+            last = 8 * strides[0] + (columns - 1) * strides[1]
+            return sparse((last + 1,), torch.float32).as_strided((9, columns), strides)
 
-        out, grad, grads, factor = matrix(9), matrix(9), matrix(9), matrix(9)
-        grads[:], factor[:] = integers(9, 9), integers(9, 9)
+        out, grad, grads, factor = matrix(), matrix(), matrix(), matrix()
+        grads[:], factor[:] = integers(9, columns), integers(9, columns)
         indices = torch.tensor([0, 8, 8, 8, 3, 8, 0, 8, 8])
-        each = gradients(indices, grads, [0, 0, 0, 1, 1, 1, 2, 2, 2], 9, 9)
+        each = gradients(indices, grads, [0, 0, 0, 1, 1, 1, 2, 2, 2], 9, columns)
         ends = torch.tensor([0, 3, 6, 9])
         ops.accumulate_embedding_saliency_(
             out, indices, grads, factor=factor, cu_seqlens=ends, grad=grad, backend="cuda"
