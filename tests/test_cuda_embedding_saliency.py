@@ -34,16 +34,19 @@ def cut_into(monkeypatch, rows):
 
 
 def laid_out(x, how):
-    """The same entries, elsewhere in memory."""
-    wide = x.shape[-1] + {"dense": 0, "rows_apart": 3, "aligned_rows_apart": 8}.get(how, 0)
+    """The same entries, elsewhere in memory; what lies between them is NaN."""
+    *rows, columns = x.shape
     if how == "columns_apart":
         return x.mT.contiguous().mT
     if how == "shifted":  # by one entry, so that no vector is aligned
         return torch.cat([x.new_zeros(1), x.reshape(-1)])[1:].view(x.shape)
-    return torch.cat([x, x.new_full((*x.shape[:-1], wide - x.shape[-1]), torch.nan)], dim=-1)[..., : x.shape[-1]]
+    if how == "every_second":  # of rows that are aligned
+        return torch.stack([x, torch.full_like(x, torch.nan)], dim=-1).flatten(-2)[..., ::2]
+    gap = {"dense": 0, "rows_apart": 3, "aligned_rows_apart": 8}[how]
+    return torch.cat([x, x.new_full((*rows, gap), torch.nan)], dim=-1)[..., :columns]
 
 
-LAYOUTS = ["dense", "rows_apart", "aligned_rows_apart", "columns_apart", "shifted"]
+LAYOUTS = ["dense", "rows_apart", "aligned_rows_apart", "columns_apart", "shifted", "every_second"]
 
 
 def check(shape, words, columns, dtype, *, out_dtype=torch.float32, layout="dense", factor_dtype=None, **options):
@@ -246,7 +249,6 @@ PLANTED = {  # text in csrc/cuda/embedding_saliency.cu, replacement; each must b
     "sign of the factor": ("*= powered(factor.element[c], args.power)", "*= factor.element[c]"),
     "gradient sum of samples": ("        add(sums.sum, sample);\n", ""),
     "tile of another item": ("blockIdx.x % args.tiles, block", "blockIdx.x % 1, block"),
-    "columns past the last": ("item >= items || left <= 0", "item >= items"),
     "items past the last": ("item >= items || left <= 0", "left <= 0"),
 }
 

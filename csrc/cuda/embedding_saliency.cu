@@ -5,7 +5,7 @@
 // for its place and sample, for every 128 columns, of which the cache holds most; of a token cut into pieces 32 * D a
 // piece (float32).
 // Rows come sorted by (token, sample). A token's are cut into pieces of at most piece_rows, so that one token with
-// most of the rows keeps a whole GPU busy; few lanes of a warp walk a piece in order, 4 columns each: no atomics, no
+// most of the rows keeps a whole GPU busy; up to 32 lanes walk a piece in order, 4 columns each: no atomics, no
 // shared memory, the same bits on every run. The longest walks are piece_rows rows, then a token's pieces.
 // Not yet run on a GPU: compiled for sm_80 and sm_90 (docs/gates-cuda.md), run on the CPU by
 // tests/test_cuda_embedding_saliency.py.

@@ -27,8 +27,9 @@ def accumulate_embedding_saliency_(
     """Add ``|scale * factor|**power * sum_b |G_b|**power`` to ``out``, ``G_b[v] = sum_{t: indices[b,t] = v}
     grad_outputs[b,t]``.
 
-    Work and memory follow the tokens, not the vocabulary. Sums in float32 (float64 for float64 ``out``), in the order
-    of the tokens: same bits on every run. NaN and infinity propagate into the rows that they belong to.
+    Work and memory follow the tokens, not the vocabulary (but ``overwrite_grad`` clears all of ``grad``). Sums in
+    float32 (float64 for float64 ``out``), in the order of the tokens: same bits on every run. NaN and infinity
+    propagate into the rows that they belong to.
 
     Args:
         out: ``[V, D]`` float32 or float64; changed in place; any strides.
