@@ -1,4 +1,4 @@
-"""The three kernels on an accelerator: ``CWFAST_BENCH_DEVICE=cuda``. Not yet run on a GPU.
+"""The kernels on an accelerator: ``CWFAST_BENCH_DEVICE=cuda``. Not yet run on a GPU.
 
 With the device "cpu" and size tiny the same code runs in the tests; at other sizes the other suites measure the CPU.
 Limits are measured in the same rounds: a matrix product, a read, a copy (a read and a write of the same bytes).
@@ -19,7 +19,7 @@ from pytest_benchmark.fixture import BenchmarkFixture
 from torch import Tensor, nn
 
 from cwfast import SaliencyScorer, _backends, ops, reference
-from cwfast.ops import accumulate_saliency_, select_topk
+from cwfast.ops import accumulate_embedding_saliency_, accumulate_saliency_, select_topk
 from cwfast.testing import assert_no_worse
 
 DEVICE = _harness.device()
@@ -32,6 +32,8 @@ LAYERS = 2
 STACKS = _harness.by_size(tiny=[(2, 8)], normal=[(8, 512)], full=[(8, 512), (2, 2048)])  # samples, steps
 LINEARS = _harness.by_size(tiny=[4], normal=[512], full=[64, 128, 512, 2048])  # steps of 8192 rows
 ROWS = _harness.by_size(tiny=16, full=8192)
+WORDS = _harness.by_size(tiny=50, full=32_000)
+LOOKUPS = _harness.by_size(tiny=(4, 20), full=(8, 2048))  # samples, steps
 SELECT = _harness.by_size(tiny=[10**5], normal=[10**9], full=[10**9, 4 * 10**9])
 REWIND = _harness.by_size(tiny=10**5, full=10**9)
 
@@ -125,6 +127,49 @@ def test_saliency_linear(benchmark: BenchmarkFixture, steps: int) -> None:
     rate = 2 * side**3 / _harness.medians(times)["square_gemm"]
     case = f"device saliency op bfloat16 B={ROWS // steps} T={steps} {WIDTH}-{INNER}"
     _harness.report(benchmark, case, times, variants[names[0]], ratios=ratios, gemm_flops=rate)
+
+
+@pytest.mark.parametrize("tokens", ["zipf", "one"])
+def test_embedding(benchmark: BenchmarkFixture, tokens: str) -> None:
+    """The op alone in bfloat16. ``zipf``: as frequent as words of a text; ``one``: 19 of 20 are the same token.
+
+    ``over_copy``: over a copy that reads and writes as many bytes as the scores need; ``times_sum``: the gradient
+    alone, as torch's backward pass sums it, over ours with the gradient from the same pass.
+    """
+    samples, steps = LOOKUPS
+    torch.manual_seed(0)
+    chances = 1.0 / torch.arange(1, WORDS + 1)
+    if tokens == "one":
+        chances[0] = 19 * chances[1:].sum()
+    indices = torch.multinomial(chances, samples * steps, replacement=True).view(samples, steps).to(DEVICE)
+    with DEVICE:
+        d, factor = torch.randn(samples, steps, WIDTH).bfloat16(), torch.randn(WORDS, WIDTH)
+        sums = {t: torch.zeros(WORDS, WIDTH, dtype=t) for t in (torch.float64, torch.float32)}
+        total = torch.zeros(WORDS, WIDTH)
+    for dtype, scores in sums.items():
+        for token, rows in zip(indices, d.to(dtype), strict=True):
+            scores += torch.zeros_like(scores).index_add_(0, token, rows).mul_(factor).abs_()
+    variants: dict[str, Callable[[], object]] = {}
+    for backend in BACKENDS:
+        out = torch.zeros_like(total)
+        accumulate_embedding_saliency_(out, indices, d, factor=factor, backend=backend)
+        assert_no_worse(out, sums[torch.float64], sums[torch.float32])
+        for suffix, grad in (("", None), ("_with_grad", total)):
+            variants[f"cwfast_{backend}{suffix}"] = lambda b=backend, out=out, grad=grad: (
+                accumulate_embedding_saliency_(
+                    out, indices, d, factor=factor, grad=grad, overwrite_grad=grad is not None, backend=b
+                )
+            )
+    names = list(variants)
+    moved = d.nbytes + len(indices.unique()) * WIDTH * 12  # out twice and the factor, of the tokens that occur
+    source, target = (torch.empty(moved // 2, dtype=torch.uint8, device=DEVICE) for _ in range(2))
+    variants["copy"] = lambda: target.copy_(source)
+    variants["sum"] = lambda: torch.ops.aten.embedding_dense_backward(d, indices, WORDS, -1, False)
+    times = _harness.interleaved(variants, REPEATS, seconds=SECONDS)
+    ratios = {f"over_copy_{name}": _harness.ratio(times, name, "copy") for name in names}
+    ratios |= {f"times_sum_{name}": _harness.ratio(times, "sum", name) for name in names if name.endswith("grad")}
+    case = f"device embedding op bfloat16 {tokens} B={samples} T={steps} {WORDS}x{WIDTH}"
+    _harness.report(benchmark, case, times, variants[names[0]], ratios=ratios, moved=moved)
 
 
 @pytest.mark.parametrize("numel", SELECT)

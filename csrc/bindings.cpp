@@ -234,6 +234,8 @@ void bind_logit_stats(py::module_& m) {
 }
 
 #ifdef CWFAST_WITH_CUDA
+using CudaMatrix = std::tuple<uintptr_t, int64_t, int64_t, int64_t>;
+
 void check_cuda(int error, const char* what) {
   if (error)
     throw std::runtime_error(std::string(what) + " failed: CUDA error " + std::to_string(error) + ", " +
@@ -281,12 +283,47 @@ void cuda_rewind_move(uintptr_t tensors, int64_t tensor_count, int64_t blocks, u
   check_cuda(error, "rewind_, gather or scatter_");
 }
 
+// Matrices: data, CwfastDtype, strides in entries.
+void cuda_embedding_saliency(const CudaMatrix& out, const CudaMatrix& grad, const CudaMatrix& grad_outputs,
+                             const CudaMatrix& factor, const CudaMatrix& partial, uintptr_t order, uintptr_t samples,
+                             uintptr_t tokens, uintptr_t firsts, uintptr_t first_pieces, uintptr_t piece_tokens,
+                             uintptr_t cut, uintptr_t slots, int64_t pieces, int64_t cut_count, int64_t piece_rows,
+                             int64_t columns, int64_t power, double scale, int device, uintptr_t stream) {
+  const auto matrix = [](const CudaMatrix& x) {
+    const auto& [data, dtype, row_stride, column_stride] = x;
+    return CwfastMatrix{pointer<void>(data), dtype, row_stride, column_stride};
+  };
+  const auto list = pointer<const int64_t>;
+  const CwfastEmbedding embedding{matrix(out),
+                                  matrix(grad),
+                                  matrix(grad_outputs),
+                                  matrix(factor),
+                                  matrix(partial),
+                                  list(order),
+                                  list(samples),
+                                  list(tokens),
+                                  list(firsts),
+                                  list(first_pieces),
+                                  list(piece_tokens),
+                                  list(cut),
+                                  list(slots),
+                                  pieces,
+                                  cut_count,
+                                  piece_rows,
+                                  columns,
+                                  power,
+                                  scale};
+  const int error = cwfast_cuda_embedding_saliency(&embedding, device, pointer<void>(stream));
+  check_cuda(error, "accumulate_embedding_saliency_");
+}
+
 void bind_cuda(py::module_& m) {
   m.def("cuda_unavailable", cuda_unavailable, "Why no CUDA device can be used; empty where one can.");
   m.def("cuda_saliency", cuda_saliency);
   m.def("cuda_select_topk", cuda_select_topk);
   m.def("cuda_rewind_survey", cuda_rewind_survey);
   m.def("cuda_rewind_move", cuda_rewind_move);
+  m.def("cuda_embedding_saliency", cuda_embedding_saliency);
 }
 #endif
 

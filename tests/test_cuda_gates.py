@@ -22,6 +22,8 @@ def check(kernels: list[cuda_gates.Kernel]) -> None:
         assert kernel.static_shared <= 48 << 10, kernel
         if kernel.name.startswith("saliency_kernel<MmaTile<"):
             assert int(kernel.loop.removesuffix(" HMMA")) >= 32, kernel  # a stage of 32 rows: 4 x 4 products, twice
+        if kernel.name.startswith("piece_kernel<float"):
+            assert kernel.registers * 512 <= 65536, kernel  # two blocks: 16 warps wait for memory at a time
     for arch in cuda_gates.ARCHS:  # T > 1, 16-bit: tensor cores, with and without the gradient sum
         names = {kernel.name for kernel in kernels if kernel.arch == arch}
         for element in ("__half", "__nv_bfloat16"):

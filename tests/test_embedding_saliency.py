@@ -5,6 +5,7 @@ import torch
 from conftest import why_not
 
 from cwfast import ops
+from cwfast.errors import BackendUnavailable
 from cwfast.testing import assert_no_worse
 
 V, D = 13, 5
@@ -21,10 +22,11 @@ def integers(*shape, dtype=torch.float32):
     return torch.randint(-3, 4, shape).to(dtype)
 
 
-def gradients(indices, grads, samples_of):
+def gradients(indices, grads, samples_of, words=V, columns=D):
     """[B, V, D]"""
-    found = torch.zeros(max(samples_of, default=-1) + 1, V, D, dtype=torch.float64)
-    for sample, token, row in zip(samples_of, indices.reshape(-1).tolist(), grads.reshape(-1, D).double(), strict=True):
+    found = torch.zeros(max(samples_of, default=-1) + 1, words, columns, dtype=torch.float64)
+    rows = grads.reshape(-1, columns).double()
+    for sample, token, row in zip(samples_of, indices.reshape(-1).tolist(), rows, strict=True):
         found[sample, token] += row
     return found
 
@@ -172,6 +174,11 @@ def test_no_columns_and_no_vocabulary():
             out, indices, torch.zeros(*indices.shape, shape[1]), grad=grad, overwrite_grad=True
         )
         assert not grad.isnan().any()
+
+
+def test_cuda_says_why_it_cannot_run_here():
+    with pytest.raises(BackendUnavailable, match=r"backend 'cuda' (is not available: \w+|needs CUDA tensors)"):
+        ops.accumulate_embedding_saliency_(torch.zeros(V, D), torch.tensor([0]), torch.ones(1, D), backend="cuda")
 
 
 def test_opcheck_and_versions():

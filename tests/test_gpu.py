@@ -9,7 +9,7 @@ from torch import nn
 from torch.nn import functional
 
 from cwfast import SaliencyScorer, _backends, reference
-from cwfast.ops import accumulate_saliency_, select_topk
+from cwfast.ops import accumulate_embedding_saliency_, accumulate_saliency_, select_topk
 from cwfast.testing import HOSTILE, assert_no_worse, hostile_scores
 
 SHAPES = [(5, 1, 7, 9), (3, 4, 33, 65), (2, 128, 128, 128), (9, 17, 130, 257), (4, 600, 256, 192), (1, 1, 1, 1)]
@@ -48,6 +48,34 @@ def test_saliency_is_no_worse_than_a_loop(place, shape, power, dtype):
     again, grad = (torch.zeros(fan_out, fan_in, device=device) for _ in range(2))
     accumulate_saliency_(again, x, d, power=power, factor=factor, grad=grad, backend=backend)
     assert torch.equal(out, again)  # same bits on every run
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64], ids=str)
+@pytest.mark.parametrize("power", [1, 2])
+@pytest.mark.parametrize("shape", [(3, 40, 7, 5), (4, 600, 50, 130), (9, 17, 1000, 256), (2, 3000, 2, 64)], ids=str)
+def test_embedding_is_no_worse_than_a_loop(place, shape, power, dtype):
+    """The last shape has tokens of more rows than a piece holds."""
+    backend, device = place
+    samples, steps, words, width = shape
+    indices = torch.randint(words, (samples, steps), device=device)
+    d, factor = torch.randn(samples, steps, width).to(device, dtype), torch.randn(words, width).to(device, dtype)
+    sums = {}
+    for exact in (torch.float64, torch.float32):
+        each = torch.zeros(samples, words, width, dtype=exact, device=device)
+        for sample, (token, rows) in enumerate(zip(indices, d.to(exact), strict=True)):
+            each[sample].index_add_(0, token, rows)
+        each[:, 1] = 0
+        sums[exact] = ((each * factor.to(exact)).abs() ** power).sum(dim=0), each.sum(dim=0)
+    found = []
+    for _ in range(2):
+        out, grad = (torch.zeros(words, width, device=device) for _ in range(2))
+        accumulate_embedding_saliency_(
+            out, indices, d, power=power, factor=factor, padding_idx=1, grad=grad, backend=backend
+        )
+        found.append((out, grad))
+    for i, ours in enumerate(found[0]):
+        assert_no_worse(ours, sums[torch.float64][i], sums[torch.float32][i], factor=4)
+        assert torch.equal(ours, found[1][i])  # same bits on every run
 
 
 @pytest.mark.parametrize("steps", [(), (5,)], ids=["one_row", "sequences"])

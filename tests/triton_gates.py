@@ -99,15 +99,15 @@ def rewind_entries() -> list[Entry]:
     return [survey, *(Entry(f"rewind {8 * n} bits", kernel, table, {"TYPE": integer(n)}, warps) for n in (1, 2, 4, 8))]
 
 
-def embedding_entry(power: int) -> Entry:
+def embedding_entry(power: int, grad: bool) -> Entry:
     module = embedding_saliency
-    types = {"out": "*fp32", "grad_outputs": "*bf16", "factor": "*bf16", "scale": "fp64", "columns": "i32:16"}
+    types = {"out": "*fp32", "grad_outputs": "*bf16", "factor": "*bf16", "grad": "*fp32", "scale": "fp64"}
     types |= dict.fromkeys(["order", "segments", "firsts", "tokens"], "*i64")
-    types |= dict.fromkeys(["out_row", "grad_row", "factor_row"], "i32:16")
-    constants = {"out_col": 1, "grad_col": 1, "factor_col": 1, "POWER": power, "HAS_FACTOR": True}
-    constants |= {"BD": module.BD, "BT": module.BT}
+    types |= dict.fromkeys(["columns", "out_row", "rows_row", "factor_row", "grad_row"], "i32:16")
+    constants = dict.fromkeys(["out_col", "rows_col", "factor_col", "grad_col"], 1)
+    constants |= {"POWER": power, "HAS_FACTOR": True, "HAS_GRAD": grad, "BD": module.BD, "BT": module.BT}
     kernel, options = module._embedding_saliency_kernel, {"num_warps": module.WARPS}
-    return Entry(f"embedding bf16 power {power} factor", kernel, types, constants, options)
+    return Entry(f"embedding bf16 power {power} factor{' gradient' if grad else ''}", kernel, types, constants, options)
 
 
 def logit_stats_entry(classes: int) -> Entry:
@@ -139,7 +139,8 @@ def entries(arch: str) -> list[Entry]:
         found += select_entries(dtype)
     digit = {"histogram": "*i64", "state": "*i64"}
     found.append(Entry("select digit", select._digit_kernel, digit, {"BINS": select.BINS}, {"num_warps": 4}))
-    return [*found, *rewind_entries(), embedding_entry(1), embedding_entry(2), *map(logit_stats_entry, (10, 1000))]
+    found += [embedding_entry(power, grad) for power in (1, 2) for grad in (False, True)]
+    return [*found, *rewind_entries(), *map(logit_stats_entry, (10, 1000))]
 
 
 def inner_loop(lines: list[tuple[int, str]], target: Callable[[str], int | None], wanted: str) -> list[str]:

@@ -53,6 +53,10 @@ struct DeviceGuard {
 };
 #endif
 
+__device__ __forceinline__ float to_float(float x) { return x; }
+__device__ __forceinline__ float to_float(__nv_bfloat16 x) { return __bfloat162float(x); }
+__device__ __forceinline__ float to_float(__half x) { return __half2float(x); }
+
 // d += a b for one warp: a [16, 16], b [16, 8], d [16, 8]; mma.sync.aligned.m16n8k16.row.col.f32.T.T.f32.
 template <class T>
 __device__ __forceinline__ void mma_m16n8k16(float (&d)[4], const unsigned (&a)[4], const unsigned (&b)[2]) {

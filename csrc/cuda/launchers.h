@@ -5,7 +5,7 @@
 
 extern "C" {
 
-enum CwfastDtype { kFloat32 = 0, kBfloat16 = 1, kFloat16 = 2 };
+enum CwfastDtype { kFloat32 = 0, kBfloat16 = 1, kFloat16 = 2, kFloat64 = 3 };  // the last: embeddings alone
 
 // Devices that this process can use; an error (35: no driver) where there are none.
 int cwfast_cuda_device_count(int* count);
@@ -63,4 +63,31 @@ int cwfast_cuda_rewind_survey(const CwfastSelected* tensors, int64_t tensor_coun
 // target[i] = source[i] for the selected entries, of item_size bytes (1, 2, 4 or 8); the picks were surveyed.
 int cwfast_cuda_rewind_move(const CwfastSelected* tensors, int64_t tensor_count, int64_t blocks, const int64_t* layouts,
                             int item_size, int device, void* stream);
+
+struct CwfastMatrix {
+  void* data;                         // null: there is none
+  int64_t dtype;                      // CwfastDtype
+  int64_t row_stride, column_stride;  // in entries
+};
+
+// out and grad [V, D] of float32 or float64, changed; grad_outputs [rows, D]; factor [V, D].
+// Rows in the order of (token, sample), those that are left out apart: n of them. Each token that occurs is cut into
+// pieces of piece_rows rows, the last one shorter.
+struct CwfastEmbedding {
+  CwfastMatrix out, grad, grad_outputs, factor;
+  CwfastMatrix partial;         // [4 slots, D] of out's dtype, written
+  const int64_t* order;         // [n] rows of grad_outputs
+  const int64_t* samples;       // [n] whose they are
+  const int64_t* tokens;        // [tokens] that occur
+  const int64_t* firsts;        // [tokens + 1] where in order the rows of each begin
+  const int64_t* first_pieces;  // [tokens + 1] pieces of the tokens before
+  const int64_t* piece_tokens;  // [pieces] which of tokens each belongs to
+  const int64_t* cut;           // [cut_count] which of tokens have more than one piece
+  const int64_t* slots;         // [tokens] pieces of such tokens before
+  int64_t pieces, cut_count, piece_rows, columns, power;
+  double scale;  // applied to the sum
+};
+
+// out += scale * |factor|^power * sum_b |G_b|^power, grad += sum_b G_b by token; see csrc/embedding_saliency.h.
+int cwfast_cuda_embedding_saliency(const CwfastEmbedding* embedding, int device, void* stream);
 }

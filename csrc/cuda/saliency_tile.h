@@ -22,10 +22,6 @@ struct Offset {
   int o, i;
 };
 
-__device__ __forceinline__ float to_float(float x) { return x; }
-__device__ __forceinline__ float to_float(__nv_bfloat16 x) { return __bfloat162float(x); }
-__device__ __forceinline__ float to_float(__half x) { return __half2float(x); }
-
 // Tensor cores: 8 warps as 2 (O) x 4 (I), a warp owns 64 x 32 as 4 x 4 products of 16 x 8.
 template <class T>
 struct MmaTile {

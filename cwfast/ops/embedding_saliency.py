@@ -4,9 +4,10 @@ import torch
 from torch import Tensor
 
 from cwfast import _backends, _checks, reference
+from cwfast.ops import _embedding_device
 from cwfast.ops._library import register, written
 
-BACKENDS = ("reference", "cpu", "triton")
+BACKENDS = ("reference", "cpu", "triton", "cuda")
 
 
 def accumulate_embedding_saliency_(
@@ -26,8 +27,9 @@ def accumulate_embedding_saliency_(
     """Add ``|scale * factor|**power * sum_b |G_b|**power`` to ``out``, ``G_b[v] = sum_{t: indices[b,t] = v}
     grad_outputs[b,t]``.
 
-    Work and memory follow the tokens, not the vocabulary. Sums in float32 (float64 for float64 ``out``), in the order
-    of the tokens: same bits on every run. NaN and infinity propagate into the rows that they belong to.
+    Work and memory follow the tokens, not the vocabulary (but ``overwrite_grad`` clears all of ``grad``). Sums in
+    float32 (float64 for float64 ``out``), in the order of the tokens: same bits on every run. NaN and infinity
+    propagate into the rows that they belong to.
 
     Args:
         out: ``[V, D]`` float32 or float64; changed in place; any strides.
@@ -43,7 +45,7 @@ def accumulate_embedding_saliency_(
             the row ``padding_idx``).
         overwrite_grad: write the sum to ``grad`` instead, which may hold anything.
         scale: multiplies every ``G_b``.
-        backend: "reference", "cpu", "triton" or "auto".
+        backend: "reference", "cpu", "triton", "cuda" or "auto".
 
     Returns:
         ``out``.
@@ -128,17 +130,19 @@ def _run(
     if resolved == "cpu":
         _kernel(out, owner, indices, grad_outputs, power, scale, factor, padding_idx, grad, overwrite_grad)
         return
+    if grad is not None and overwrite_grad:
+        grad.zero_()
+    if resolved != "reference":
+        _embedding_device.run(
+            out, owner, indices, grad_outputs, power, scale, factor, padding_idx, grad, backend=resolved
+        )
+        return
     if padding_idx >= 0:
         kept = indices != padding_idx
         owner, indices, grad_outputs = owner[kept], indices[kept], grad_outputs[kept]
     if grad is not None:
-        (grad.zero_() if overwrite_grad else grad).index_add_(0, indices, grad_outputs.to(grad.dtype))
-    if resolved == "reference":
-        reference.accumulate_embedding_saliency_(out, owner, indices, grad_outputs, power, scale, factor)
-        return
-    kernel = _backends.triton_kernels("embedding_saliency").accumulate_embedding_saliency_
-    kernel(out, owner, indices, grad_outputs, power, scale, factor)
-    written(out)
+        grad.index_add_(0, indices, grad_outputs.to(grad.dtype))
+    reference.accumulate_embedding_saliency_(out, owner, indices, grad_outputs, power, scale, factor)
 
 
 def _kernel(

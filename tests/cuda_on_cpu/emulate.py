@@ -9,7 +9,7 @@ from cuda_on_cpu import build
 
 from cwfast import _backends
 
-SIZE = {0: 4, 1: 2, 2: 2}  # bytes of a CwfastDtype
+SIZE = {0: 4, 1: 2, 2: 2, 3: 8}  # bytes of a CwfastDtype
 TYPES = {"p": ctypes.c_void_p, "l": ctypes.c_int64, "i": ctypes.c_int, "f": ctypes.c_float}
 BLOCK = 1 << 16
 
@@ -27,6 +27,24 @@ class CwfastSelected(ctypes.Structure):
         *((name, ctypes.c_int64) for name in ("first", "numel", "picks", "offset", "k", "ranks")),
         ("target", CwfastView),
         ("source", CwfastView),
+    ]
+
+
+class CwfastMatrix(ctypes.Structure):
+    """As in csrc/cuda/launchers.h."""
+
+    _fields_ = [(name, ctypes.c_int64) for name in ("data", "dtype", "row_stride", "column_stride")]
+
+
+class CwfastEmbedding(ctypes.Structure):
+    """As in csrc/cuda/launchers.h."""
+
+    _fields_ = [
+        *((name, CwfastMatrix) for name in ("out", "grad", "grad_outputs", "factor", "partial")),
+        *((name, ctypes.c_int64) for name in ("order", "samples", "tokens", "firsts", "first_pieces", "piece_tokens")),
+        *((name, ctypes.c_int64) for name in ("cut", "slots")),
+        *((name, ctypes.c_int64) for name in ("pieces", "cut_count", "piece_rows", "columns", "power")),
+        ("scale", ctypes.c_double),
     ]
 
 
@@ -107,6 +125,29 @@ class Emulated:
                 entries = {-1: selected, 0: row.numel}.get(view.dims, reach)
                 spans[view.data] = max(spans.get(view.data, 0), entries * size)
         self._call("cwfast_cuda_rewind_move", "pllpiip", args, spans)
+
+    def cuda_embedding_saliency(self, *args):
+        x = CwfastEmbedding(*(CwfastMatrix(*a) if isinstance(a, tuple) else a for a in args[:-2]))
+
+        def longs(address, count):
+            return list((ctypes.c_int64 * count).from_address(address))
+
+        which = longs(x.piece_tokens, x.pieces)
+        tokens = which[-1] + 1
+        rows = longs(x.firsts, tokens + 1)[-1]
+        pieces = longs(x.first_pieces, tokens + 1)
+        slots = sum(n for n in map(int.__sub__, pieces[1:], pieces) if n > 1)
+        words = longs(x.tokens, tokens)[-1] + 1
+        spans = dict.fromkeys((x.order, x.samples), rows * 8) | dict.fromkeys((x.tokens, x.slots), tokens * 8)
+        spans |= dict.fromkeys((x.firsts, x.first_pieces), (tokens + 1) * 8)
+        spans |= {x.piece_tokens: x.pieces * 8, x.cut: x.cut_count * 8}
+        high = max(longs(x.order, rows)) + 1
+        for m, count in zip(
+            (x.out, x.grad, x.grad_outputs, x.factor, x.partial), (words, words, high, words, 4 * slots), strict=True
+        ):
+            entries = (count - 1) * m.row_stride + (x.columns - 1) * m.column_stride + 1 if count else 0
+            spans[m.data] = max(spans.get(m.data, 0), entries * SIZE[m.dtype])
+        self._call("cwfast_cuda_embedding_saliency", "pip", (ctypes.addressof(x), *args[-2:]), spans)
 
 
 def emulate(monkeypatch, stem: str, checked: bool = False, changes=()) -> ctypes.CDLL:
