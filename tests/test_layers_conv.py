@@ -21,7 +21,7 @@ def test_the_samples_of_a_call_do_not_matter(case, at_once, monkeypatch):
     kind, options, shape = CONVS[case]
     layer = kind(4, 8, **{"kernel_size": 3, **options})
     monkeypatch.setattr(conv, "CHUNK", at_once * layer.weight.numel())
-    assert conv._samples_at_once(layer.weight, torch.float64) == at_once
+    assert conv._samples_at_once(layer.weight, torch.float64, layer.groups) == at_once
     run(layer, torch.randn(B, *shape, dtype=torch.float64))
 
 

@@ -1,5 +1,6 @@
 """One use's gradient of a weight, sample by sample, in the form in which it costs least."""
 
+import copy
 import itertools
 import math
 from collections.abc import Callable, Iterator, Sequence
@@ -88,7 +89,7 @@ class _Rows(Piece):
         c = coefficients.to(self.grad_outputs)
         if self.offsets is not None:
             c = torch.repeat_interleave(c, self.offsets.diff().to(c.device))
-        return self.like(self.inputs, self.grad_outputs * _over(c, self.grad_outputs), self.offsets)
+        return self.like(self.inputs, self.grad_outputs * over(c, self.grad_outputs), self.offsets)
 
     def like(self, inputs: Tensor, grad_outputs: Tensor, offsets: Tensor | None) -> Self:
         """The same form of other rows."""
@@ -178,7 +179,7 @@ class PerSample(Piece):
         out += self.gradients[sample]
 
     def scaled(self, coefficients: Tensor) -> "PerSample":
-        return PerSample(self.gradients * _over(coefficients, self.gradients))
+        return PerSample(self.gradients * over(coefficients, self.gradients))
 
     def total(self, shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> Tensor:
         return self.gradients.sum(dim=0, dtype=dtype)
@@ -284,10 +285,9 @@ class Computed(Piece):
         compute: Callable[[int, int], Tensor],
         together: Callable[[], Tensor],
         chunk: int = 1,
-        coefficients: Tensor | None = None,
     ) -> None:
-        self.samples, self.compute, self.together = samples, compute, together
-        self.chunk, self.coefficients = chunk, coefficients
+        self.samples, self.compute, self.together, self.chunk = samples, compute, together, chunk
+        self.coefficients: Tensor | None = None
 
     def _chunks(self, dtype: torch.dtype) -> Iterator[tuple[int, Tensor]]:
         """The first sample of each chunk, and the gradients of its samples; one sample's where they are converted.
@@ -300,7 +300,7 @@ class Computed(Piece):
             for k in range(0, len(gradients), step):
                 part = gradients[k : k + step].to(dtype)
                 if self.coefficients is not None:
-                    part *= _over(self.coefficients[begin + k : begin + k + step], part)
+                    part *= over(self.coefficients[begin + k : begin + k + step], part)
                 yield begin + k, part
                 del part
             if gradients.numel() > KEPT:
@@ -310,10 +310,10 @@ class Computed(Piece):
         one = self.compute(sample, sample + 1)[0]
         out.add_(one, alpha=1 if self.coefficients is None else float(self.coefficients[sample]))
 
-    def scaled(self, coefficients: Tensor) -> "Computed":
-        if self.coefficients is not None:
-            coefficients = coefficients * self.coefficients
-        return Computed(self.samples, self.compute, self.together, self.chunk, coefficients)
+    def scaled(self, coefficients: Tensor) -> Self:
+        piece = copy.copy(self)
+        piece.coefficients = coefficients if self.coefficients is None else coefficients * self.coefficients
+        return piece
 
     def total(self, shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> Tensor:
         if self.coefficients is not None:
@@ -460,5 +460,6 @@ def magnitude(factor: Tensor, dtype: torch.dtype, power: int) -> Tensor:
     return factor.abs() if power == 1 else factor.square()
 
 
-def _over(coefficients: Tensor, x: Tensor) -> Tensor:
+def over(coefficients: Tensor, x: Tensor) -> Tensor:
+    """The samples' coefficients, in the form that multiplies ``x [B, ...]``."""
     return coefficients.to(x).view(-1, *[1] * (x.ndim - 1))
