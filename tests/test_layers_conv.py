@@ -11,7 +11,7 @@ from test_layers_rules import CONVS, B, run, squares
 from torch import nn
 
 from cwfast import SaliencyScorer
-from cwfast.layers import Computed, conv, pieces, windows
+from cwfast.layers import Computed, conv, windows
 from cwfast.layers.samples import Batch, Layout
 from cwfast.testing import assert_no_worse
 
@@ -22,6 +22,7 @@ def test_the_samples_of_a_call_do_not_matter(case, at_once, monkeypatch):
     kind, options, shape = CONVS[case]
     layer = kind(4, 8, **{"kernel_size": 3, **options})
     monkeypatch.setattr(conv, "CHUNK", at_once * layer.weight.numel())
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 1)
     assert conv._samples_at_once(layer.weight, torch.float64, layer.groups) == at_once
     run(layer, torch.randn(B, *shape, dtype=torch.float64))
 
@@ -94,7 +95,17 @@ def test_no_samples(size):
     assert piece.square_norms(out.shape, out.dtype, out.device).shape == (0,)
 
 
-def test_channels_that_fill_no_vectors_go_one_sample_at_a_time():
+def test_samples_divide_among_the_threads(monkeypatch):
+    weight = torch.empty(8, 8, 3)
+    for threads, chunk, found in ((1, 7, 7), (2, 7, 6), (3, 7, 6), (4, 7, 4), (8, 7, 7), (7, 7, 7), (2, 1, 1)):
+        monkeypatch.setattr(torch, "get_num_threads", lambda threads=threads: threads)
+        monkeypatch.setattr(conv, "CHUNK", chunk * weight.numel())
+        assert conv._samples_at_once(weight, torch.float32, 1) == found
+
+
+def test_channels_that_fill_no_vectors_go_one_sample_at_a_time(monkeypatch):
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 1)
+
     def at_once(channels, features, groups=1, dtype=torch.float32):
         layer = nn.Conv2d(channels, features, 7, groups=groups)
         return conv._samples_at_once(layer.weight, dtype, groups)
@@ -136,8 +147,7 @@ def test_no_worse_than_one_sample_at_a_time(case, dtype):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_one_large_chunk_is_in_memory_at_a_time(dtype, monkeypatch):
-    monkeypatch.setattr(pieces, "KEPT", 0)
+def test_one_chunk_is_in_memory_at_a_time(dtype):
     made = []
 
     def compute(begin, end):

@@ -18,7 +18,7 @@ from cwfast.layers.windows import Windows
 _backward = torch.ops.aten.convolution_backward.default
 
 
-CHUNK = 1 << 20  # entries of the samples' gradients that are computed at once: 4 MB, which the allocator keeps
+CHUNK = 5 << 18  # entries of the samples' gradients that are computed at once: 5 MB, which the allocator keeps
 SMALL = 1 << 12  # entries of a weight whose gradient takes less time than a call
 LARGE = 1 << 20  # entries of a weight of which two 16-bit gradients at once take too much memory
 
@@ -66,7 +66,10 @@ def _samples_at_once(weight: Tensor, dtype: torch.dtype, groups: int) -> int:
         return 1
     if dtype.itemsize > 2 and weight.numel() > SMALL and (weight.shape[1] % 8 or len(weight) // groups % 8):
         return 1
-    return max(CHUNK // max(1, weight.numel()), 1 if dtype.itemsize > 2 or weight.numel() > LARGE else 2)
+    at_once = CHUNK // max(1, weight.numel())
+    if at_once > (threads := torch.get_num_threads()):
+        at_once -= at_once % threads  # each gets whole groups: of 3, one of two threads would get 2
+    return max(at_once, 1 if dtype.itemsize > 2 or weight.numel() > LARGE else 2)
 
 
 def _of_bias(layout: Layout, x: Tensor, grad: Tensor, bias: Tensor) -> Piece:

@@ -12,9 +12,6 @@ from torch import Tensor
 from cwfast import ops
 from cwfast.layers.samples import offsets_of
 
-KEPT = (
-    1 << 18
-)  # entries of a chunk that may stay until the next: freed, its memory would go back to the system each time
 TILE = 1 << 20  # entries of the buffer in which a sample's uses of a weight of several kinds are summed
 
 
@@ -268,9 +265,9 @@ class Lookup(_Rows):
 class Computed(Piece):
     """A gradient that is computed a few samples at a time, so that no ``[B, *shape]`` exists.
 
-    Memory of ``accumulate_`` beside scores and gradient: one chunk (two, if of up to KEPT entries) as ``compute`` gives
-    it, and what that needs to run; one sample's gradient in the dtype of the scores where that is another; with a
-    factor, the sums that wait for it.
+    Memory of ``accumulate_`` beside scores and gradient: one chunk as ``compute`` gives it, and what that needs to run;
+    a chunk's sum; one sample's gradient in the dtype of the scores where that is another; with a factor, the sums that
+    wait for it.
 
     Args:
         samples: B.
@@ -292,7 +289,7 @@ class Computed(Piece):
     def _chunks(self, dtype: torch.dtype) -> Iterator[tuple[int, Tensor]]:
         """The first sample of each chunk, and the gradients of its samples; one sample's where they are converted.
 
-        The caller lets go of them before it asks for more: two large ones are not to be in memory at once.
+        The caller lets go of them before it asks for more: two chunks are not to be in memory at once.
         """
         for begin in range(0, self.samples, self.chunk):
             gradients = self.compute(begin, min(begin + self.chunk, self.samples))
@@ -303,8 +300,7 @@ class Computed(Piece):
                     part *= over(self.coefficients[begin + k : begin + k + step], part)
                 yield begin + k, part
                 del part
-            if gradients.numel() > KEPT:
-                del gradients
+            del gradients
 
     def add_to(self, out: Tensor, sample: int) -> None:
         one = self.compute(sample, sample + 1)[0]
@@ -328,11 +324,9 @@ class Computed(Piece):
         total = out if factor is None else torch.zeros(out.shape, dtype=out.dtype, device=out.device)
         for _, gradients in self._chunks(out.dtype):
             if grad is not None:
-                for k in range(len(gradients)):
-                    grad += gradients[k]
+                grad += _summed(gradients)
             gradients = gradients.abs_() if power == 1 else gradients.square_()
-            for k in range(len(gradients)):
-                total.add_(gradients[k], alpha=abs(scale) ** power)
+            total.add_(_summed(gradients), alpha=abs(scale) ** power)
             del gradients
         if factor is not None:
             for _ in range(power):  # in place: no magnitude of the factor in memory
@@ -448,6 +442,10 @@ def _add_rows(out: Tensor, indices: Tensor, grads: Tensor, padding_idx: int | No
         kept = indices != padding_idx
         indices, grads = indices[kept], grads[kept]
     _as_rows(out).index_add_(0, indices, grads.to(out.dtype))
+
+
+def _summed(gradients: Tensor) -> Tensor:
+    return gradients[0] if len(gradients) == 1 else gradients.sum(dim=0)
 
 
 def _as_rows(weight: Tensor) -> Tensor:
