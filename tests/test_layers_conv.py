@@ -10,7 +10,7 @@ from layer_truth import truth
 from test_layers_rules import CONVS, B, run, squares
 from torch import nn
 
-from cwfast import SaliencyScorer
+from cwfast import SaliencyScorer, _backends
 from cwfast.layers import Computed, conv, windows
 from cwfast.layers.samples import Batch, Layout
 from cwfast.testing import assert_no_worse
@@ -35,6 +35,25 @@ def piece_of(layer, x, y=None, samples=B):
     return conv._of_weight(arguments, (), Layout(Batch(samples, None, None), "w"), x, grad, layer.weight)
 
 
+@pytest.fixture
+def vectors(monkeypatch):
+    """As on a processor whose vectors our kernel uses."""
+    monkeypatch.setattr(conv, "_has_vectors", lambda _: True)
+
+
+def test_windows_are_for_processors_whose_vectors_our_kernel_uses():
+    native = _backends.native()
+    before = native.isa()
+    try:
+        for isa in native.isas():
+            native.set_isa(isa)
+            piece = piece_of(nn.Conv2d(3, 12, 3), torch.randn(B, 3, 5, 5))
+            assert type(piece) is (Computed if isa == "scalar" else windows.Windows)
+    finally:
+        native.set_isa(before)
+
+
+@pytest.mark.usefixtures("vectors")
 def test_windows_are_taken_where_a_sample_has_fewer_than_the_weight_has_rows():
     for size, found in ((5, windows.Windows), (6, Computed)):  # 9 and 16 positions of 12 rows
         assert type(piece_of(nn.Conv2d(3, 12, 3), torch.randn(B, 3, size, size))) is found
@@ -61,6 +80,7 @@ WINDOWS = {
 }
 
 
+@pytest.mark.usefixtures("vectors")
 @pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel lengths")
 @pytest.mark.parametrize("tile", [1, 60, 1 << 20])  # rows and samples one by one; a few of them; all together
 @pytest.mark.parametrize("case", WINDOWS)
@@ -73,6 +93,7 @@ def test_windows(case, tile, monkeypatch):
     run(layer, torch.randn(B, *shape, dtype=torch.float64))
 
 
+@pytest.mark.usefixtures("vectors")
 @pytest.mark.parametrize("size", [5, 9])
 def test_the_same_bits_on_every_run(size):
     layer, x, y = nn.Conv2d(16, 32, 3), torch.randn(B, 16, size, size), torch.randn(B, 32, size - 2, size - 2)
@@ -84,6 +105,7 @@ def test_the_same_bits_on_every_run(size):
     assert all(torch.equal(a, b) for pair in found for a, b in zip(pair, found[0], strict=True))
 
 
+@pytest.mark.usefixtures("vectors")
 @pytest.mark.parametrize("size", [5, 9])
 def test_no_samples(size):
     layer, x, y = nn.Conv2d(3, 32, 3), torch.empty(0, 3, size, size), torch.empty(0, 32, size - 2, size - 2)
@@ -194,6 +216,7 @@ def test_a_large_16_bit_weight_takes_little_memory(size):
     assert float(found.stdout) < 64, "MB beside scores and gradient"
 
 
+@pytest.mark.usefixtures("vectors")
 def test_coefficients_reach_the_total():
     gradients = torch.randn(3, 2, 4, dtype=torch.float64)
     piece = Computed(3, lambda begin, end: gradients[begin:end].clone(), lambda: gradients.sum(0), chunk=2)

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from cwfast import _backends
 from cwfast.layers import Tracker, register
 from cwfast.layers.broadcast import reduced
 from cwfast.layers.pieces import Computed, PerSample, Piece
@@ -18,8 +19,8 @@ from cwfast.layers.windows import Windows
 _backward = torch.ops.aten.convolution_backward.default
 
 
-# Entries of the samples' gradients that are computed at once, 5 MB. Of twice as many, malloc gives the memory back after
-# each call, and the new pages take as long as the products.
+# Entries of the samples' gradients that are computed at once, 5 MB. Of twice as many, malloc gives the memory back
+# after each call, and the new pages take as long as the products.
 CHUNK = 5 << 18
 SMALL = 1 << 12  # entries of a weight whose gradient takes less time than a call
 LARGE = 1 << 20  # entries of a weight of which two 16-bit gradients at once take too much memory
@@ -52,9 +53,15 @@ def _of_weight(
     seen, given = (grads, images) if transposed else (images, grads)  # what the windows are of, and what of them
     positions = given.shape[1] * given.shape[3:].numel()
     faster = 2 if dtype.itemsize == 2 else 1  # oneDNN's products of 16 bits; ours are of 32
-    if weight.device.type == "cpu" and groups == 1 and faster * positions < len(weight):  # Windows says why
+    if groups == 1 and faster * positions < len(weight) and _has_vectors(weight):  # Windows says why
         return Windows(seen, given, shape[2:], (stride, padding, dilation), compute, together)
     return Computed(layout.samples, compute, together, _samples_at_once(weight, dtype, groups))
+
+
+def _has_vectors(weight: Tensor) -> bool:
+    """Whether our own products are about as fast as oneDNN's: on the CPU, unless the portable kernel runs."""
+    module = _backends.extension()
+    return weight.device.type == "cpu" and not isinstance(module, str) and module.isa() != "scalar"
 
 
 def _samples_at_once(weight: Tensor, dtype: torch.dtype, groups: int) -> int:
