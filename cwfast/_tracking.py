@@ -8,7 +8,8 @@ from torch import Tensor, nn
 
 from cwfast._scopes import check_patterns, first_match
 from cwfast.errors import UnsupportedLayer
-from cwfast.layers.pieces import Piece, Place
+from cwfast.layers.pieces import Piece
+from cwfast.layers.places import Place
 from cwfast.layers.samples import Batch, Layout
 
 if TYPE_CHECKING:

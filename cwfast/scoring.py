@@ -30,7 +30,8 @@ from cwfast._tracking import (
 )
 from cwfast.layers import rule_for
 from cwfast.layers.loop import Looped
-from cwfast.layers.pieces import Piece, Place, merged
+from cwfast.layers.pieces import Piece
+from cwfast.layers.places import Place, merged
 from cwfast.layers.samples import Batch, Layout
 
 CRITERIA = {"taylor": 1, "taylor_delta": 1, "grad": 1, "fisher": 2}  # name -> power

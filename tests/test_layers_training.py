@@ -11,7 +11,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from cwfast import SaliencyScorer
-from cwfast.layers import PerSample, pieces, register, scored
+from cwfast.layers import PerSample, places, register, scored
 
 B, T, V, D = 6, 7, 11, 8
 
@@ -142,7 +142,7 @@ def double_losses_flat(model):
 
 @pytest.mark.parametrize("tile", [1, 3 * D, 4 * D + 1, 1 << 20])
 def test_a_tied_weight_is_scored_by_tiles_of_any_size(tile, monkeypatch):
-    monkeypatch.setattr(pieces, "TILE", tile)
+    monkeypatch.setattr(places, "TILE", tile)
     model = Packed()
     model.tokens.padding_idx = 4
     model = model.double()

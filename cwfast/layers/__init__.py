@@ -17,7 +17,8 @@ from typing import Any, Protocol
 
 from torch import Tensor
 
-from cwfast.layers.pieces import Computed, Lookup, Outer, PerSample, Piece
+from cwfast.layers.outer import Lookup, Outer
+from cwfast.layers.pieces import Computed, PerSample, Piece
 from cwfast.layers.samples import Batch, Layout
 
 __all__ = ["Computed", "Layout", "Lookup", "Outer", "PerSample", "Piece", "Tracker", "register", "rule_for", "scored"]

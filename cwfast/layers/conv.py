@@ -1,4 +1,4 @@
-"""Convolutions: the weight's gradient is computed a few samples at a time into a buffer of bounded size."""
+"""Convolutions: the weight's gradient is computed a few samples at a time, in bounded memory."""
 
 import functools
 from collections.abc import Callable, Sequence
@@ -8,16 +8,21 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from cwfast import _backends
 from cwfast.layers import Tracker, register
 from cwfast.layers.broadcast import reduced
 from cwfast.layers.pieces import Computed, PerSample, Piece
 from cwfast.layers.samples import Layout
 from cwfast.layers.scored import scored
+from cwfast.layers.windows import Windows
 
 _backward = torch.ops.aten.convolution_backward.default
 
 
-CHUNK = 1 << 18  # entries of the samples' gradients that are computed at once: they stay in the cache
+# Entries of the samples' gradients that are computed at once, 5 MB. Of twice as many, malloc gives the memory back
+# after each call, and the new pages take as long as the products.
+CHUNK = 5 << 18
+SMALL = 1 << 12  # entries of a weight whose gradient takes less time than a call
 LARGE = 1 << 20  # entries of a weight of which two 16-bit gradients at once take too much memory
 
 
@@ -44,16 +49,36 @@ def _of_weight(
     def together() -> Tensor:
         return backward(images.flatten(0, 1), grads.flatten(0, 1), 1)
 
-    return Computed(layout.samples, compute, together, _samples_at_once(weight, dtype))
+    stride, padding, dilation, transposed, _ = arguments_of_all
+    seen, given = (grads, images) if transposed else (images, grads)  # what the windows are of, and what of them
+    positions = given.shape[1] * given.shape[3:].numel()
+    faster = 2 if dtype.itemsize == 2 else 1  # oneDNN's products of 16 bits; ours are of 32
+    if groups == 1 and faster * positions < len(weight) and _has_vectors(weight):  # Windows says why
+        return Windows(seen, given, shape[2:], (stride, padding, dilation), compute, together)
+    return Computed(layout.samples, compute, together, _samples_at_once(weight, dtype, groups))
 
 
-def _samples_at_once(weight: Tensor, dtype: torch.dtype) -> int:
-    """Samples become groups of one convolution. Small gradients share a call's overhead; in 16 bits oneDNN needs two
-    samples or more for its fast kernels, which are worth it up to LARGE. Elsewhere many groups are slow.
+def _has_vectors(weight: Tensor) -> bool:
+    """Whether our own products are about as fast as oneDNN's: on the CPU, unless the portable kernel runs."""
+    module = _backends.extension()
+    return weight.device.type == "cpu" and not isinstance(module, str) and module.isa() != "scalar"
+
+
+def _samples_at_once(weight: Tensor, dtype: torch.dtype, groups: int) -> int:
+    """Samples become groups of one convolution: they share a call's overhead, and the threads share them.
+
+    For groups of channels that do not fill vectors oneDNN has no fast kernels in 32 bits: 3 -> 64 channels, 7 x 7, take
+    twice the time of one sample at a time. In 16 bits it needs two samples or more for its fast kernels, which are
+    worth it up to LARGE. Elsewhere than on the CPU many groups are slow.
     """
     if weight.device.type != "cpu":
         return 1
-    return max(CHUNK // max(1, weight.numel()), 1 if dtype.itemsize > 2 or weight.numel() > LARGE else 2)
+    if dtype.itemsize > 2 and weight.numel() > SMALL and (weight.shape[1] % 8 or len(weight) // groups % 8):
+        return 1
+    at_once = CHUNK // max(1, weight.numel())
+    if at_once > (threads := torch.get_num_threads()):
+        at_once -= at_once % threads  # each gets whole groups: of 3, one of two threads would get 2
+    return max(at_once, 1 if dtype.itemsize > 2 or weight.numel() > LARGE else 2)
 
 
 def _of_bias(layout: Layout, x: Tensor, grad: Tensor, bias: Tensor) -> Piece:

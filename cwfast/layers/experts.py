@@ -9,7 +9,8 @@ from torch.nn import functional
 from cwfast.errors import UnsupportedLayer
 from cwfast.layers import Tracker, register
 from cwfast.layers.linear import matmul
-from cwfast.layers.pieces import Lookup, Piece
+from cwfast.layers.outer import Lookup
+from cwfast.layers.pieces import Piece
 from cwfast.layers.rows import owner_behind, owner_of
 from cwfast.layers.samples import Layout
 from cwfast.layers.scored import scored, with_owner

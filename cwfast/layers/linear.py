@@ -7,7 +7,8 @@ from torch import Tensor
 from torch.nn import functional
 
 from cwfast.layers import Tracker, register
-from cwfast.layers.pieces import Outer, PerSample, Piece
+from cwfast.layers.outer import Outer
+from cwfast.layers.pieces import PerSample, Piece
 from cwfast.layers.samples import Layout
 from cwfast.layers.scored import scored
 

@@ -96,7 +96,7 @@ class Layout:
                 f"the leading dimension at the layer of {self.name!r} must be the {self.samples} samples or a multiple "
                 f"of it, and not packed; got shape {tuple(x.shape)}"
             )
-        return x.unflatten(0, (self.samples, -1))
+        return x.unflatten(0, (self.samples, len(x) // self.samples if self.samples else 1))
 
 
 @dataclass(frozen=True, slots=True)
