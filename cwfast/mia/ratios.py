@@ -52,6 +52,8 @@ def rmia(
         ValueError: a wrong shape or option, a value NaN or above 0, ``target`` or an index out of range, fewer
             than 2 non-members of a target in the population, or a sample without a model to estimate p(x) from.
 
+    The authors take p from the SM-Taylor softmax for images (``taylor_logprob``), from a softmax at temperature 2 else.
+
     Source: Zarifzadeh, Liu and Shokri, "Low-Cost High-Power Membership Inference Attacks", ICML 2024;
         "more than" gamma, and not "at least", as in the authors' code.
     """
