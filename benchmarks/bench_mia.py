@@ -53,10 +53,15 @@ def test_mia_lira(benchmark: BenchmarkFixture) -> None:
     }
     times = _harness.interleaved(variants, 3)
     ratios = {"times_per_target": models * _harness.ratio(times, "one_target", "per_example")}
-    peak = _harness.peak_memory(_lira_memory, models, samples)
+    half, peak = (_harness.peak_memory(_lira_memory, models, n) for n in (samples // 2, samples))
     case = f"mia lira leave-one-out K={models} N={samples} Q=2"
     _harness.report(
-        benchmark, case, times, variants["cwfast"], ratios=ratios, bytes={"peak": peak, "signals": phi.nbytes}
+        benchmark,
+        case,
+        times,
+        variants["cwfast"],
+        ratios=ratios,
+        bytes={"peak": peak, "peak_half_the_samples": half, "signals": phi.nbytes},
     )
 
 
