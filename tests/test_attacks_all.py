@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from test_attacks import balanced, plain_lira, shadows, uneven
 
-from cwfast.mia import audit, metrics
+from cwfast.mia import attacks, audit, metrics
 from cwfast.mia.attacks import ATTACKS
 
 FARTHEST = math.log(1e45)
@@ -302,3 +302,15 @@ def test_an_audit_of_infinite_signals_is_written_whole(tmp_path):
     assert list(report["attacks"]) == names
     assert all(0 <= one["auc_low"] <= one["auc"] <= 1 for one in report["attacks"].values())
     assert "nan" not in found.table().lower()
+
+
+def test_the_ends_of_a_and_kappa_with_probabilities_of_zero():
+    """a = 1 is p(x) = p_OUT(x), which may be 0; kappa = 0 leaves the target's own probability, to the power 1."""
+    data = signals("infinities", balanced)
+    for target in (0, 5):
+        ratio = attacks.base(data["logprob"], data["member"], target, mode="offline", kappa=1.0)
+        crowd = np.flatnonzero(~data["member"][target])
+        wins = [np.mean(ratio[i] - math.log(2) > ratio[crowd[crowd != i]]) for i in range(len(ratio))]
+        np.testing.assert_allclose(attacks.rmia(data["logprob"], data["member"], target, mode="offline", a=1.0), wins)
+    own = attacks.base(data["logprob"], data["member"], mode="offline", kappa=0.0)
+    np.testing.assert_allclose(own, attacks.loss(data["logprob"]), rtol=1e-12)
