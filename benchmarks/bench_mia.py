@@ -1,6 +1,6 @@
 """Attacks on stored signals against the plain ways: every target by itself, every pair in tiles."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import numpy as np
 import pytest
@@ -53,10 +53,15 @@ def test_mia_lira(benchmark: BenchmarkFixture) -> None:
     }
     times = _harness.interleaved(variants, 3)
     ratios = {"times_per_target": models * _harness.ratio(times, "one_target", "per_example")}
-    peak = _harness.peak_memory(_lira_memory, models, samples)
+    half, peak = (_harness.peak_memory(_lira_memory, models, n) for n in (samples // 2, samples))
     case = f"mia lira leave-one-out K={models} N={samples} Q=2"
     _harness.report(
-        benchmark, case, times, variants["cwfast"], ratios=ratios, bytes={"peak": peak, "signals": phi.nbytes}
+        benchmark,
+        case,
+        times,
+        variants["cwfast"],
+        ratios=ratios,
+        bytes={"peak": peak, "peak_half_the_samples": half, "signals": phi.nbytes},
     )
 
 
@@ -68,8 +73,8 @@ def _lira_memory(models: int, samples: int) -> Iterator[None]:
     assert len(scores) == models
 
 
-def _pairs(ratio: Floats, crowd: Bools, limit: float) -> Floats:
-    """RMIA by the matrix of all pairs, in tiles of 512 rows."""
+def _counts(ratio: Floats, crowd: Bools, limit: float) -> Floats:
+    """RMIA by the matrix of all pairs, in tiles of 512 rows that stay in cache: nothing but comparisons of logs."""
     others, found = ratio[crowd], np.empty(len(ratio))
     for begin in range(0, len(ratio), 512):
         rows = slice(begin, begin + 512)
@@ -78,27 +83,66 @@ def _pairs(ratio: Floats, crowd: Bools, limit: float) -> Floats:
     return result
 
 
+def _ratios(ratio: Floats, crowd: Bools, gamma: float) -> Floats:
+    """RMIA as it is defined and published, r(x) / r(z) > gamma for all pairs, in tiles of 16 rows (the fastest)."""
+    r, found = np.exp(ratio), np.empty(len(ratio))
+    others = r[crowd]
+    for begin in range(0, len(r), 16):
+        rows = slice(begin, begin + 16)
+        found[rows] = (r[rows, None] / others[None] > gamma).sum(axis=1)
+    result: Floats = (found - (crowd & (gamma < 1))) / (crowd.sum() - crowd)
+    return result
+
+
+def _bare(ratio: Floats, crowd: Bools) -> object:
+    """The least that a ranking takes: one sort, and one search in it by sorted limits. No attack, no p(x)."""
+    rising = np.sort(ratio)
+    return np.searchsorted(np.sort(ratio[crowd]), rising)
+
+
 @pytest.mark.parametrize("models", [5])
 def test_mia_rmia(benchmark: BenchmarkFixture, models: int) -> None:
-    """One target with four references; the peer gets the ratios for nothing and only counts pairs."""
+    """One target with four references; the peers get the ratios for nothing and only compare pairs."""
     samples = _harness.by_size(tiny=1000, full=50_000)
-    phi, _ = _signals(models, samples, 1)
-    member = np.random.default_rng(2).random((models, samples)) < 0.5
-    logprob = -np.logaddexp(0, -phi[..., 0])
+    logprob, member = _rmia_signals(models, samples)
     ratio = logprob[0] - np.log(np.exp(logprob[1:]).mean(axis=0))
     crowd = ~member[0]
 
     def run() -> Floats:
         return rmia(logprob, member, 0)
 
-    tiled = _pairs(ratio, crowd, np.log(2.0))
-    if np.abs(run() - tiled).max() > 2 / samples:  # a rounding of the last digit may move a sample past one other
-        raise AssertionError("rmia must be the share of pairs")
-    variants = {"cwfast": run, "pairs": lambda: _pairs(ratio, crowd, np.log(2.0))}
-    times = _harness.interleaved(variants, 5, seconds=120)
-    ratios = {"times_tiled_pairs": _harness.ratio(times, "pairs", "cwfast")}
+    for tiled in (_counts(ratio, crowd, np.log(2.0)), _ratios(ratio, crowd, 2.0)):
+        if np.abs(run() - tiled).max() > 2 / samples:  # a rounding of the last digit may move a sample past one other
+            raise AssertionError("rmia must be the share of pairs")
+    variants: dict[str, Callable[[], object]] = {
+        "cwfast": run,
+        "counts": lambda: _counts(ratio, crowd, np.log(2.0)),
+        "ratios": lambda: _ratios(ratio, crowd, 2.0),
+        "sort_and_search": lambda: _bare(ratio, crowd),
+    }
+    times = _harness.interleaved(variants, 7, seconds=60)
+    ratios = {
+        "times_tiled_ratios": _harness.ratio(times, "ratios", "cwfast"),
+        "times_tiled_counts": _harness.ratio(times, "counts", "cwfast"),
+        "sorts_and_searches": _harness.ratio(times, "cwfast", "sort_and_search"),
+    }
+    peak, twice = (_harness.peak_memory(_rmia_memory, models, n) for n in (samples, 2 * samples))
+    sizes = {"peak": peak, "peak_twice_the_samples": twice, "signals": logprob.nbytes}
     case = f"mia rmia one target N={samples} Z={int(crowd.sum())}"
-    _harness.report(benchmark, case, times, run, ratios=ratios)
+    _harness.report(benchmark, case, times, run, ratios=ratios, bytes=sizes)
+
+
+def _rmia_signals(models: int, samples: int) -> tuple[Floats, Bools]:
+    phi, _ = _signals(models, samples, 1)
+    return -np.logaddexp(0, -phi[..., 0]), np.random.default_rng(2).random((models, samples)) < 0.5
+
+
+def _rmia_memory(models: int, samples: int) -> Iterator[None]:
+    logprob, member = _rmia_signals(models, samples)
+    rmia(logprob[:, :50], member[:, :50], 0)
+    yield
+    scores = rmia(logprob, member, 0)
+    assert len(scores) == samples
 
 
 def test_mia_bootstrap(benchmark: BenchmarkFixture) -> None:

@@ -50,7 +50,7 @@ class Stacked:
             self.module.get_submodule(path)._parameters[leaf] = own[id(parameter)]
 
     def losses(self, loss: Callable[..., Tensor], inputs: Tensor, targets: Tensor, epoch: int) -> Tensor:
-        """Buffers that the models write (running statistics) are replaced, never written: vmap has no such writes."""
+        """Buffers that the models write (running statistics) are replaced, not written in place."""
 
         def objective(
             weights: Mapping[str, Tensor], buffers: Mapping[str, Tensor], inputs: Tensor, targets: Tensor
@@ -102,7 +102,10 @@ class Alone:
     def losses(self, loss: Callable[..., Tensor], inputs: Tensor, targets: Tensor, epoch: int) -> Tensor:
         """A seed a batch, so that no state of an RNG need be kept between batches."""
         with torch.random.fork_rng(devices=self._devices):
-            torch.manual_seed(int(torch.randint(2**63 - 1, (), generator=self._seeds)))
+            seed = int(torch.randint(2**63 - 1, (), generator=self._seeds))
+            torch.default_generator.manual_seed(seed)  # torch.manual_seed would reseed GPUs that are not forked
+            for device in self._devices:
+                torch.cuda.default_generators[device].manual_seed(seed)
             return loss(self.module(inputs[0]), targets[0], epoch=epoch)[None]
 
     def states(self) -> list[dict[str, Tensor]]:

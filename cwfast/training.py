@@ -160,6 +160,7 @@ def train_many(
     are each model's own. Not stacked but trained one by one are models with dropout or other modules that draw random
     numbers (each model's then follow from its seed alone), recurrent ones, BatchNorm with ``momentum=None``, and all
     models where ``recipe.stack`` is False. Where the recipe would have them stacked, a warning says why they are not.
+    Models and dataset lie on one device; not yet run on a GPU.
 
     Args:
         models: trained in training mode from their present weights; each module keeps its mode.

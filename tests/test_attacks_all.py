@@ -1,12 +1,13 @@
 """Every attack of ``ATTACKS`` against a plain loop over samples: with ties and infinities, and what it must find."""
 
+import json
 import math
 
 import numpy as np
 import pytest
 from test_attacks import balanced, plain_lira, shadows, uneven
 
-from cwfast.mia import metrics
+from cwfast.mia import attacks, audit, metrics
 from cwfast.mia.attacks import ATTACKS
 
 FARTHEST = math.log(1e45)
@@ -287,3 +288,29 @@ def test_random_labels_of_membership(name):
     scores = run(name, everything(phi, member, rng))
     found = np.mean([metrics.auc(*row) for row in zip(scores, member, strict=True)])
     assert abs(found - 0.5) < 3 / math.sqrt(3 * 1000 * 8)
+
+
+def test_an_audit_of_infinite_signals_is_written_whole(tmp_path):
+    data = signals("infinities", balanced)
+    data["modified_entropy"][np.isinf(data["modified_entropy"]).any(axis=2)] = np.inf
+    given = {name: data[name] for name in {attack.signal for attack in ATTACKS.values()}}
+    names = [name for name in ATTACKS if name != "quantile_regression"]
+    found = audit(given, data["member"], attacks=names, labels=data["labels"], bootstrap=20)
+    found.to_json(tmp_path / "report.json")
+    found.to_html(tmp_path / "report.html")
+    report = json.loads((tmp_path / "report.json").read_text())
+    assert list(report["attacks"]) == names
+    assert all(0 <= one["auc_low"] <= one["auc"] <= 1 for one in report["attacks"].values())
+    assert "nan" not in found.table().lower()
+
+
+def test_the_ends_of_a_and_kappa_with_probabilities_of_zero():
+    """a = 1 is p(x) = p_OUT(x), which may be 0; kappa = 0 leaves the target's own probability, to the power 1."""
+    data = signals("infinities", balanced)
+    for target in (0, 5):
+        ratio = attacks.base(data["logprob"], data["member"], target, mode="offline", kappa=1.0)
+        crowd = np.flatnonzero(~data["member"][target])
+        wins = [np.mean(ratio[i] - math.log(2) > ratio[crowd[crowd != i]]) for i in range(len(ratio))]
+        np.testing.assert_allclose(attacks.rmia(data["logprob"], data["member"], target, mode="offline", a=1.0), wins)
+    own = attacks.base(data["logprob"], data["member"], mode="offline", kappa=0.0)
+    np.testing.assert_allclose(own, attacks.loss(data["logprob"]), rtol=1e-12)

@@ -10,6 +10,7 @@ from torch import nn
 from cwfast import MaskSet
 from cwfast.data import Dataset
 from cwfast.defense.baselines import early_stopping_sweep
+from cwfast.defense.cwrf import CWRF
 from cwfast.training import Recipe, Task, cross_entropy, fit_from_scratch, train_many
 
 
@@ -223,3 +224,18 @@ def test_an_interrupted_fleet_leaves_modes_and_frozen_weights():
             train_many(models, blobs(), ids_of(2), [0, 1], Recipe(stack=stack), masks=masks, on_epoch=stop)
         assert not any(model.training for model in models)
         assert all(torch.equal(model[0].weight, old) for model, old in zip(models, before, strict=True))
+
+
+@pytest.mark.filterwarnings("ignore:BatchNorm in training mode mixes")
+@pytest.mark.parametrize("criterion", ["taylor", "gap"])
+@pytest.mark.parametrize("make", [cnn, ViT, Tied], ids=["cnn batchnorm", "vit", "tied"])
+def test_shadows_of_such_models_are_trained_by_cwrf(make, criterion):
+    job = Task(make, blobs(features=36), Recipe(lr=0.05, epochs=2, batch_size=8))
+    fitted = CWRF(0.1, criterion=criterion).fit_many(job, ids_of(3, n=24), job.dataset.reference, SEEDS)
+    for one in fitted:
+        total = sum(parameter.numel() for parameter in one.model.parameters())
+        assert one.masks.total == total // 10
+        for name, parameter in one.model.named_parameters():
+            mask = one.masks[name]
+            assert torch.equal(parameter.detach()[mask], one.initial[name][mask])
+        assert torch.isfinite(one.predict(job.dataset.inputs)).all()

@@ -154,15 +154,19 @@ def test_summary_of_one_target():
     assert json.loads(json.dumps(flat, allow_nan=False)) == flat
 
 
-def test_weights_are_repetitions():
+@pytest.mark.parametrize("digits", [0, 12])
+def test_weights_are_repetitions(digits):
     """A replicate with integer weights is the metric of a sample in which each column occurs that often."""
     rng = np.random.default_rng(3)
     scores, members = (row[0] for row in sample(targets=1, samples=30))
-    weights = np.concatenate([np.ones((30, 1), np.int64), rng.multinomial(30, np.full(30, 1 / 30), size=6).T], axis=1)
-    shares = [roc.share_of("fprs", fpr) for fpr in FPRS]
-    got = averages._weighted(roc.rank(scores, members), weights, shares)
-    for column in range(weights.shape[1]):
-        s, m = (np.repeat(x, weights[:, column]) for x in (scores, members))
+    scores = np.round(scores + rng.normal(size=30) * (digits > 0), digits)  # with ties across members, and without any
+    assert (len(np.unique(scores)) == 30) == (digits > 0)
+    weights = np.concatenate([np.ones((1, 30), np.int64), rng.multinomial(30, np.full(30, 1 / 30), size=6)])
+    allowed = averages._Allowed([roc.share_of("fprs", fpr) for fpr in FPRS])
+    rank = roc.rank(scores, members)
+    got = averages._weighted((rank, np.where(rank.member, 1 << 32, 1)), weights, allowed)
+    for column, counts in enumerate(weights):
+        s, m = (np.repeat(x, counts) for x in (scores, members))
         expected = [metrics.auc(s, m), *(metrics.tpr_at_fpr(s, m, fpr).tpr for fpr in FPRS)]
         assert got[:, column] == pytest.approx(expected, abs=1e-15)
 

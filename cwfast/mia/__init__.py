@@ -16,6 +16,7 @@ from cwfast.mia.attacks import (
     rmia,
 )
 from cwfast.mia.auditing import Audit, audit
+from cwfast.mia.published import phi_carlini, taylor_logprob
 from cwfast.mia.signals import Signals
 
 __all__ = [
@@ -33,6 +34,8 @@ __all__ = [
     "lira_carlini",
     "loss",
     "metrics",
+    "phi_carlini",
     "quantile_regression",
     "rmia",
+    "taylor_logprob",
 ]

@@ -41,8 +41,9 @@ def calibrated_loss(logprob: Array, membership: Array, target: int | None = None
         for side in used:
             mean = _shadows.moments(np.where(impossible, 0, query), side.use).mean
             never = side.use & impossible
+            all_never = never.sum(axis=0)
             for row, left in enumerate(side.left):
-                found = np.where(never.sum(axis=0) > side.pick(never, row), -np.inf, side.pick(mean, row))
+                found = np.where(all_never > side.pick(never, row), -np.inf, side.pick(mean, row))
                 usual[row] += left / count[row] * np.where(left > 0, found, 0) / len(values)
     scores = _inputs.difference(values[:, rows].mean(axis=0), usual)
     return scores if target is None else scores[0]

@@ -54,6 +54,8 @@ def rmia(
         ValueError: a wrong shape or option, a value NaN or above 0, ``target`` or an index out of range, fewer
             than 2 non-members of a target in the population, or a sample without a model to estimate p(x) from.
 
+    The authors take p from the SM-Taylor softmax for images (``taylor_logprob``), from a softmax at temperature 2 else.
+
     Source: Zarifzadeh, Liu and Shokri, "Low-Cost High-Power Membership Inference Attacks", ICML 2024;
         "more than" gamma, and not "at least", as in the authors' code.
     """
@@ -152,12 +154,12 @@ def _typical(values: Floats, member: Bools, rows: list[int], mode: str) -> Itera
 
 def _one_sum(query: Floats, used: list[_shadows.Side]) -> tuple[Floats, Floats]:
     """(top, sum of e^(x - top)) of what the sides use against the only target, [N]."""
-    use = np.logical_or.reduce([side.use for side in used])
+    masked = query.copy() if len(used) == 2 else np.where(used[0].use, query, -np.inf)  # two sides are all models
     for side in used:
-        np.put_along_axis(use, side.lost, False, axis=0)
-    masked = np.where(use, query, -np.inf)
+        np.put_along_axis(masked, side.lost, -np.inf, axis=0)
     highest = _finite(masked.max(axis=0))
-    return highest, np.exp(masked - highest).sum(axis=0)
+    masked -= highest  # in place: fresh pages cost more than the arithmetic
+    return highest, np.exp(masked, out=masked).sum(axis=0)
 
 
 def _log_sums(highest: Floats, total: Floats) -> Floats:

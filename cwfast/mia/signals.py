@@ -15,7 +15,8 @@ from torch import Tensor
 from cwfast import ops
 from cwfast.checkpoint.files import atomic_write
 from cwfast.errors import CheckpointError
-from cwfast.mia._inputs import Array
+from cwfast.mia._inputs import Array, choice
+from cwfast.mia.published import phi_carlini
 
 FORMAT = "cwfast-signals/1"
 NAMES = ("loss", "confidence", "phi", "entropy", "modified_entropy", "correct", "margin", "gradient_norm")
@@ -82,6 +83,7 @@ class Signals:
         *,
         ids: Tensor | None = None,
         manifest: Mapping[str, Any] | None = None,
+        phi_mode: str = "lse",
         backend: str = "auto",
     ) -> "Signals":
         """All that ``cwfast.ops.logit_stats`` gives.
@@ -92,11 +94,13 @@ class Signals:
             membership: bool [K, N].
             ids: see the class.
             manifest: see the class.
+            phi_mode: "lse", or "carlini" for phi as LiRA's released code has it (``phi_carlini``).
             backend: of ``logit_stats``.
 
         Raises:
             TypeError, ValueError: a wrong dtype or shape, or a sample whose largest logit is not finite.
         """
+        choice("phi_mode", phi_mode, ("lse", "carlini"))
         if logits.ndim not in (3, 4):
             raise ValueError(f"logits must have shape [K, N, C] or [K, N, Q, C]; got {tuple(logits.shape)}")
         full = logits if logits.ndim == 4 else logits[:, :, None]
@@ -112,6 +116,8 @@ class Signals:
         lost = int(values["loss"].isnan().sum()) if values else 0
         if lost:
             raise ValueError(f"logits must have a finite largest logit in each row; got {lost} rows without")
+        if values and phi_mode == "carlini":
+            values["phi"] = torch.stack([phi_carlini(one[None], labels)[0] for one in full]).cpu()
         flags = torch.as_tensor(np.asarray(membership) if not isinstance(membership, Tensor) else membership).cpu()
         return cls(values, flags, labels.cpu(), ids, manifest or {})
 
