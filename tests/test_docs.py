@@ -73,7 +73,7 @@ def test_audit_a_classifier(tmp_path, monkeypatch):
         found["audit"].report["attacks"]["lira"]["auc"]
         == json.loads((tmp_path / "undefended" / "report.json").read_text())["attacks"]["lira"]["auc"]
     )
-    assert found["signals"].values["loss"].shape == (4, 400, 1)
+    assert found["signals"].values["loss"].shape == (8, 400, 1)
     assert found["signals"].manifest["job"] == "myloop:job"
 
 
