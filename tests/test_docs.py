@@ -36,6 +36,12 @@ def test_every_page_with_a_program_has_a_test():
     }
 
 
+@pytest.mark.parametrize("first", ["false", "cwfast nonsense"])
+def test_a_command_that_fails_fails_the_page(first):
+    with pytest.raises(RuntimeError, match=f"failed:\n{first}"):
+        snippets._shell(f"{first}\ntrue\n")
+
+
 def test_getting_started(capsys):
     found = snippets.run("getting-started.md")
     assert found["masks"].total == sum(p.numel() for p in found["model"].parameters()) // 10
