@@ -30,6 +30,7 @@ from cwfast.mia import attacks, metrics
 from cwfast.report import prepare, write_report
 from cwfast.report.provenance import backends, machine, versions
 from cwfast.report.reading import reading
+from cwfast.shadow import Plan
 from cwfast.training import Fitted, Loss, Recipe, Task, cross_entropy
 
 SCHEMA = "cwfast-demo/1"
@@ -111,9 +112,9 @@ class _Demo:
         self.stages: list[dict[str, Any]] = []
         self.dataset = digits(seed=seed)
         self.task = Task(_network, self.dataset, Recipe(lr=0.2, batch_size=64, epochs=sizes.epochs, seed=seed))
-        self.ids = complementary_halves(self.dataset.pool, sizes.models, seed)
-        self.membership = np.stack([torch.isin(self.dataset.pool, ids).numpy() for ids in self.ids])
-        self.seeds = [1000 * seed + k for k in range(sizes.models)]
+        plan = Plan.halves(self.dataset.pool, self.dataset.reference, sizes.models, seed)
+        self.ids = [plan.train_ids(model) for model in range(plan.models)]
+        self.membership, self.seeds = plan.membership.numpy(), plan.seeds
         self.rows: list[dict[str, Any]] = []
         self.roc: dict[str, dict[str, Any]] = {}
         self.layers: dict[str, dict[str, Any]] = {}
@@ -295,16 +296,6 @@ class _Demo:
             "attacks": "every network a target, the others its shadows; RMIA's population: pool samples left out",
             "reference set": "used by taylor (inputs) and gap (inputs and labels); no other row sees it",
         }
-
-
-def complementary_halves(pool: Tensor, models: int, seed: int) -> list[Tensor]:
-    """Members of each model: halves of the pool in pairs, so that each sample is in exactly half the models."""
-    generator = torch.Generator().manual_seed(seed)
-    halves: list[Tensor] = []
-    for _ in range(models // 2):
-        order = pool[torch.randperm(len(pool), generator=generator)]
-        halves += [order[: len(pool) // 2], order[len(pool) // 2 :]]
-    return halves
 
 
 def _rewound(trained: Sequence[Fitted], masks: Sequence[MaskSet]) -> list[nn.Module]:

@@ -16,6 +16,8 @@ ROOMS = (  # every module whose names users import
     "cwfast",
     *(f"cwfast.{room}" for room in cwfast._ROOMS),
     "cwfast.data.bundled",
+    "cwfast.data.local",
+    "cwfast.examples",
     "cwfast.integrations.prune",
     "cwfast.mia.attacks",
     "cwfast.mia.metrics",

@@ -7,7 +7,6 @@ import sys
 from pathlib import Path
 
 import pytest
-import torch
 
 import cwfast
 from cwfast import cli, demo
@@ -185,14 +184,6 @@ def test_demo_audits_pool_samples_only(report):
     )
     assert (whole, clean, noisy) == (1200, 960, 240)
     assert row["attacks"]["rmia"]["targets"] == 8
-
-
-def test_halves_put_each_sample_in_half_the_models():
-    pool = torch.arange(100, 140)
-    halves = demo.complementary_halves(pool, 6, seed=0)
-    counts = sum(torch.isin(pool, half).int() for half in halves)
-    assert (counts == 3).all()
-    assert all(len(half) == 20 for half in halves)
 
 
 def test_reading_counts_what_the_rows_say(report):

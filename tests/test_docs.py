@@ -1,14 +1,18 @@
 """Every program on the pages of docs/ runs and does what its page says; the API reference lacks no public name."""
 
 import json
+import re
 import subprocess
 import sys
+import types
+from importlib.metadata import EntryPoint
 
 import pytest
 import snippets
 import torch
 
 from cwfast import layers
+from cwfast.data import loading
 
 
 @pytest.fixture(autouse=True)
@@ -25,10 +29,17 @@ def test_every_page_with_a_program_has_a_test():
             "audit-a-classifier",
             "audit-from-logits",
             "fine-tune-a-transformer",
+            "load-data",
             "run-on-a-gpu",
             "score-a-custom-layer",
         )
     }
+
+
+@pytest.mark.parametrize("first", ["false", "cwfast nonsense"])
+def test_a_command_that_fails_fails_the_page(first):
+    with pytest.raises(RuntimeError, match=f"failed:\n{first}"):
+        snippets._shell(f"{first}\ntrue\n")
 
 
 def test_getting_started(capsys):
@@ -50,18 +61,53 @@ def test_getting_started_has_the_set_up_commands_of_the_readme():
 
 
 @pytest.mark.slow
-def test_audit_a_classifier(tmp_path):
-    found = snippets.run("how-to/audit-a-classifier.md")
+def test_audit_a_classifier(tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(tmp_path)  # where a script of the reader's would lie, beside its modules
+    found = snippets.run("how-to/audit-a-classifier.md", "shadows")
     before, after = (found[name].report["attacks"]["lira"] for name in ("before", "after"))
     assert after["auc_high"] < before["auc_low"]
-    assert found["membership"].sum(0).unique().tolist() == [8]
-    assert {path.name for path in tmp_path.iterdir()} == {"signals.safetensors", "before.html", "after.html"}
+    assert {path.name for path in tmp_path.iterdir() if path.is_file()} == {
+        "signals.safetensors", "before.html", "after.html", "mytask.py", "myloop.py",
+    }  # fmt: skip
+    for name in ("undefended", "defended"):
+        report = json.loads((tmp_path / name / "report.json").read_text())
+        assert report["attacks"]["lira"]["targets"] == 8
+        assert (tmp_path / name / "report.html").is_file()
+        log = [json.loads(line) for line in (tmp_path / name / "shadows" / "log.jsonl").read_text().splitlines()]
+        assert sorted(line["job"] for line in log if line["event"] == "started") == [0, 1]  # once, however often asked
+    assert (
+        found["audit"].report["attacks"]["lira"]["auc"]
+        == json.loads((tmp_path / "undefended" / "report.json").read_text())["attacks"]["lira"]["auc"]
+    )
+    assert found["signals"].values["loss"].shape == (8, 400, 1)
+    assert found["signals"].manifest["job"] == "myloop:job"
 
 
-def test_audit_from_logits(capsys):
+def test_audit_from_logits(capsys, tmp_path):
     found = snippets.run("how-to/audit-from-logits.md")
     assert found["membership"].sum(0).unique().tolist() == [8]
     assert "must be 'defended', the plan's; got 'made up'" in capsys.readouterr().out
+    by_command = json.loads((tmp_path / "report/report.json").read_text())
+    by_program = json.loads((tmp_path / "audit.json").read_text())
+    for name in ("loss", "lira", "rmia"):
+        assert by_command["attacks"][name]["auc"] == by_program["attacks"][name]["auc"]
+    assert by_command["inputs"]["membership"]["file"] == "samples.npz:in_training"
+    assert json.loads((tmp_path / "signals.json").read_text())["attacks"].keys() == {"lira", "attack_r"}
+    assert "<img" in (tmp_path / "shown/report.html").read_text()
+    assert "<img" not in (tmp_path / "report/report.html").read_text()
+
+
+def test_load_data(monkeypatch):
+    found = snippets.run("how-to/load-data.md")
+    assert [len(found[name].pool) for name in ("digits", "purchase", "own", "given")] == [1200, 600, 300, 300]
+    page = (snippets.DOCS / "how-to/load-data.md").read_text(encoding="utf-8")
+    names = {line.split("`")[1] for line in page.splitlines() if line.startswith("| `")}
+    assert names == {*loading.BUNDLED, *loading.LOCAL}
+    entry = EntryPoint(*re.search(r'(\w+) = "(mypackage:read)"', page).groups(), loading.GROUP)
+    monkeypatch.setitem(sys.modules, "mypackage", types.SimpleNamespace(read=found["read"]))
+    monkeypatch.setattr(loading, "entry_points", lambda group: [entry] if group == loading.GROUP else [])
+    own = eval(re.search(r"`(data\.load\(\"mine\".*?\))`", page)[1], found)
+    assert (len(own.pool), len(own.targets)) == (30, 50)
 
 
 @pytest.mark.usefixtures("without_torchvision")

@@ -5,7 +5,7 @@ import snippets
 import torch
 
 PAGE = "recipes.md"
-RECIPES = dict.fromkeys(name for name, _ in snippets.blocks(PAGE) if name)
+RECIPES = dict.fromkeys(name for _, name, _ in snippets.blocks(PAGE) if name)
 
 
 def run(recipe):
