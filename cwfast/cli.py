@@ -20,6 +20,7 @@ _SETTINGS = (  # every environment variable that the code reads, so that a missp
     "CWFAST_NEED_DATA",
     "CWFAST_NO_EXT",
     "CWFAST_OPTIMIZE",
+    "CWFAST_TEST_LOG",
 )
 
 
