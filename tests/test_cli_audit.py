@@ -9,6 +9,7 @@ import os
 import re
 import subprocess
 import sys
+import zipfile
 import zlib
 from html.parser import HTMLParser
 
@@ -571,6 +572,12 @@ def test_broken_and_foreign_files(files):
     for name in ("number.pt", "complex.pt"):
         with pytest.raises(CheckpointError, match="must hold real numbers as logits; got"):
             read_array(files / name, "logits")
+    torch.save({0: torch.zeros(3)}, files / "number_as_name.pt")
+    assert read_array(files / "number_as_name.pt", "logits").tolist() == [0, 0, 0]
+    with zipfile.ZipFile(files / "text.npz", "w") as archive:
+        archive.writestr("logits", "no array")
+    with pytest.raises(CheckpointError, match="must hold arrays alone; its logits is none"):
+        read_array(files / "text.npz", "logits")
     torch.save(torch.zeros(3), files / "one.pt")
     for name in ("one.pt", "logits.npy"):
         with pytest.raises(CheckpointError, match="must be named without an array: it holds one; got :a"):
