@@ -527,8 +527,6 @@ def test_wrong_arrays(name, value, message, arrays, files, capsys):
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["--attacks", "magic"], "attacks must be among loss, lira, "),
-        (["--fpr", "1.5"], "must lie in [0, 1]; got 1.5"),
         (["--target", "8"], "target must lie in [0, 8); got 8"),
     ],
 )
@@ -607,6 +605,8 @@ def test_a_name_with_a_colon_is_a_file_where_there_is_one(files):
         (["--signals", "a", "--inputs", "b", "--show-inputs"], "--show-inputs must come with --out"),
         (["--signals", "a", "--bootstrap", "-1"], "--bootstrap must be at least 0; got -1"),
         (["--signals", "a", "--fpr", "x"], "invalid float value"),
+        (["--signals", "a", "--fpr", "2"], "--fpr must lie in [0, 1]; got 2"),
+        (["--train", "b:c", "--out", "d", "--attacks", "magic"], "--attacks must be among loss, lira, "),
     ],
 )
 def test_wrong_usage_exits_with_2(words, message, capsys):
