@@ -26,6 +26,12 @@ def balanced(rng, models, samples):
     return np.argsort(rng.random((models, samples)), axis=0) < models // 2
 
 
+def halves(rng, models, samples):
+    """Pairs of models trained on complementary halves; with an odd number, the last is a half without its other."""
+    first = np.argsort(rng.random((-(-models // 2), samples)), axis=1) < samples // 2
+    return np.stack([first, ~first], axis=1).reshape(-1, samples)[:models]
+
+
 def uneven(rng, models, samples, least=2):
     """Each sample in another number of models, from ``least`` IN to ``least`` OUT besides any target."""
     counts = 1 + least + np.arange(samples) % (models - 2 * least - 1)
@@ -55,7 +61,9 @@ def shadows(member, target, i):
         and all(counts.values())
         and np.mean(counts[True]) + 0.5 < np.mean(counts[False])
     ):
+        mixed = (member.sum(axis=0) > 0) & (member.sum(axis=0) < models)
         after = [(target + step) % models for step in range(1, models)]
+        after.sort(key=lambda k: not (member[k, mixed] != member[target, mixed]).all())  # a complement comes first
         others.remove(next(k for k in after if member[k, i] != member[target, i]))
     return [k for k in others if member[k, i]], [k for k in others if not member[k, i]]
 
@@ -108,7 +116,7 @@ def plain_lira(phi, member, target, mode, variance, center):
     return scores
 
 
-@pytest.mark.parametrize("split", [balanced, uneven])
+@pytest.mark.parametrize("split", [balanced, halves, uneven])
 @pytest.mark.parametrize("options", LIRA, ids=name)
 def test_lira_is_the_plain_loop(options, split):
     rng = np.random.default_rng(1)
@@ -154,7 +162,7 @@ def plain_rmia(logprob, member, target, population, mode, gamma, a):
     return np.array([np.mean([beats[i, z] for z in crowd]) for i in range(samples)])
 
 
-@pytest.mark.parametrize("split", [balanced, uneven])
+@pytest.mark.parametrize("split", [balanced, halves, uneven])
 @pytest.mark.parametrize("population", [None, np.arange(39, 0, -2)])
 @pytest.mark.parametrize(
     ("mode", "gamma", "a"), [("online", 2.0, 0.3), ("online", 0.7, 0.3), ("offline", 1.0, 0.3), ("offline", 2.0, 1.0)]
@@ -252,6 +260,17 @@ def test_nothing_to_find(models):
     member[:3, 0], member[3:, 0] = True, False  # one sample out of balance frees no other
     rows = [metrics.auc(*row) for row in zip(lira(phi, member), member, strict=True)]
     assert abs(np.mean(rows) - 0.5) < 4 * sigma / math.sqrt(models)
+
+
+def test_nothing_to_find_where_models_differ_in_general():
+    """Each model's signals are shifted as a whole: a target's complement in one side's statistics would betray it."""
+    rng = np.random.default_rng(8)
+    member = halves(rng, 8, 3000)
+    phi, _ = signals(rng, member, shift=0.0)
+    phi += rng.normal(size=(8, 1))
+    for attack, scores in every_attack(phi, -np.logaddexp(0, -phi), member).items():
+        rows = [metrics.auc(*row) for row in zip(scores, member, strict=True)]
+        assert max(abs(row - 0.5) for row in rows) < 4 / math.sqrt(3 * 3000), attack
 
 
 @pytest.mark.parametrize("split", ["coins", "balanced shadows"])

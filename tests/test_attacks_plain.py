@@ -6,7 +6,7 @@ from statistics import NormalDist
 import numpy as np
 import pytest
 import torch
-from test_attacks import balanced, shadows, signals, uneven
+from test_attacks import balanced, halves, shadows, signals, uneven
 
 from cwfast.mia import (
     _shadows,
@@ -25,7 +25,7 @@ from cwfast.mia import (
     rmia,
 )
 
-SPLITS = [balanced, uneven]
+SPLITS = [balanced, halves, uneven]
 
 
 def setting(split, queries=3, models=9, samples=30, seed=1):

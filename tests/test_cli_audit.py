@@ -9,6 +9,7 @@ import os
 import re
 import subprocess
 import sys
+import zipfile
 import zlib
 from html.parser import HTMLParser
 
@@ -526,8 +527,6 @@ def test_wrong_arrays(name, value, message, arrays, files, capsys):
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["--attacks", "magic"], "attacks must be among loss, lira, "),
-        (["--fpr", "1.5"], "must lie in [0, 1]; got 1.5"),
         (["--target", "8"], "target must lie in [0, 8); got 8"),
     ],
 )
@@ -571,6 +570,12 @@ def test_broken_and_foreign_files(files):
     for name in ("number.pt", "complex.pt"):
         with pytest.raises(CheckpointError, match="must hold real numbers as logits; got"):
             read_array(files / name, "logits")
+    torch.save({0: torch.zeros(3)}, files / "number_as_name.pt")
+    assert read_array(files / "number_as_name.pt", "logits").tolist() == [0, 0, 0]
+    with zipfile.ZipFile(files / "text.npz", "w") as archive:
+        archive.writestr("logits", "no array")
+    with pytest.raises(CheckpointError, match="must hold arrays alone; its logits is none"):
+        read_array(files / "text.npz", "logits")
     torch.save(torch.zeros(3), files / "one.pt")
     for name in ("one.pt", "logits.npy"):
         with pytest.raises(CheckpointError, match="must be named without an array: it holds one; got :a"):
@@ -600,6 +605,8 @@ def test_a_name_with_a_colon_is_a_file_where_there_is_one(files):
         (["--signals", "a", "--inputs", "b", "--show-inputs"], "--show-inputs must come with --out"),
         (["--signals", "a", "--bootstrap", "-1"], "--bootstrap must be at least 0; got -1"),
         (["--signals", "a", "--fpr", "x"], "invalid float value"),
+        (["--signals", "a", "--fpr", "2"], "--fpr must lie in [0, 1]; got 2"),
+        (["--train", "b:c", "--out", "d", "--attacks", "magic"], "--attacks must be among loss, lira, "),
     ],
 )
 def test_wrong_usage_exits_with_2(words, message, capsys):

@@ -70,6 +70,8 @@ def _numpy(path: Path, array: str | None, name: str) -> Tensor:
         if "allow_pickle" in str(error) and "Object arrays" in str(error):
             raise CheckpointError(f"{path} must hold plain numbers as {name}; got pickled objects") from error
         raise CheckpointError(f"{path} must be a whole {path.suffix} file of plain numbers; {error}") from error
+    if not isinstance(found, np.ndarray):  # numpy gives the bytes of what is no array
+        raise CheckpointError(f"{path} must hold arrays alone; its {name} is none")
     if found.dtype.kind not in "biuf" or found.dtype.itemsize > 8:
         raise CheckpointError(f"{path} must hold numbers as {name}; got {found.dtype}")
     return torch.from_numpy(np.ascontiguousarray(found, dtype=found.dtype.newbyteorder("=")).reshape(found.shape))
@@ -97,7 +99,8 @@ def _torch(path: Path, array: str | None, name: str) -> Any:
         reason = str(error).partition("\n")[0]
         raise CheckpointError(f"{path} must be a file of torch.save; {reason}") from error
     if isinstance(found, dict):
-        return found[_chosen(path, [str(key) for key in found], array, name)]
+        named = {str(key): value for key, value in found.items()}
+        return named[_chosen(path, list(named), array, name)]
     if array is not None:
         raise CheckpointError(f"{path} must be named without an array: it holds one; got :{array}")
     return found

@@ -11,6 +11,7 @@ from torch import Tensor
 from cwfast import report
 from cwfast.checkpoint.arrays import read_array, sha256, split_path
 from cwfast.mia import Audit, Signals, audit
+from cwfast.mia.attacks import ATTACKS
 from cwfast.report import provenance
 
 ALONE = ("loss", "attack_p", "correctness", "gradient_norm", "quantile_regression")  # attacks that need no shadow model
@@ -88,6 +89,12 @@ def _check_usage(options: argparse.Namespace) -> None:
         options.usage("--show-inputs and --inputs must be given together; got one of them")
     if options.show_inputs and options.out is None:
         options.usage("--show-inputs must come with --out: samples are shown in report.html; got none")
+    unknown = [name for name in options.attacks or () if name not in ATTACKS]
+    if unknown:
+        options.usage(f"--attacks must be among {', '.join(ATTACKS)}; got {unknown[0]!r}")
+    wrong = [fpr for fpr in options.fpr if not 0 <= fpr <= 1]
+    if wrong:
+        options.usage(f"--fpr must lie in [0, 1]; got {wrong[0]:g}")
     if options.bootstrap < 0:
         options.usage(f"--bootstrap must be at least 0; got {options.bootstrap}")
 

@@ -49,7 +49,7 @@ def sides(member: Bools, targets: list[int]) -> tuple[Side, Side]:
         lost[:, row] = target
         yes, no = mixed & own, mixed & ~own
         if yes.any() and no.any() and (trained[yes] - 1).mean() < trained[no].mean() - 0.5:
-            following = _next_of_other_side(member) if following is None else following
+            following = _left_out(member, mixed) if following is None else following
             lost[0, row, no] = following[target, no]
             lost[1, row, yes] = following[target, yes]
     result = []
@@ -142,6 +142,17 @@ def _all_but_one(x: Floats) -> Floats:
         above += x[k + 1]
         result[k] += above
     return result
+
+
+def _left_out(member: Bools, mixed: Bools) -> Ints:
+    """[K, N]: the model of the other side that is left out for k: its complement if there is one, else the next."""
+    found = _next_of_other_side(member)
+    split = member[:, mixed]
+    for k, row in enumerate(split):
+        complement = (split != row).all(axis=1)
+        if complement.any():
+            found[k, mixed] = complement.argmax()
+    return found
 
 
 def _next_of_other_side(member: Bools) -> Ints:

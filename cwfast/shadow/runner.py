@@ -106,7 +106,7 @@ def run(
                 if wrong is None:
                     bar.update(len(work.rows(index)))
                 else:
-                    failed[index] = wrong.strip().splitlines()[-1]
+                    failed[index] = wrong
     if failed:
         index = min(failed)
         raise RuntimeError(

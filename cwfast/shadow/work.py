@@ -70,7 +70,7 @@ class Work:
         return list(range(index * group, min((index + 1) * group, self.plan.models)))
 
     def __call__(self, index: int) -> str | None:
-        """Do a job, unless it is done. Returns None, or the traceback of the exception that it raised."""
+        """Do a job, unless it is done. Returns None, or the exception that it raised, with its notes, in one line."""
         torch.set_num_threads(self.settings["threads"])
         with self._claimed(index):
             if self._path(index).exists():
@@ -81,10 +81,9 @@ class Work:
             self._log(index, "started")
             try:
                 self._do(index)
-            except Exception:
-                text = traceback.format_exc()
-                self._log(index, "failed", traceback=text)
-                return text
+            except Exception as error:
+                self._log(index, "failed", traceback=traceback.format_exc())
+                return " ".join("".join(traceback.format_exception_only(error)).split())
             self._log(index, "done", seconds=round(time.monotonic() - start, 3))
             return None
 
