@@ -15,6 +15,7 @@ namespace cwfast {
 namespace {
 
 constexpr int kChunk = 128;  // entries gathered, updated and scattered together: their lines stay in the first cache
+constexpr int kAhead = 64;   // list entries between prefetch and use
 
 struct Factors {  // of one tensor, in the precision of the update
   float decay, beta1_rest, beta2, beta2_rest, step, inverse_sqrt, eps, sign;

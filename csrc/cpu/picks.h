@@ -11,8 +11,6 @@ namespace cwfast {
 constexpr int64_t kBlock = 1 << 16;  // entries of a block of a list
 constexpr int64_t kRun = 8;          // blocks of one piece of work: prefetching runs on from one block into the next
 
-constexpr int kAhead = 64;  // list entries between prefetch and use: memory answers after about as many
-
 // Into the second-level cache. The first one's few places for lines on their way are what random access waits for;
 // where nothing is fetched into it ahead, entries are up to twice as fast. A write of the line follows, but no prefetch
 // for writing: with -mprfchw that would fetch into the first level.

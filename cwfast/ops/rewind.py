@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from cwfast import _backends, _checks, reference
+from cwfast.ops import _rewind_direct
 from cwfast.ops import _rewind_moves as _moves
 from cwfast.ops._library import register
 from cwfast.ops._rewind_moves import BACKENDS, picks_of
@@ -36,6 +37,8 @@ def rewind_(
         TypeError, ValueError: an argument does not hold what is written above; nothing has been changed.
         BackendUnavailable: the named backend cannot run here.
     """
+    if backend in ("auto", "cpu") and _rewind_direct.write(weights, initial, bits, compact=False):
+        return weights
     tensors = _writable("weights", weights)
     others = _checks.tensors("initial", initial)
     _same_length(len(tensors), initial=len(others), bits=len(bits))
@@ -68,6 +71,8 @@ def scatter_(
     ``values[t]`` is 1-D, of the dtype of ``weights[t]``, with one entry per selected one. Raises as ``rewind_`` does,
     before anything is written.
     """
+    if backend in ("auto", "cpu") and _rewind_direct.write(weights, values, bits, compact=True):
+        return weights
     tensors = _writable("weights", weights)
     compact = _checks.tensors("values", values)
     _same_length(len(tensors), bits=len(bits), values=len(compact))
