@@ -82,6 +82,12 @@ def write(entries: Sequence[Entries], tensors: Sequence[Tensor], values: Sequenc
         _write_on_one([entries[i] for i in here], [tensors[i] for i in here], [values[i] for i in here])
 
 
+def write_one(entry: Entries, tensor: Tensor, value: Tensor, prefix: str = "") -> None:
+    """``write`` of one tensor, for what is called once for each parameter: between two of them, this is cold code."""
+    entry.check(tensor, value.dtype, prefix)
+    _write_on_one([entry], [tensor], [value])
+
+
 def _write_on_one(entries: list[Entries], tensors: list[Tensor], values: list[Tensor]) -> None:
-    surveyed = Survey([entry.count for entry in entries], [entry.ranks for entry in entries])
+    surveyed = Survey([], [entry.ranks for entry in entries])
     _moves.scatter(tensors, [entry.picks for entry in entries], values, surveyed, entries[0].backend)
