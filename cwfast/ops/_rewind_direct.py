@@ -10,12 +10,14 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.compiler import is_compiling
 from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
 from cwfast import _backends, reference
 from cwfast.ops._library import written
 
 _PLAIN = (Tensor, nn.Parameter)
+_LISTS = (list, tuple)
 
 
 def write(weights: Sequence[Tensor], sources: Sequence[Tensor], bits: Sequence[Any], *, compact: bool) -> bool:
@@ -30,9 +32,9 @@ def write(weights: Sequence[Tensor], sources: Sequence[Tensor], bits: Sequence[A
     Raises:
         ValueError: "bits[i] must ...": a list does not name entries of its weight, each once; nothing has been written.
     """
-    if torch.compiler.is_compiling() or is_in_torch_dispatch_mode():
+    if is_compiling() or is_in_torch_dispatch_mode():
         return False  # who traces must see the op
-    if not all(isinstance(argument, list | tuple) for argument in (weights, sources, bits)):
+    if not (isinstance(weights, _LISTS) and isinstance(sources, _LISTS) and isinstance(bits, _LISTS)):
         return False
     if not (len(weights) == len(sources) == len(bits) > 0 and type(weights[0]) in _PLAIN):
         return False
