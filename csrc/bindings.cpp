@@ -146,23 +146,30 @@ void bind_rewind(py::module_& m) {
   m.def("count_picks", [](const std::vector<PickItem>& picks) {
     return unlocked([list = picks_of(picks)] { return count_picks(list); });
   });
-  m.def("rewind", [](const std::vector<ViewItem>& weights, const std::vector<ViewItem>& initial,
-                     const std::vector<PickItem>& picks, int item_size) {
-    unlocked(
-        [&, w = views_of(weights), w0 = views_of(initial), list = picks_of(picks)] { rewind(w, w0, list, item_size); });
-  });
+  m.def(
+      "rewind",
+      [](const std::vector<ViewItem>& weights, const std::vector<ViewItem>& initial, const std::vector<PickItem>& picks,
+         int item_size, bool check) {
+        return unlocked([&, w = views_of(weights), w0 = views_of(initial), list = picks_of(picks)] {
+          return rewind(w, w0, list, item_size, check);
+        });
+      },
+      py::arg("weights"), py::arg("initial"), py::arg("picks"), py::arg("item_size"), py::arg("check") = false);
   m.def("gather", [](const std::vector<ViewItem>& weights, const std::vector<PickItem>& picks,
                      const std::vector<uintptr_t>& values, int item_size) {
     unlocked([&, w = views_of(weights), list = picks_of(picks), v = pointers<char>(values)] {
       gather(w, list, v, item_size);
     });
   });
-  m.def("scatter", [](const std::vector<ViewItem>& weights, const std::vector<PickItem>& picks,
-                      const std::vector<uintptr_t>& values, int item_size) {
-    unlocked([&, w = views_of(weights), list = picks_of(picks), v = pointers<const char>(values)] {
-      scatter(w, list, v, item_size);
-    });
-  });
+  m.def(
+      "scatter",
+      [](const std::vector<ViewItem>& weights, const std::vector<PickItem>& picks, const std::vector<uintptr_t>& values,
+         int item_size, bool check) {
+        return unlocked([&, w = views_of(weights), list = picks_of(picks), v = pointers<const char>(values)] {
+          return scatter(w, list, v, item_size, check);
+        });
+      },
+      py::arg("weights"), py::arg("picks"), py::arg("values"), py::arg("item_size"), py::arg("check") = false);
 }
 
 void bind_adamw(py::module_& m) {

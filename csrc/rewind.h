@@ -22,18 +22,22 @@ struct Picks {
   int64_t k;              // entries of low
 };
 
-// The first tensor whose picks do not name entries of it, each once, and what is wrong: "must ..."; else -1, "".
-std::pair<int64_t, std::string> check_picks(const std::vector<Picks>& picks);
+// A tensor whose picks do not name entries of it, each once, and what is wrong: "must ..."; -1, "" where all do.
+using Wrong = std::pair<int64_t, std::string>;
+
+Wrong check_picks(const std::vector<Picks>& picks);
 // Selected entries of each tensor.
 std::vector<int64_t> count_picks(const std::vector<Picks>& picks);
 
-// item_size: bytes of an entry: 1, 2, 4 or 8. All lists have one item per tensor.
-void rewind(const std::vector<View>& weights, const std::vector<View>& initial, const std::vector<Picks>& picks,
-            int item_size);
-// values[t]: [selected entries of t] contiguous, in flat order.
+// item_size: bytes of an entry: 1, 2, 4 or 8. All lists have one item per tensor. check: nothing is written where picks
+// are wrong; else they must have been checked.
+Wrong rewind(const std::vector<View>& weights, const std::vector<View>& initial, const std::vector<Picks>& picks,
+             int item_size, bool check);
+// values[t]: [selected entries of t] contiguous, in flat order. Picks that were checked.
 void gather(const std::vector<View>& weights, const std::vector<Picks>& picks, const std::vector<char*>& values,
             int item_size);
-void scatter(const std::vector<View>& weights, const std::vector<Picks>& picks, const std::vector<const char*>& values,
-             int item_size);
+// Of a list that is checked here, values[t] has k entries, whatever the offsets say.
+Wrong scatter(const std::vector<View>& weights, const std::vector<Picks>& picks, const std::vector<const char*>& values,
+              int item_size, bool check);
 
 }  // namespace cwfast

@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 
 from cwfast import _backends, reference
-from cwfast.ops.rewind import BACKENDS, Bits, Picks, wrong_picks
+from cwfast.ops._rewind_moves import BACKENDS, Picks, wrong_picks
+from cwfast.ops.rewind import Bits
 from cwfast.ops.select import packed_bytes
 
 LIST_BELOW = 1 / 16  # density at which 2 bytes an entry meet 1/8 byte a weight

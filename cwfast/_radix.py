@@ -1,8 +1,8 @@
 """Exact top-k of scores that are never in one place: histograms of keys, summed over pieces (and ranks).
 
 The key of a non-negative float is its bits as an integer, which has the floats' order; 16 bits of it are decided per
-pass, from the highest. ``threshold`` takes two passes for float32, then one marks the selected entries; reads of files
-(``_streaming``) may leave out the second and have passes of their own.
+pass, from the highest: two passes for float32, then one marks the selected entries. Reads of files (``_streaming``) may
+leave out the second and have kernels of their own.
 """
 
 from collections.abc import Callable, Iterable
@@ -15,14 +15,17 @@ from cwfast import _picks
 
 DIGIT = 16  # bits of a key that one pass decides: the counters of a thread (256 KB) stay in its second-level cache
 _INT = {2: torch.int16, 4: torch.int32, 8: torch.int64}
-Reduce = Callable[[Tensor], Tensor]
 
 
-class Threshold(NamedTuple):
-    """The k-th largest key, and how many entries that have it belong to the k largest (at least 1 unless k is 0)."""
+class Bracket(NamedTuple):
+    """Keys ``[low, high)`` among which the k-th largest is, and how many entries with such keys are selected.
 
-    key: int
-    ties: int
+    Where nothing is selected, ``low`` and ``high`` are above the key of every score, and ``needed`` is 0.
+    """
+
+    low: int
+    high: int
+    needed: int
 
 
 def check(scores: Tensor, absolute: bool) -> Tensor:
@@ -35,37 +38,46 @@ def check(scores: Tensor, absolute: bool) -> Tensor:
 
 def keys(scores: Tensor) -> Tensor:
     """Keys of the absolute values of flat scores; -1 for NaN, which no threshold selects. ``-0.0`` is 0."""
-    item = scores.element_size()
-    found = scores.view(_INT[item]) & _above(item)  # without the sign
-    infinity = int(torch.tensor(torch.inf, dtype=scores.dtype).view(_INT[item]))
-    return found.masked_fill_(found > infinity, -1) if len(found) and int(found.amax()) > infinity else found
+    item, top = scores.element_size(), _top(scores.dtype)
+    found = scores.view(_INT[item]) & ((1 << (8 * item - 1)) - 1)  # without the sign
+    return found.masked_fill_(found > top, -1) if len(found) and int(found.amax()) > top else found
 
 
-def threshold(pieces: Callable[[], Iterable[Tensor]], item_size: int, k: int, reduce: Reduce) -> Threshold:
-    """Of the keys that ``pieces`` gives anew for each pass; k of them, at least, are not -1.
+def histogram(pieces: Iterable[Tensor], low: int, shift: int, count: int) -> Tensor:
+    """How many of the keys lie in ``[low + (b << shift), low + (b + 1 << shift))``, for ``count`` bins b."""
+    bins = torch.zeros(count, dtype=torch.int64)
+    for piece in pieces:
+        places = (piece - low) >> shift
+        bins += torch.bincount(places[(places >= 0) & (places < count)], minlength=count)
+    return bins
+
+
+def bracket(histogram: Callable[[int, int, int], Tensor], dtype: torch.dtype, k: int, kept: int = 0) -> Bracket:
+    """Of all keys, by histograms; one key, or the first bracket whose number of entries ``kept`` allows.
 
     Args:
-        pieces: the flat keys, in any order.
-        item_size: bytes of a score.
-        k: how many are selected.
-        reduce: sums a histogram over ranks.
+        histogram: of all keys; low, shift and count as above.
+        dtype: of the scores.
+        k: how many are selected; where there are not so many keys but -1, the bracket is as for none.
+        kept: entries inside a bracket that need no further pass.
     """
-    if k == 0:
-        return Threshold(_above(item_size), 0)
-    prefix, remaining = 0, k
-    for shift in range(8 * item_size - DIGIT, -1, -DIGIT):
-        histogram = torch.zeros(1 << DIGIT, dtype=torch.int64)
-        for piece in pieces():
-            if shift + DIGIT < 8 * item_size:
-                rest = piece[piece >> (shift + DIGIT) == prefix]
-            else:
-                rest = piece[piece >= 0] if len(piece) and int(piece.amin()) < 0 else piece
-            histogram += torch.bincount((rest >> shift) & ((1 << DIGIT) - 1), minlength=1 << DIGIT)
-        from_top = reduce(histogram).flip(0).cumsum(0)
-        place = int(torch.searchsorted(from_top, remaining))
-        remaining -= int(from_top[place - 1]) if place else 0
-        prefix = prefix << DIGIT | ((1 << DIGIT) - 1 - place)
-    return Threshold(prefix, remaining)
+    top = _top(dtype)
+    low, above, shift = 0, 0, max(top.bit_length() - DIGIT, 0)
+    count = (top >> shift) + 1
+    while k:
+        bins = histogram(low, shift, count)
+        from_top = bins.flip(0).cumsum(0) + above
+        if k > from_top[-1]:
+            break
+        place = int(torch.searchsorted(from_top, k))
+        inside = int(bins[count - 1 - place])
+        above = int(from_top[place]) - inside
+        low += (count - 1 - place) << shift
+        if shift == 0 or inside <= kept:
+            return Bracket(low, min(low + (1 << shift), top + 1), k - above)
+        before, shift = shift, max(shift - DIGIT, 0)
+        count = 1 << (before - shift)
+    return Bracket(top + 1, top + 1, 0)
 
 
 def mark(piece: Tensor, key: int, ties: int) -> tuple[Tensor, int]:
@@ -79,11 +91,11 @@ def mark(piece: Tensor, key: int, ties: int) -> tuple[Tensor, int]:
 
 def score_of(key: int, dtype: torch.dtype) -> float:
     """The score that has this key; infinity for no score."""
-    if key == _above(dtype.itemsize):
+    if key > _top(dtype):
         return float("inf")
     return torch.tensor([key], dtype=_INT[dtype.itemsize]).view(dtype).double().item()
 
 
-def _above(item_size: int) -> int:
-    """All bits but the sign: above the key of every score, as NaN's is -1."""
-    return (1 << (8 * item_size - 1)) - 1
+def _top(dtype: torch.dtype) -> int:
+    """The largest key, infinity's; NaN's is -1."""
+    return int(torch.tensor(torch.inf, dtype=dtype).view(_INT[dtype.itemsize]))

@@ -35,15 +35,13 @@ class _Pieces:
 
     def histogram(self, low: int, shift: int, count: int) -> Tensor:
         """One read: how many keys lie in ``[low + (b << shift), low + (b + 1 << shift))``, for ``count`` bins b."""
+        pieces = (piece for name in self.names for piece in self.scores.pieces(name))
+        if not self.native:
+            return _radix.histogram(map(_radix.keys, pieces), low, shift, count)
         bins = torch.zeros(count, dtype=torch.int64)
-        for piece in (piece for name in self.names for piece in self.scores.pieces(name)):
-            if self.native:
-                where = (piece.data_ptr(), len(piece), self.code)
-                self.native.score_histogram(*where, low, shift, bins.data_ptr(), count)
-            else:
-                keys = _radix.keys(piece).long()
-                places = (keys[keys >= low] - low) >> shift
-                bins += torch.bincount(places[places < count], minlength=count)
+        for piece in pieces:
+            where = (piece.data_ptr(), len(piece), self.code)
+            self.native.score_histogram(*where, low, shift, bins.data_ptr(), count)
         return bins
 
     def mark(self, piece: Tensor, low: int, high: int) -> _Marks:
@@ -77,7 +75,7 @@ def select_topk(
     check_options(k, sum(numel.values()), nan)
     dtype = dtypes.pop() if dtypes else torch.float32
     pieces = _Pieces(scores, names, dtype, _backends.resolve(backend, torch.device("cpu"), ("reference", "cpu")))
-    bracket = _bracket(pieces, k)
+    bracket = _radix.bracket(pieces.histogram, dtype, k, _KEPT)
     picks, keys, at = [], [torch.empty(0, dtype=torch.int64)], [torch.empty(0, dtype=torch.int64)]
     ties, nans = bracket.needed, 0  # ties: entries that are still to be taken, where all inside are equal
     for name in names:
@@ -110,33 +108,6 @@ def select_topk(
     if bracket.high - bracket.low == 1:
         return picks, _radix.score_of(bracket.low, dtype)
     return _finish(picks, list(numel.values()), torch.cat(keys), torch.cat(at), bracket.needed, dtype)
-
-
-class _Bracket(NamedTuple):
-    low: int
-    high: int  # of the keys [low, high) among which the k-th largest is
-    needed: int  # selected entries inside
-
-
-def _bracket(pieces: _Pieces, k: int) -> _Bracket:
-    """By reads that count; nothing is above and inside it where k is 0 or more than there are valid scores."""
-    top = int(_radix.keys(torch.tensor([math.inf], dtype=pieces.dtype)))
-    low, above, shift = 0, 0, max(top.bit_length() - _radix.DIGIT, 0)
-    count = (top >> shift) + 1
-    while k:
-        bins = pieces.histogram(low, shift, count)
-        from_top = bins.flip(0).cumsum(0) + above
-        if k > from_top[-1]:
-            break
-        place = int(torch.searchsorted(from_top, k))
-        inside = int(bins[count - 1 - place])
-        above = int(from_top[place]) - inside
-        low += (count - 1 - place) << shift
-        if shift == 0 or inside <= _KEPT:
-            return _Bracket(low, min(low + (1 << shift), top + 1), k - above)
-        before, shift = shift, max(shift - _radix.DIGIT, 0)
-        count = 1 << (before - shift)
-    return _Bracket(top + 1, top + 1, 0)
 
 
 def _finish(

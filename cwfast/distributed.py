@@ -1,7 +1,7 @@
 """One process's answers from scores that are spread over ranks: histograms are summed, scores stay where they are."""
 
 import itertools
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -103,16 +103,13 @@ def select_topk(
     flats = [shard.values.detach().reshape(-1) for shard in shards]
     _check_shards(shards, flats, k, skip, absolute, group)
 
-    def pieces() -> Iterator[Tensor]:
-        for flat in flats:
-            yield from (_radix.keys(piece).cpu() for piece in flat.split(PIECE))
+    def histogram(*bins: int) -> Tensor:
+        keys = (_radix.keys(piece).cpu() for flat in flats for piece in flat.split(PIECE))
+        counts = _radix.histogram(keys, *bins).to(_device(group))
+        dist.all_reduce(counts, group=group)
+        return counts.cpu()
 
-    def summed(histogram: Tensor) -> Tensor:
-        histogram = histogram.to(_device(group))
-        dist.all_reduce(histogram, group=group)
-        return histogram.cpu()
-
-    key, ties = _radix.threshold(pieces, dtype.itemsize, k, summed)
+    key, _, ties = _radix.bracket(histogram, dtype, k)
     bits = []
     for flat, quota in zip(flats, _quotas(shards, flats, key, ties, group), strict=True):
         parts = [torch.empty(0, dtype=torch.uint8, device=flat.device)]

@@ -14,7 +14,7 @@ from cwfast import _picks, ops
 from cwfast._parameters import Initial, initial_values
 from cwfast.checkpoint import Checkpoint
 from cwfast.masks import MaskSet, matching, streamed
-from cwfast.ops._entries import Entries, write
+from cwfast.ops._entries import Entries, write, write_one
 
 
 @contextmanager
@@ -80,7 +80,7 @@ def freeze(
                 )
 
     restore_all()
-    zeros: dict[tuple[torch.dtype, torch.device], Tensor] = {}
+    zeros = _Zeros(max((entries.count for entries in held[0].entries), default=0))
     hooks: list[Any] = [
         parameter.register_post_accumulate_grad_hook(_zeroing(entries, zeros))
         for parameter, entries in zip(parameters.values(), held[0].entries, strict=True)
@@ -113,10 +113,26 @@ class _Held:
         write(self.entries, self.weights, self._values)
 
 
-def _zeroing(entries: Entries, zeros: dict[tuple[torch.dtype, torch.device], Tensor]) -> Callable[[Tensor], None]:
-    """A hook that zeroes the selected entries of a parameter's gradient; ``zeros`` are buffers shared by all."""
+class _Zeros:
+    """A buffer of each dtype and device, as long as the longest of those who take a part of it."""
+
+    def __init__(self, longest: int) -> None:
+        self._longest = longest
+        self._buffers: dict[tuple[torch.dtype, torch.device], Tensor] = {}
+
+    def like(self, tensor: Tensor, count: int) -> Tensor:
+        key = tensor.dtype, tensor.device
+        if key not in self._buffers:
+            self._buffers[key] = torch.zeros(self._longest, dtype=tensor.dtype, device=tensor.device)
+        return self._buffers[key][:count]
+
+
+def _zeroing(entries: Entries, zeros: _Zeros) -> Callable[[Tensor], None]:
+    """A hook that zeroes the selected entries of a parameter's gradient."""
+    part: Tensor | None = None
 
     def zero_gradient(parameter: Tensor) -> None:
+        nonlocal part
         gradient = parameter.grad
         if gradient is None:
             return
@@ -124,10 +140,9 @@ def _zeroing(entries: Entries, zeros: dict[tuple[torch.dtype, torch.device], Ten
             raise TypeError(
                 f"gradients must be dense to be frozen in part; that of {entries.name!r} is {gradient.layout}"
             )
-        key = gradient.dtype, gradient.device
-        if key not in zeros or len(zeros[key]) < entries.count:
-            zeros[key] = torch.zeros(entries.count, dtype=gradient.dtype, device=gradient.device)
-        write([entries], [gradient], [zeros[key][: entries.count]], prefix="the gradient of ")
+        if part is None or part.dtype != gradient.dtype or part.device != gradient.device:
+            part = zeros.like(gradient, entries.count)
+        write_one(entries, gradient, part, prefix="the gradient of ")
 
     return zero_gradient
 

@@ -13,6 +13,8 @@ from test_rewind import by_form, check, masks_of
 
 import cwfast
 from cwfast import ops, reference
+from cwfast.ops import _entries, _rewind_device
+from cwfast.ops._entries import Entries
 
 pytestmark = pytest.mark.skipif(bool(build.why_not()), reason=f"CUDA on the CPU {build.why_not()}")
 
@@ -106,6 +108,31 @@ def test_a_model_is_rewound_and_frozen(library):
     for name, parameter in model.named_parameters():
         assert torch.equal(parameter[masks[name]], start[name][masks[name]])
         assert not (parameter == start[name])[~masks[name]].all()
+
+
+@by_form
+def test_picks_are_surveyed_once_a_call_and_never_while_frozen(library, monkeypatch, form):
+    surveys = []
+    survey = _rewind_device.survey
+    monkeypatch.setattr(_rewind_device, "survey", lambda *a: surveys.append(a) or survey(*a))
+    weights, initial = ([torch.randn(size) for size in (70_000, 130)] for _ in range(2))
+    bits = [test_rewind.picks(mask, form) for mask in masks_of(weights, 0.1)]
+
+    def cost(call):
+        surveys.clear()
+        result = call()
+        return len(surveys), result
+
+    assert cost(lambda: ops.rewind_(weights, initial, bits, backend="cuda"))[0] == 1
+    count, kept = cost(lambda: ops.gather(initial, bits, backend="cuda"))
+    assert count == 1
+    assert cost(lambda: ops.scatter_(weights, bits, kept, backend="cuda"))[0] == 1
+    entries = [Entries("w", w, b, backend="cuda") for w, b in zip(weights, bits, strict=True)]
+    assert cost(lambda: _entries.write(entries, weights, [torch.zeros_like(k) for k in kept]))[0] == 0
+    assert [int((w == 0).sum()) for w in weights] == [len(k) for k in kept]
+    for i, entry in enumerate(entries):
+        assert cost(lambda entry=entry, i=i: _entries.write_one(entry, weights[i], kept[i]))[0] == 0
+    assert all(map(torch.equal, ops.gather(weights, bits, backend="cuda"), kept))
 
 
 def far(monkeypatch, library, dtype, form):

@@ -201,7 +201,7 @@ def test_the_op_is_registered(backend, share):
     picks = masks.picks("w")
     low, offset = picks if isinstance(picks, tuple) else (picks, None)
     moments = [torch.zeros(masks.total) for _ in range(2)]
-    arguments = ([weight], [grad], [low], [offset], *([m] for m in moments), [torch.tensor(0.0)])
+    arguments = ([weight], [grad], [low], [offset], [None], *([m] for m in moments), [torch.tensor(0.0)])
     call = torch.ops.cwfast.selected_adamw_.default
     torch.library.opcheck(call, (*arguments, 0.1, 0.9, 0.99, 1e-8, 0.1, False, backend))
 

@@ -1,9 +1,12 @@
 """rewind_, gather and scatter_: copies of selected entries, bit for bit, and not one entry else."""
 
+import itertools
+
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from cwfast import ops, reference
 from cwfast.testing import guarded
@@ -166,6 +169,107 @@ def test_picks_that_only_one_word_or_block_shows_to_be_broken(backend):
         with pytest.raises(ValueError, match=r"bits\[0\] must"):
             ops.rewind_([weight], [torch.ones(size)], [bits], backend=backend)
         assert not weight.any()
+
+
+def is_right(numel, low, offset):
+    """The contract, entry by entry."""
+    low, offset = low.tolist(), offset.tolist()
+    if offset[0] != 0 or offset[-1] != len(low) or any(a > b for a, b in itertools.pairwise(offset)):
+        return False
+    flat = [
+        block * reference.BLOCK + x for block in range(len(offset) - 1) for x in low[offset[block] : offset[block + 1]]
+    ]
+    return flat == sorted(set(flat)) and all(x < numel for x in flat)
+
+
+@pytest.mark.parametrize("share", [0.0005, 0.02])  # the second: checked by several threads
+def test_one_wrong_entry_anywhere_is_found_before_anything_is_written(backend, share):
+    generator = torch.Generator().manual_seed(0)
+    numel = 18 * reference.BLOCK + 100  # three runs of blocks, the last block short
+    weight = torch.zeros(numel)
+    mask = torch.rand(numel, generator=generator) < share
+    mask[2 * reference.BLOCK : 4 * reference.BLOCK] = False  # empty blocks between others
+    mask[8 * reference.BLOCK :: reference.BLOCK] = mask[-1] = True
+    right_low, right_offset = picks(mask, "list")
+    assert (share > 0.01) == (len(right_low) > 1 << 14)
+    refused = 0
+    for place in [0, 1, len(right_low) - 2, len(right_low) - 1, *right_offset[1:-1].tolist()] * 2 + [-1] * 20:
+        low, offset = right_low.to(torch.int32), right_offset.clone()
+        at = place if place >= 0 else int(torch.randint(len(low), (), generator=generator))
+        kind = int(torch.randint(4, (), generator=generator))
+        if kind == 0:
+            low[at] = low[at - 1]  # twice, or from one block to the next
+        elif kind == 1:
+            low[at] = int(torch.randint(65_536, (), generator=generator))
+        elif kind == 2:
+            low[[at, at - 1]] = low[[at - 1, at]]
+        else:
+            offset[1 + at % 18] += 1 - 2 * (at % 2)
+        low = low.to(torch.uint16)
+        if is_right(numel, low, offset):
+            continue
+        refused += 1
+        item, values = (low, offset), torch.ones(len(low))
+        calls = [
+            lambda item=item: ops.rewind_([weight], [torch.ones(numel)], [item], backend=backend),
+            lambda item=item, values=values: ops.scatter_([weight], [item], [values], backend=backend),
+        ]
+        for call in calls:
+            version = weight._version
+            with pytest.raises(ValueError, match=r"^bits\[0\] must "):
+                call()
+            assert not weight.any()
+            assert weight._version == version
+    assert refused > 20
+    ops.rewind_([weight], [torch.ones(numel)], [(right_low, right_offset)], backend=backend)
+    assert torch.equal(weight != 0, mask)
+
+
+def test_the_message_says_which_position_of_which_block():
+    numel = 2 * reference.BLOCK + 10
+    sizes, bits = (5, numel), [block_list([0], [0, 1]), block_list([1, 5, 3, 9, 9], [0, 2, 3, 5])]
+    weights, initial = ([torch.zeros(size) for size in sizes] for _ in range(2))
+    with pytest.raises(ValueError, match=r"bits\[1\] .*inside block 2 and stay below 10; got 9 after 9"):
+        ops.rewind_(weights, initial, bits, backend="cpu")
+
+
+def test_whoever_traces_sees_the_op():
+    seen = []
+
+    class Mode(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            seen.append(func)
+            return func(*args, **(kwargs or {}))
+
+    weight, item = torch.zeros(100), picks(torch.arange(100) < 3, "list")
+    with Mode():
+        ops.rewind_([weight], [torch.ones(100)], [item])
+        ops.scatter_([weight], [item], [torch.full((3,), 2.0)])
+    assert {torch.ops.cwfast.rewind_.default, torch.ops.cwfast.scatter_.default} <= set(seen)
+    assert weight.sum() == 6
+
+
+def test_lists_of_what_is_not_plain():
+    """Lists take the short way only where every tensor is contiguous and of one dtype; all arrive."""
+    mask = torch.rand(40, 50) < 0.1
+    item = picks(mask, "list")
+    for weight, initial in (
+        (torch.zeros(50, 40).T, torch.ones(40, 50)),
+        (torch.zeros(40, 50), torch.ones(50, 40).T),
+        (torch.nn.Parameter(torch.zeros(40, 50)), torch.ones(40, 50)),
+    ):
+        ops.rewind_([weight], [initial], [item])
+        assert torch.equal(weight.bool(), mask)
+        ops.scatter_([weight], [item], [torch.full((2 * len(item[0]),), 3.0)[::2]])
+        assert torch.equal(weight == 3, mask)
+    for wrong in (torch.ones(len(item[0]) + 1), torch.ones(len(item[0]), 1), torch.ones(len(item[0])).double()):
+        weight = torch.zeros(40, 50)
+        with pytest.raises((ValueError, TypeError), match=r"values\[0\] must have"):
+            ops.scatter_([weight], [item], [wrong])
+        assert not weight.any()
+    wide = torch.zeros(9, dtype=torch.complex128)
+    with pytest.raises(TypeError, match="complex128"):
+        ops.rewind_([wide], [wide], [block_list([1], [0, 1])])
 
 
 GOOD = {"weights": [torch.zeros(9)], "initial": [torch.ones(9)], "bits": [torch.zeros(8, dtype=torch.uint8)]}

@@ -53,18 +53,18 @@ void update_run(const AdamwTensor& t, const Picks& p, const Run& run, const Fact
   int64_t flat[kChunk];
   const int64_t end = p.offset[run.last];
   Cursor cursor{p, run.first}, ahead{p, run.first};
-  const auto prefetch = [&] {
+  const auto announce = [&] {
     if (ahead.at == end) return;
     const int64_t index = ahead.next();
-    __builtin_prefetch(t.weight + index, 1);
-    __builtin_prefetch(t.grad + index);
+    prefetch(t.weight + index);
+    prefetch(t.grad + index);
   };
-  for (int i = 0; i < kAhead; ++i) prefetch();
+  for (int i = 0; i < kAhead; ++i) announce();
   while (cursor.at < end) {
     const int64_t begin = cursor.at;
     const int n = static_cast<int>(std::min<int64_t>(kChunk, end - begin));
     for (int i = 0; i < n; ++i) {
-      prefetch();
+      announce();
       flat[i] = cursor.next();
       weight[i] = t.weight[flat[i]];
       grad[i] = t.grad[flat[i]];

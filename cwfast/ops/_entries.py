@@ -5,9 +5,10 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from cwfast import _backends, _checks
-from cwfast.ops._library import written
-from cwfast.ops.rewind import Bits, _counts, _picks, _pointers, _resolve, _views, by_size
+from cwfast import _checks
+from cwfast.ops import _rewind_moves as _moves
+from cwfast.ops._rewind_moves import Survey, picks_of
+from cwfast.ops.rewind import Bits, _resolve
 
 
 class Entries:
@@ -23,10 +24,9 @@ class Entries:
 
     Attributes:
         backend: the resolved one.
-        packed: packed bits or ``low``.
-        offset: None for packed bits.
+        picks: the copy.
         count: how many entries are selected.
-        pointers: as ``cwfast._C`` takes picks.
+        ranks: what moves on devices need to know of packed bits.
 
     Raises:
         TypeError, ValueError, BackendUnavailable: as ``scatter_`` does.
@@ -37,13 +37,12 @@ class Entries:
         self.name, self._shape, self._device = name, like.shape, like.device
         own: Bits = (bits[0].clone(), bits[1].clone()) if isinstance(bits, tuple) else bits.clone()
         try:
-            self.backend, (self.packed,), (self.offset,) = _resolve([like], [own], backend)
+            self.backend, packed, offsets = _resolve([like], [own], backend)
+            (self.picks,) = picks_of([like], packed, offsets)
+            (self.count,), (self.ranks,) = _moves.survey([self.picks], self.backend)
         except (TypeError, ValueError) as error:  # the ops know places, not names
             message = str(error).replace("weights[0]", name).replace("bits[0]", f"bits of {name}")
             raise type(error)(message) from None
-        picks = _picks([like], [self.packed], [self.offset])
-        (self.count,) = _counts(picks, self.backend)
-        (self.pointers,) = _pointers(picks)
 
     def check(self, tensor: Tensor, dtype: torch.dtype | None = None, prefix: str = "") -> None:
         """``tensor`` may be written: it has kept shape and device, is dense, and of ``dtype`` where that is given.
@@ -83,17 +82,12 @@ def write(entries: Sequence[Entries], tensors: Sequence[Tensor], values: Sequenc
         _write_on_one([entries[i] for i in here], [tensors[i] for i in here], [values[i] for i in here])
 
 
+def write_one(entry: Entries, tensor: Tensor, value: Tensor, prefix: str = "") -> None:
+    """``write`` of one tensor, for what is called once for each parameter: between two of them, this is cold code."""
+    entry.check(tensor, value.dtype, prefix)
+    _write_on_one([entry], [tensor], [value])
+
+
 def _write_on_one(entries: list[Entries], tensors: list[Tensor], values: list[Tensor]) -> None:
-    if entries[0].backend != "cpu":
-        packed, offsets = [entry.packed for entry in entries], [entry.offset for entry in entries]
-        detached = [tensor.detach() for tensor in tensors]
-        torch.ops.cwfast.scatter_(detached, packed, offsets, values, entries[0].backend)
-        return
-    views = _views(tensors)
-    try:
-        for size, which in by_size(tensors).items():
-            given = [values[i].data_ptr() for i in which]
-            pointers = [entries[i].pointers for i in which]
-            _backends.native().scatter([views[i] for i in which], pointers, given, size)
-    finally:  # also after Ctrl-C, which leaves some entries written
-        written(tensors)
+    surveyed = Survey([], [entry.ranks for entry in entries])
+    _moves.scatter(tensors, [entry.picks for entry in entries], values, surveyed, entries[0].backend)

@@ -5,6 +5,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.graph import increment_version
 
 _LIBRARY = torch.library.Library("cwfast", "DEF")
 
@@ -20,4 +21,4 @@ def register(schema: str, implementation: Callable[..., Any], fake: Callable[...
 
 def written(tensors: Tensor | Sequence[Tensor]) -> None:
     """Tell autograd that these were changed through raw pointers, which bumps no version by itself."""
-    torch.autograd.graph.increment_version(tensors)
+    increment_version(tensors)

@@ -2,7 +2,8 @@
 
 Both backends have two kernels over a list of tensors: "survey" checks the picks and counts packed bits, "move" copies
 the selected entries, once for each size of entry. The table has one row a tensor, so that its cost does not grow with
-the tensors. Only what the caller must know waits for the device: whether picks are wrong, and how many they are.
+the tensors. Only what the caller must know waits for the device: whether picks are wrong, and how many they are. Both
+come from one survey, which also says where the moves of packed bits find their compact values.
 """
 
 import contextlib
@@ -36,14 +37,13 @@ class Survey(NamedTuple):
     """What the picks of a list of tensors are.
 
     Attributes:
-        wrong: int32 ``[tensors]``, a sum of keys of ``_WRONG``; 0 where nothing is.
-        before: int64 ``[8 blocks + 1]``, packed bits set before each slice of all tensors together.
-        first: where each tensor's blocks begin, and the number of all.
+        counts: selected entries of each tensor; empty where nobody asked.
+        ranks: of packed bits on a device, int64 ``[8 blocks and more]``: bits set before each slice, but for a
+            constant; else None.
     """
 
-    wrong: Tensor
-    before: Tensor
-    first: list[int]
+    counts: Sequence[int]
+    ranks: Sequence[Tensor | None]
 
 
 def by_size(tensors: Sequence[Tensor]) -> dict[int, list[int]]:
@@ -54,44 +54,55 @@ def by_size(tensors: Sequence[Tensor]) -> dict[int, list[int]]:
     return groups
 
 
-def survey(picks: list[Picks], backend: str) -> Survey:
-    """Launch; nothing is waited for. The picks' shapes and dtypes were checked."""
+def survey(picks: Sequence[Picks], backend: str, count: bool) -> Survey:
+    """Checks the picks, whose shapes and dtypes are right, and counts them; waits for the device once.
+
+    Raises:
+        ValueError: "bits[i] must ...": they do not name entries of tensor i, each once.
+    """
+    if not picks:
+        return Survey([], [])
     device = picks[0].low.device
     first = _first_blocks(picks)
-    wrong = torch.zeros(len(picks), dtype=torch.int32, device=device)
+    answer = torch.zeros(len(picks), dtype=torch.int32, device=device)
     counts = torch.empty(first[-1] * SLICES, dtype=torch.int64, device=device)
     table = _table([[*_row(p, begin), 0, *[0] * 6] for p, begin in zip(picks, first, strict=False)], device)
     if backend == "cuda":
         _backends.native().cuda_rewind_survey(
-            table.data_ptr(), len(picks), first[-1], counts.data_ptr(), wrong.data_ptr(), *_where(device)
+            table.data_ptr(), len(picks), first[-1], counts.data_ptr(), answer.data_ptr(), *_where(device)
         )
     else:
         with _current(device):
-            _backends.triton_kernels("rewind").survey(table, len(picks), first[-1], counts, wrong)
-    before = torch.zeros(len(counts) + 1, dtype=torch.int64, device=device)
-    torch.cumsum(counts, 0, out=before[1:])
-    return Survey(wrong, before, first)
+            _backends.triton_kernels("rewind").survey(table, len(picks), first[-1], counts, answer)
+    before = torch.empty(0)
+    if count and any(p.offset is None for p in picks):
+        before = torch.zeros(len(counts) + 1, dtype=torch.int64, device=device)
+        torch.cumsum(counts, 0, out=before[1:])
+        answer = torch.cat([answer, before[torch.tensor(first) * SLICES]])
+    answers = answer.tolist()
+    for i, pick in enumerate(picks):
+        if found := answers[i]:
+            text = next(text for code, text in _WRONG.items() if found & code)
+            raise ValueError(f"bits[{i}] {text.format(k=len(pick.low), numel=pick.numel)}")
+    if not count:
+        return Survey([], [])
+    edges = answers[len(picks) :]
+    counted, ranks = [], []
+    for i, pick in enumerate(picks):
+        packed = pick.offset is None
+        counted.append(edges[i + 1] - edges[i] if packed else len(pick.low))
+        ranks.append(before[first[i] * SLICES :] if packed else None)
+    return Survey(counted, ranks)
 
 
-def wrong_picks(picks: list[Picks], backend: str) -> tuple[int, str]:
-    """The first tensor whose picks are wrong, and what about them; -1 where none are."""
-    for i, found in enumerate(survey(picks, backend).wrong.tolist() if picks else []):
-        if found:
-            k, numel = len(picks[i].low), picks[i].numel
-            return i, next(text for code, text in _WRONG.items() if found & code).format(k=k, numel=numel)
-    return -1, ""
-
-
-def counts(picks: list[Picks], backend: str) -> list[int]:
-    """Selected entries of each tensor; the picks were checked."""
-    if all(p.offset is not None for p in picks):
-        return [len(p.low) for p in picks]
-    surveyed = survey(picks, backend)
-    edges = surveyed.before[torch.tensor(surveyed.first) * SLICES].tolist()
-    return [edges[i + 1] - edges[i] if p.offset is None else len(p.low) for i, p in enumerate(picks)]
-
-
-def move(targets: list[Tensor], sources: list[Tensor], picks: list[Picks], backend: str, compact: str = "") -> None:
+def move(
+    targets: Sequence[Tensor],
+    sources: Sequence[Tensor],
+    picks: Sequence[Picks],
+    backend: str,
+    compact: str = "",
+    ranks: Sequence[Tensor | None] = (),
+) -> None:
     """``target[i] = source[i]`` for the selected entries i. Launches; nothing is waited for.
 
     Args:
@@ -100,18 +111,18 @@ def move(targets: list[Tensor], sources: list[Tensor], picks: list[Picks], backe
         picks: of each tensor, checked.
         backend: "triton" or "cuda".
         compact: "targets" or "sources" hold the selected entries alone, in flat order.
+        ranks: then, those of the survey.
     """
+    if not targets:
+        return
     device = targets[0].device
-    ranks = None
-    if compact and any(p.offset is None for p in picks):
-        ranks = survey(picks, backend)
     for size, which in by_size(targets).items():
         first = _first_blocks([picks[i] for i in which])
         rows: list[list[int]] = []
         layouts: list[int] = []
         for i, begin in zip(which, first, strict=False):
-            before = ranks.before.data_ptr() + ranks.first[i] * SLICES * 8 if ranks else 0
-            row = [*_row(picks[i], begin), before]
+            before = ranks[i] if ranks else None
+            row = [*_row(picks[i], begin), 0 if before is None else before.data_ptr()]
             for name, tensor in (("targets", targets[i]), ("sources", sources[i])):
                 dims = [] if name == compact else _layout(tensor)
                 row += [tensor.data_ptr(), -1 if name == compact else len(dims) // 2, len(layouts)]
@@ -127,7 +138,7 @@ def move(targets: list[Tensor], sources: list[Tensor], picks: list[Picks], backe
                 _backends.triton_kernels("rewind").move(table, len(rows), first[-1], size)
 
 
-def _first_blocks(picks: list[Picks]) -> list[int]:
+def _first_blocks(picks: Sequence[Picks]) -> list[int]:
     """Where each tensor's blocks begin, and the number of all; an empty tensor has a block too, so that it is seen."""
     first = [0]
     for p in picks:

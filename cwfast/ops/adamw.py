@@ -7,9 +7,9 @@ from torch import Tensor
 from torch.optim.adamw import adamw
 
 from cwfast import _backends, _checks
+from cwfast.ops import _rewind_moves as _moves
 from cwfast.ops._entries import Entries
 from cwfast.ops._library import register, written
-from cwfast.ops.rewind import _picks, _pointers
 
 
 def selected_adamw_(
@@ -65,8 +65,9 @@ def selected_adamw_(
     torch.ops.cwfast.selected_adamw_(
         [weight.detach() for weight in weights],
         list(grads),
-        [entry.packed for entry in entries],
-        [entry.offset for entry in entries],
+        [entry.picks.low for entry in entries],
+        [entry.picks.offset for entry in entries],
+        [entry.ranks for entry in entries],
         list(exp_avgs),
         list(exp_avg_sqs),
         list(steps),
@@ -84,6 +85,7 @@ def _run(
     grads: list[Tensor],
     packed: list[Tensor],
     offsets: list[Tensor | None],
+    ranks: list[Tensor | None],
     exp_avgs: list[Tensor],
     exp_avg_sqs: list[Tensor],
     steps: list[Tensor],
@@ -95,6 +97,7 @@ def _run(
     maximize: bool,
     backend: str,
 ) -> None:
+    picks = _moves.picks_of(weights, packed, offsets)
     fused = [
         i
         for i, (weight, grad) in enumerate(zip(weights, grads, strict=True))
@@ -106,9 +109,9 @@ def _run(
             count = steps[i].item() + 1
             pointers = [tensor.data_ptr() for tensor in (weights[i], grads[i], exp_avgs[i], exp_avg_sqs[i])]
             items.append((*pointers, 1 - beta1**count, (1 - beta2**count) ** 0.5))
-        picks = _pointers(_picks([weights[i] for i in fused], [packed[i] for i in fused], [offsets[i] for i in fused]))
+        lists = [_moves.pointers(picks[i]) for i in fused]
         try:
-            _backends.native().selected_adamw(items, picks, lr, beta1, beta2, eps, weight_decay, maximize)
+            _backends.native().selected_adamw(items, lists, lr, beta1, beta2, eps, weight_decay, maximize)
         finally:  # also after Ctrl-C, which leaves some entries written and no step counted
             written([weights[i] for i in fused])
         for i in fused:
@@ -116,10 +119,10 @@ def _run(
     rest = sorted(set(range(len(weights))) - set(fused))
     if not rest:
         return
-    w, m, bits = [weights[i] for i in rest], [exp_avgs[i] for i in rest], [packed[i] for i in rest]
-    ends = [offsets[i] for i in rest]
-    values = torch.ops.cwfast.gather(w, bits, ends, backend)
-    compact = torch.ops.cwfast.gather([grads[i] for i in rest], bits, ends, backend)
+    w, m, own = [weights[i] for i in rest], [exp_avgs[i] for i in rest], [picks[i] for i in rest]
+    surveyed = _moves.Survey([len(moment) for moment in m], [ranks[i] for i in rest])
+    values = _moves.gather(w, own, surveyed, backend)
+    compact = _moves.gather([grads[i] for i in rest], own, surveyed, backend)
     updated = [value.to(moment.dtype) for value, moment in zip(values, m, strict=True)]
     adamw(
         updated,
@@ -138,7 +141,7 @@ def _run(
         maximize=maximize,
     )
     rounded = [value.to(weight.dtype) for value, weight in zip(updated, w, strict=True)]
-    torch.ops.cwfast.scatter_(w, bits, ends, rounded, backend)
+    _moves.scatter(w, own, rounded, surveyed, backend)
 
 
 def _plain(tensor: Tensor) -> bool:
@@ -146,9 +149,9 @@ def _plain(tensor: Tensor) -> bool:
 
 
 register(
-    "selected_adamw_(Tensor(a!)[] weights, Tensor[] grads, Tensor[] bits, Tensor?[] offsets, Tensor(b!)[] exp_avgs, "
-    "Tensor(c!)[] exp_avg_sqs, Tensor(d!)[] steps, float lr, float beta1, float beta2, float eps, float weight_decay, "
-    "bool maximize, str backend) -> ()",
+    "selected_adamw_(Tensor(a!)[] weights, Tensor[] grads, Tensor[] bits, Tensor?[] offsets, Tensor?[] ranks, "
+    "Tensor(b!)[] exp_avgs, Tensor(c!)[] exp_avg_sqs, Tensor(d!)[] steps, float lr, float beta1, float beta2, "
+    "float eps, float weight_decay, bool maximize, str backend) -> ()",
     _run,
     lambda *args: None,
 )

@@ -7,13 +7,12 @@ import torch
 from torch import Tensor
 
 from cwfast import _backends, _checks, reference
-from cwfast.ops import _rewind_device
-from cwfast.ops._library import register, written
-from cwfast.ops._rewind_device import Picks, by_size
+from cwfast.ops import _rewind_direct
+from cwfast.ops import _rewind_moves as _moves
+from cwfast.ops._library import register
+from cwfast.ops._rewind_moves import BACKENDS, picks_of
 from cwfast.ops.select import packed_bytes
 
-BACKENDS = ("reference", "cpu", "triton", "cuda")
-DEVICE_BACKENDS = ("triton", "cuda")
 Bits: TypeAlias = Tensor | tuple[Tensor, Tensor]
 
 
@@ -38,6 +37,8 @@ def rewind_(
         TypeError, ValueError: an argument does not hold what is written above; nothing has been changed.
         BackendUnavailable: the named backend cannot run here.
     """
+    if backend in ("auto", "cpu") and _rewind_direct.write(weights, initial, bits, compact=False):
+        return weights
     tensors = _writable("weights", weights)
     others = _checks.tensors("initial", initial)
     _same_length(len(tensors), initial=len(others), bits=len(bits))
@@ -70,6 +71,8 @@ def scatter_(
     ``values[t]`` is 1-D, of the dtype of ``weights[t]``, with one entry per selected one. Raises as ``rewind_`` does,
     before anything is written.
     """
+    if backend in ("auto", "cpu") and _rewind_direct.write(weights, values, bits, compact=True):
+        return weights
     tensors = _writable("weights", weights)
     compact = _checks.tensors("values", values)
     _same_length(len(tensors), bits=len(bits), values=len(compact))
@@ -77,10 +80,6 @@ def scatter_(
     for i, (weight, value) in enumerate(zip(tensors, compact, strict=True)):
         _checks.tensor(f"values[{i}]", value, dtypes=(weight.dtype,), ndim=(1,))
         _checks.same_device(weight.device, **{f"values[{i}]": value})
-    counts = _counts(_picks(tensors, packed, offsets), resolved)
-    for i, (count, value) in enumerate(zip(counts, compact, strict=True)):
-        if len(value) != count:
-            raise ValueError(f"values[{i}] must have {count} entries, one per selected entry; got {len(value)}")
     if tensors:
         torch.ops.cwfast.scatter_(_detached(tensors), packed, offsets, _detached(compact), resolved)
     return weights
@@ -106,7 +105,7 @@ def _detached(tensors: list[Tensor]) -> list[Tensor]:
 def _resolve(
     weights: list[Tensor], bits: Sequence[Bits], backend: str
 ) -> tuple[str, list[Tensor], list[Tensor | None]]:
-    """The backend, and the checked bits as the op takes them: bits or low, and offset or None."""
+    """The backend, and the bits as the op takes them, which checks what is in them: bits or low, and offset or None."""
     packed: list[Tensor] = []
     offsets: list[Tensor | None] = []
     for i, (weight, item) in enumerate(zip(weights, bits, strict=True)):
@@ -129,9 +128,6 @@ def _resolve(
         packed.append(_aligned(low))
         offsets.append(None if offset is None else offset.contiguous())
     resolved = _backends.resolve(backend, weights[0].device if weights else torch.device("cpu"), BACKENDS)
-    wrong = _wrong_picks(weights, packed, offsets, resolved)
-    if wrong:
-        raise ValueError(wrong)
     return resolved, packed, offsets
 
 
@@ -141,130 +137,30 @@ def _aligned(low: Tensor) -> Tensor:
     return low.clone() if low.data_ptr() % 8 and low.dtype == torch.uint8 else low
 
 
-def _wrong_picks(weights: list[Tensor], packed: list[Tensor], offsets: list[Tensor | None], backend: str) -> str:
-    """Empty where every pick names an entry of its weight, each once; else what is wrong."""
-    i, wrong = wrong_picks(_picks(weights, packed, offsets), backend)
-    return f"bits[{i}] {wrong}" if wrong else ""
-
-
-def wrong_picks(picks: list[Picks], backend: str) -> tuple[int, str]:
-    """The first tensor whose picks do not name entries of it, each once, and what is wrong: "must ..."; else -1, "".
-
-    Dtypes and shapes were checked. Each backend has the check in its own language: it reads all the picks.
-    """
-    if backend == "cpu":
-        return _backends.native().check_picks(_pointers(picks))
-    if backend in DEVICE_BACKENDS:
-        return _rewind_device.wrong_picks(picks, backend)
-    for i, pick in enumerate(picks):
-        if wrong := _reference_wrong(*pick):
-            return i, wrong
-    return -1, ""
-
-
-def _reference_wrong(numel: int, low: Tensor, offset: Tensor | None) -> str:
-    if offset is None:
-        last = low[-8:]
-        if reference.unpack(last, 64)[numel - (len(low) - len(last)) * 8 :].any():
-            return f"must be zero past the last of {numel} entries; some bits are set"
-        return ""
-    if offset[0] != 0 or offset[-1] != len(low) or (offset.diff() < 0).any():
-        return f"must have offsets from 0 to {len(low)}, the length of low, that do not decrease"
-    position = low.to(torch.int32)
-    falls = position[1:] <= position[:-1]
-    inner = offset[(offset > 0) & (offset < len(low))]
-    falls[inner - 1] = False  # from one block to the next
-    last = position[int(offset[-2]) if numel else 0 :]
-    if falls.any() or (last >= (numel - 1) % reference.BLOCK + 1).any():
-        return f"must list positions that ascend strictly inside each block and stay below {numel} entries"
-    return ""
-
-
-def _picks(weights: list[Tensor], packed: list[Tensor], offsets: list[Tensor | None]) -> list[Picks]:
-    return [Picks(w.numel(), low, offset) for w, low, offset in zip(weights, packed, offsets, strict=True)]
-
-
-def _pointers(picks: list[Picks]) -> list[tuple[int, ...]]:
-    """(numel, bits, low, offset, k) with a null pointer for what is not there, as cwfast._C takes picks."""
-    return [
-        (numel, low.data_ptr(), 0, 0, 0) if offset is None else (numel, 0, low.data_ptr(), offset.data_ptr(), len(low))
-        for numel, low, offset in picks
-    ]
-
-
-def _views(tensors: list[Tensor]) -> list[tuple[int, list[int], list[int]]]:
-    """(data, sizes, strides), the last two empty where the tensor is contiguous."""
-    return [
-        (t.data_ptr(), [], []) if t.is_contiguous() else (t.data_ptr(), list(t.shape), list(t.stride()))
-        for t in tensors
-    ]
-
-
-def _counts(picks: list[Picks], backend: str) -> list[int]:
-    if backend == "cpu":
-        return _backends.native().count_picks(_pointers(picks))
-    if backend in DEVICE_BACKENDS:
-        return _rewind_device.counts(picks, backend)
-    return [len(low) if offset is not None else int(reference.unpack(low, numel).sum()) for numel, low, offset in picks]
-
-
 def _run_rewind(
     weights: list[Tensor], initial: list[Tensor], packed: list[Tensor], offsets: list[Tensor | None], backend: str
 ) -> None:
-    picks = _picks(weights, packed, offsets)
-    if backend == "reference":
-        for weight, other, (numel, low, offset) in zip(weights, initial, picks, strict=True):
-            reference.rewind_(weight, other, reference.indices_of(low, offset, numel))
-        return
-    try:
-        if backend in DEVICE_BACKENDS:
-            _rewind_device.move(weights, initial, picks, backend)
-            return
-        pointers, w, w0 = _pointers(picks), _views(weights), _views(initial)
-        for size, which in by_size(weights).items():
-            _backends.native().rewind([w[i] for i in which], [w0[i] for i in which], [pointers[i] for i in which], size)
-    finally:  # also after Ctrl-C, which leaves some entries written
-        written(weights)
+    picks = picks_of(weights, packed, offsets)
+    _moves.survey(picks, backend, count=False)
+    _moves.rewind(weights, initial, picks, backend)
 
 
 def _run_gather(
     weights: list[Tensor], packed: list[Tensor], offsets: list[Tensor | None], backend: str
 ) -> list[Tensor]:
-    picks = _picks(weights, packed, offsets)
-    if backend == "reference":
-        items = zip(weights, picks, strict=True)
-        return [reference.gather(w, reference.indices_of(low, offset, numel)) for w, (numel, low, offset) in items]
-    counts = _counts(picks, backend)
-    values = [weight.new_empty(count) for count, weight in zip(counts, weights, strict=True)]
-    if backend in DEVICE_BACKENDS:
-        _rewind_device.move(values, weights, picks, backend, compact="targets")
-        return values
-    pointers, w = _pointers(picks), _views(weights)
-    for size, which in by_size(weights).items():
-        to = [values[i].data_ptr() for i in which]
-        _backends.native().gather([w[i] for i in which], [pointers[i] for i in which], to, size)
-    return values
+    picks = picks_of(weights, packed, offsets)
+    return _moves.gather(weights, picks, _moves.survey(picks, backend), backend)
 
 
 def _run_scatter(
     weights: list[Tensor], packed: list[Tensor], offsets: list[Tensor | None], values: list[Tensor], backend: str
 ) -> None:
-    picks = _picks(weights, packed, offsets)
-    if backend == "reference":
-        for weight, (numel, low, offset), value in zip(weights, picks, values, strict=True):
-            reference.scatter_(weight, reference.indices_of(low, offset, numel), value)
-        return
-    values = [value.contiguous() for value in values]
-    try:
-        if backend in DEVICE_BACKENDS:
-            _rewind_device.move(weights, values, picks, backend, compact="sources")
-            return
-        pointers, w = _pointers(picks), _views(weights)
-        for size, which in by_size(weights).items():
-            given = [values[i].data_ptr() for i in which]
-            _backends.native().scatter([w[i] for i in which], [pointers[i] for i in which], given, size)
-    finally:  # also after Ctrl-C, which leaves some entries written
-        written(weights)
+    picks = picks_of(weights, packed, offsets)
+    surveyed = _moves.survey(picks, backend)
+    for i, (count, value) in enumerate(zip(surveyed.counts, values, strict=True)):
+        if len(value) != count:
+            raise ValueError(f"values[{i}] must have {count} entries, one per selected entry; got {len(value)}")
+    _moves.scatter(weights, picks, [value.contiguous() for value in values], surveyed, backend)
 
 
 def _fake_gather(
