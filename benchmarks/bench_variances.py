@@ -4,14 +4,14 @@
 """
 
 import numpy as np
-import torch
 from cwfast.benchmarks import _harness
 from pytest_benchmark.fixture import BenchmarkFixture
 
 from cwfast import ops
 from cwfast.data.bundled import digits
-from cwfast.demo import Sizes, _network, complementary_halves
+from cwfast.demo import Sizes, _network
 from cwfast.mia import lira, metrics
+from cwfast.shadow import Plan
 from cwfast.training import Recipe, Task, fit_from_scratch
 
 VARIANCES = ("shrinkage", "per_example", "fixed")
@@ -25,10 +25,10 @@ def test_variances(benchmark: BenchmarkFixture) -> None:
     epochs = _harness.by_size(tiny=2, full=Sizes.epochs)
     data = digits(seed=0)
     task = Task(_network, data, Recipe(lr=0.2, batch_size=64, epochs=epochs))
-    ids = complementary_halves(data.pool, counts[-1], seed=0)
-    fitted = fit_from_scratch(task, ids, list(range(len(ids))))
-    member = np.stack([torch.isin(data.pool, own).numpy() for own in ids])
-    inputs, labels = data.inputs[data.pool], data.targets[data.pool]
+    plan = Plan.halves(data.pool, data.reference, counts[-1], seed=0)
+    fitted = fit_from_scratch(task, [plan.train_ids(model) for model in range(plan.models)], plan.seeds)
+    member = plan.membership.numpy()
+    inputs, labels = data.inputs[plan.ids], data.targets[plan.ids]
     phi = np.stack([ops.logit_stats(one.predict(inputs), labels).phi.double().numpy() for one in fitted])
     found: dict[str, dict[str, object]] = {}
     table = [
@@ -45,6 +45,6 @@ def test_variances(benchmark: BenchmarkFixture) -> None:
             table.append("  ".join([f"{count:>6}", f"{variance:<11}", *cells]))
     variants = {variance: lambda variance=variance: lira(phi, member, variance=variance) for variance in VARIANCES}
     times = _harness.interleaved(variants, 5)
-    case = f"variances lira K={counts[-1]} N={len(data.pool)} epochs={epochs}"
+    case = f"variances lira K={counts[-1]} N={len(plan.ids)} epochs={epochs}"
     _harness.report(benchmark, case, times, variants["shrinkage"], ratios={}, found=found, targets=TARGETS)
     _harness.SUMMARY.extend(table)
