@@ -123,7 +123,9 @@ def _audit_arguments(parser: argparse.ArgumentParser) -> None:
         help="instead: a function that returns (task, defense), which are trained on halves of the task's pool; "
         "cwfast.examples:adult is one. Needs --out, where an interrupted run goes on",
     )
-    trained.add_argument("--models", type=int, help="how many, an even number (default: 16)")
+    trained.add_argument(
+        "--models", type=int, help="how many, an even number; the default attacks need 6 (default: 16)"
+    )
     trained.add_argument("--group", type=int, help="models trained at once as one fleet (default: 8)")
     trained.add_argument("--engine", help="local, ray or slurm (default: local)")
     trained.add_argument("--workers", type=int, help="jobs at a time (default, local: one per core)")

@@ -53,9 +53,7 @@ def signals(
         Exception: as ``Plan.halves``, ``run`` and ``collect`` do.
     """
     job = Training(source)
-    dataset = job.setup[0].dataset
-    pool = dataset.pool[: len(dataset.pool) // 2 * 2].cpu()
-    plan = Plan.halves(pool, dataset.reference.cpu(), models, seed)
+    plan = job.plan(models, seed)
     run(plan, job, out, group=group, **how)
     found = collect(plan, out)
     found.require(plan.expected)
@@ -87,6 +85,16 @@ class Training:
             kinds = ", ".join(type(one).__name__ for one in made)
             raise TypeError(f"{self.source} must give a Task, a Defense and perhaps queries; got {kinds}")
         return task, defense, more[0] if more else as_they_are
+
+    def plan(self, models: int, seed: int) -> Plan:
+        """``Plan.halves`` of the task's pool, less its last sample if it is odd.
+
+        Raises:
+            ValueError: as ``Plan.halves`` does.
+        """
+        dataset = self.setup[0].dataset
+        pool = dataset.pool[: len(dataset.pool) // 2 * 2].cpu()
+        return Plan.halves(pool, dataset.reference.cpu(), models, seed)
 
     @property
     def manifest(self) -> dict[str, Any]:
