@@ -5,6 +5,7 @@ import hashlib
 import importlib
 import json
 import os
+import platform
 import random
 import socket
 import time
@@ -12,7 +13,9 @@ import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from importlib.metadata import version
 from pathlib import Path
+from types import FunctionType
 from typing import Any
 
 import numpy as np
@@ -21,6 +24,7 @@ import torch
 from cwfast.checkpoint.files import atomic_write
 from cwfast.errors import CheckpointError
 from cwfast.mia import Signals
+from cwfast.shadow.describing import describe
 from cwfast.shadow.plan import Plan
 
 THREADS = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")  # read when libraries load
@@ -120,7 +124,8 @@ class Work:
 
     def _do(self, index: int) -> None:
         job, rows = resolve(self.job), self.rows(index)
-        check_manifest(self.settings["manifest"], getattr(job, "manifest", {}))
+        check_manifest(self.settings["manifest"], manifest_of(job))
+        check_manifest({"versions": self.settings["versions"]}, {"versions": versions()})
         seed = self.plan.seeds[rows[0]]  # for jobs that draw from the global generators
         random.seed(seed)
         np.random.seed(seed % 2**32)  # noqa: NPY002
@@ -168,19 +173,45 @@ def read_settings(out: Path) -> dict[str, Any] | None:
         raise CheckpointError(f"{out / 'run.json'} must hold JSON; {error}") from error
 
 
+def manifest_of(job: Callable[..., Any]) -> dict[str, Any]:
+    """What a job says of itself; of a function that says nothing, its code."""
+    nothing = {"code": describe(job)} if isinstance(job, FunctionType) else {}
+    return json.loads(json.dumps(getattr(job, "manifest", nothing)))
+
+
+def versions() -> dict[str, str]:
+    """Of what the results depend on, beside the job."""
+    return {"cwfast": version("cwfast"), "torch": torch.__version__, "python": platform.python_version()}
+
+
+def difference(first: dict[str, Any], second: dict[str, Any]) -> tuple[str, str, str] | None:
+    """The first entry that differs, as ``a.b.c``, and both of its values, cut where they are long."""
+    for name in [*first, *(name for name in second if name not in first)]:
+        one, other = first.get(name), second.get(name)
+        if one == other:
+            continue
+        deeper = difference(one, other) if isinstance(one, dict) and isinstance(other, dict) else None
+        return (f"{name}.{deeper[0]}", *deeper[1:]) if deeper else (name, _cut(one), _cut(other))
+    return None
+
+
 def check_manifest(expected: dict[str, Any], found: dict[str, Any]) -> None:
     """A job is what it was where the run began: the same data come out of its loader in each process.
 
     Raises:
         ValueError: it is not; the message names the first entry that differs.
     """
-    found = json.loads(json.dumps(found))
-    for name in sorted(expected.keys() | found.keys()):
-        if expected.get(name) != found.get(name):
-            raise ValueError(
-                f"a job must describe itself in each process as where the run began; its {name} was "
-                f"{expected.get(name)!r} and is {found.get(name)!r}"
-            )
+    differs = difference(expected, found)
+    if differs:
+        name, was, now = differs
+        raise ValueError(
+            f"a job must describe itself in each process as where the run began; its {name} was {was} and is {now}"
+        )
+
+
+def _cut(value: object) -> str:
+    text = repr(value)
+    return text if len(text) <= 200 else f"{text[:200]}..."
 
 
 def _digest(path: Path) -> str:
