@@ -323,6 +323,21 @@ def test_a_job_that_fails_is_named_and_the_others_kept(tmp_path, log):
     assert [model for event, model, _ in log()] == [0, 2, 4]  # what raised is not tried again
 
 
+def test_a_job_that_exits_is_told_as_one_that_raises(tmp_path, log):
+    with pytest.raises(RuntimeError, match=r"job 0 \(models 0, .*\) failed: SystemExit: no more; 1 of 1 jobs failed"):
+        shadow.run(TINY, shadow_jobs.exiting, tmp_path, workers=1, group=6)
+    assert len(log()) == 1  # it is not tried again
+    last = json.loads((tmp_path / "log.jsonl").read_text().splitlines()[-1])
+    assert "in exiting" in last["traceback"]
+
+
+@pytest.mark.parametrize("name", ["jobs.lock", "log.jsonl"])
+def test_files_that_a_worker_cannot_open_are_told(name, tmp_path):
+    (tmp_path / name).mkdir()
+    with pytest.raises(RuntimeError, match=rf"job 0 .* failed: IsADirectoryError: .*{name}.*; 1 of 1 jobs failed"):
+        shadow.run(TINY, shadow_jobs.with_state, tmp_path, workers=1, group=6)
+
+
 @pytest.mark.slow
 def test_a_job_that_kills_its_worker_is_given_up_after_some_retries(tmp_path, log):
     with pytest.raises(RuntimeError, match=r"job 3 \(models 3\) failed: its worker ended with exit code -9, 2 times"):
@@ -377,6 +392,39 @@ def test_a_flipped_bit_in_a_result_is_found(out):
 def test_a_result_of_another_job_is_found(out):
     (out / "signals-00001.safetensors").write_bytes((out / "signals-00000.safetensors").read_bytes())
     with pytest.raises(CheckpointError, match=r"signals-00001\.safetensors must be of this run"):
+        shadow.collect(TINY, out)
+
+
+def test_signals_of_no_run_in_the_place_of_a_result_are_refused(out):
+    part = mia.Signals.load(out / "signals-00001.safetensors")
+    dataclasses.replace(part, manifest={}).save(out / "signals-00001.safetensors")
+    with pytest.raises(CheckpointError, match=r"signals-00001\.safetensors must be of this run"):
+        shadow.collect(TINY, out)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("[]", r"run\.json must hold the settings of a run; got \[\]"),
+        ("null", r"run\.json must hold the settings of a run; got None"),
+        ("[" * 100_000, r"run\.json must hold JSON"),
+        ("{}", "it holds another|its format is None"),
+    ],
+)
+def test_a_run_json_that_is_none(content, message, out):
+    (out / "run.json").write_text(content)
+    for use in (lambda: shadow.collect(TINY, out), lambda: shadow.run(TINY, shadow_jobs.with_state, out, group=3)):
+        with pytest.raises(CheckpointError, match=message):
+            use()
+
+
+@pytest.mark.parametrize(("name", "value"), [("group", 0), ("threads", -1), ("group", None), ("manifest", []), ("job", 3)])
+def test_a_damaged_run_json_is_not_collected(name, value, out):
+    settings = json.loads((out / "run.json").read_text())
+    (out / "run.json").write_text(json.dumps({**settings, name: value}))
+    with pytest.raises(
+        CheckpointError, match=rf"run\.json must say {name} as it was written; got {re.escape(repr(value))}"
+    ):
         shadow.collect(TINY, out)
 
 

@@ -130,8 +130,13 @@ def collect(plan: Plan, out: str | os.PathLike[str]) -> Signals:
     """
     out = Path(out).resolve()
     settings = read_settings(out)
-    if settings is None or settings.get("format") != FORMAT or settings["plan"] != plan.sha256:
-        raise CheckpointError(f"{out} must hold a run of this plan; it holds {'another' if settings else 'none'}")
+    if settings is None or settings.get("format") != FORMAT or settings.get("plan") != plan.sha256:
+        raise CheckpointError(
+            f"{out} must hold a run of this plan; it holds {'none' if settings is None else 'another'}"
+        )
+    for name, kind in (("job", str), ("group", int), ("threads", int), ("manifest", dict)):
+        if not isinstance(settings.get(name), kind) or (kind is int and settings[name] < 1):
+            raise CheckpointError(f"{out / 'run.json'} must say {name} as it was written; got {settings.get(name)!r}")
     work = Work(plan, settings["job"], out, settings)
     parts = [work.load(index) for index in range(work.jobs)]
     done = [part for part in parts if part is not None]

@@ -11,7 +11,7 @@ import socket
 import time
 import traceback
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -76,20 +76,21 @@ class Work:
     def __call__(self, index: int) -> str | None:
         """Do a job, unless it is done. Returns None, or the exception that it raised, with its notes, in one line."""
         torch.set_num_threads(self.settings["threads"])
-        with self._claimed(index):
-            if self._path(index).exists():
-                return None
-            for left in self.out.glob(f".*-{index:05d}.*.tmp"):  # of a worker that was killed while it wrote
-                left.unlink()
-            start = time.monotonic()
-            self._log(index, "started")
-            try:
+        try:
+            with self._claimed(index):
+                if self._path(index).exists():
+                    return None
+                for left in self.out.glob(f".*-{index:05d}.*.tmp"):  # of a worker that was killed while it wrote
+                    left.unlink()
+                start = time.monotonic()
+                self._log(index, "started")
                 self._do(index)
-            except Exception as error:
+                self._log(index, "done", seconds=round(time.monotonic() - start, 3))
+                return None
+        except (Exception, SystemExit) as error:  # a job that calls sys.exit would do so again
+            with suppress(OSError):  # the log may be what failed
                 self._log(index, "failed", traceback=traceback.format_exc())
-                return " ".join("".join(traceback.format_exception_only(error)).split())
-            self._log(index, "done", seconds=round(time.monotonic() - start, 3))
-            return None
+            return " ".join("".join(traceback.format_exception_only(error)).split())
 
     def load(self, index: int) -> Signals | None:
         """A job's result, None if it is not done.
@@ -101,7 +102,7 @@ class Work:
         if not path.exists():
             return None
         part = Signals.load(path)
-        if part.manifest["run"] != self._hash or part.manifest["models"] != self.rows(index):
+        if part.manifest.get("run") != self._hash or part.manifest.get("models") != self.rows(index):
             raise CheckpointError(f"{path} must be of this run; it is of another: remove it, or use another folder")
         wanted = part.manifest.get("state")
         if wanted is not None and not (state.exists() and _digest(state) == wanted):
@@ -165,12 +166,16 @@ def read_settings(out: Path) -> dict[str, Any] | None:
     Raises:
         CheckpointError: it is broken.
     """
+    path = out / "run.json"
     try:
-        return json.loads((out / "run.json").read_text())
+        found = json.loads(path.read_text())
     except FileNotFoundError:
         return None
-    except ValueError as error:
-        raise CheckpointError(f"{out / 'run.json'} must hold JSON; {error}") from error
+    except (ValueError, RecursionError) as error:
+        raise CheckpointError(f"{path} must hold JSON; {error}") from error
+    if not isinstance(found, dict):
+        raise CheckpointError(f"{path} must hold the settings of a run; got {_cut(found)}")
+    return found
 
 
 def manifest_of(job: Callable[..., Any]) -> dict[str, Any]:
