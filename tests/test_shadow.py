@@ -418,7 +418,9 @@ def test_a_run_json_that_is_none(content, message, out):
             use()
 
 
-@pytest.mark.parametrize(("name", "value"), [("group", 0), ("threads", -1), ("group", None), ("manifest", []), ("job", 3)])
+@pytest.mark.parametrize(
+    ("name", "value"), [("group", 0), ("threads", -1), ("group", None), ("manifest", []), ("job", 3)]
+)
 def test_a_damaged_run_json_is_not_collected(name, value, out):
     settings = json.loads((out / "run.json").read_text())
     (out / "run.json").write_text(json.dumps({**settings, name: value}))
