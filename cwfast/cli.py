@@ -40,7 +40,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         message = error.args[0] if isinstance(error, KeyError) and error.args else error  # whose str is a repr
         print(f"cwfast: error: {' '.join(str(message).split()) or type(error).__name__}", file=sys.stderr)
         return 1
-    print(json.dumps(document, indent=2, allow_nan=False) if options.json else text)
+    try:
+        print(json.dumps(document, indent=2, allow_nan=False) if options.json else text, flush=True)
+    except BrokenPipeError:  # whoever reads (head, say) has what it wants: no error, and none either when Python exits
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     return 0
 
 
