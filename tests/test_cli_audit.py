@@ -625,7 +625,7 @@ def test_broken_and_foreign_files(files):
     assert read_array(files / "number_as_name.pt", "logits").tolist() == [0, 0, 0]
     with zipfile.ZipFile(files / "text.npz", "w") as archive:
         archive.writestr("logits", "no array")
-    with pytest.raises(CheckpointError, match="must hold arrays alone; its logits is none"):
+    with pytest.raises(CheckpointError, match="the magic string is not correct"):
         read_array(files / "text.npz", "logits")
     torch.save(torch.zeros(3), files / "one.pt")
     for name in ("one.pt", "logits.npy"):
@@ -633,6 +633,21 @@ def test_broken_and_foreign_files(files):
             read_array(f"{files / name}:a", "logits")
     with pytest.raises(FileNotFoundError, match="logits must be a file; there is none at"):
         read_array(files / "nothing.npy", "logits")
+
+
+@pytest.mark.parametrize("version", [(1, 0), (2, 0)])
+@pytest.mark.parametrize("said", [239, 241, 1 << 45])
+def test_a_header_that_says_another_size_is_refused_before_room_is_made(said, version, tmp_path):
+    header = io.BytesIO()
+    writer = {(1, 0): np.lib.format.write_array_header_1_0, (2, 0): np.lib.format.write_array_header_2_0}[version]
+    writer(header, {"descr": "<f8", "fortran_order": False, "shape": (said,)})
+    content = header.getvalue() + bytes(8 * 240)
+    (tmp_path / "a.npy").write_bytes(content)
+    with zipfile.ZipFile(tmp_path / "a.npz", "w", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr("logits.npy", content)
+    for name in ("a.npy", "a.npz"):
+        with pytest.raises(CheckpointError, match=f"it must hold {8 * said} bytes, as its header says; it holds 1920"):
+            read_array(tmp_path / name, "logits")
 
 
 def test_a_name_with_a_colon_is_a_file_where_there_is_one(files):
