@@ -154,7 +154,12 @@ def _audit_arguments(parser: argparse.ArgumentParser) -> None:
         help="attack this model only, with the others as its shadows; default: every model in turn",
     )
     how.add_argument("--bootstrap", type=int, default=1000, help="replicates for intervals (default: %(default)s)")
-    how.add_argument("--seed", type=int, default=0, help="of bootstrap and training (default: %(default)s)")
+    how.add_argument(
+        "--seed",
+        type=int,
+        default=0,
+        help="of bootstrap and, with --train, training: another seed trains other models (default: %(default)s)",
+    )
     told = parser.add_argument_group("what is told")
     told.add_argument("--out", type=Path, help="folder for report.json and report.html")
     told.add_argument(

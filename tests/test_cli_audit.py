@@ -355,6 +355,21 @@ def test_a_function_of_the_user_is_trained_and_goes_on(tmp_path):
     assert (tmp_path / "out" / "shadows" / "log.jsonl").read_text() == log  # nothing was trained again
 
 
+@pytest.mark.parametrize("finished", [True, False])
+def test_another_seed_in_a_finished_folder_is_told_what_to_do(finished, tmp_path, capsys, monkeypatch):
+    (tmp_path / "task_seeded.py").write_text(TASK)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    (tmp_path / "shadows").mkdir()
+    (tmp_path / "shadows" / "run.json").write_text("{}")
+    if finished:
+        (tmp_path / "signals.safetensors").touch()
+    told = error(capsys, "--train", "task_seeded:small", "--out", tmp_path, "--seed", "4", "--bootstrap", "0")
+    assert "must be this run's" in told
+    use = f"; to attack again what was trained there, use --signals {tmp_path / 'signals.safetensors'}\n"
+    assert told.endswith(use) == finished
+
+
 def test_training_takes_what_the_command_line_says(arrays, tmp_path, capsys, monkeypatch):
     asked = {}
     (tmp_path / "task_to_be_asked.py").write_text(TASK)

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from cwfast import report
 from cwfast.checkpoint.arrays import read_array, sha256, split_path
+from cwfast.errors import CheckpointError
 from cwfast.mia import Audit, Signals, audit
 from cwfast.mia._shadows import TooFewModels
 from cwfast.mia.attacks import ATTACKS
@@ -120,8 +121,14 @@ def _trained(options: argparse.Namespace, features: Tensor | None) -> tuple[Sign
     rehearsal = Signals.from_logits(noise, torch.zeros(len(plan.ids), dtype=torch.int64), plan.membership)
     labels = job.setup[0].dataset.targets[plan.ids].cpu()
     _attacked(options, replace(rehearsal, labels=labels), features, 0)  # refuses now what it would after the training
-    signals = shadow.signals(job.source, options.out / "shadows", seed=options.seed, **how)
-    signals.save(options.out / "signals.safetensors")
+    saved = options.out / "signals.safetensors"
+    try:
+        signals = shadow.signals(job.source, options.out / "shadows", seed=options.seed, **how)
+    except CheckpointError as error:
+        if not saved.exists():
+            raise
+        raise CheckpointError(f"{error}; to attack again what was trained there, use --signals {saved}") from error
+    signals.save(saved)
     return signals, job.setup[0].dataset.inputs[signals.ids].cpu() if options.show_inputs else None
 
 
