@@ -40,7 +40,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         message = error.args[0] if isinstance(error, KeyError) and error.args else error  # whose str is a repr
         print(f"cwfast: error: {' '.join(str(message).split()) or type(error).__name__}", file=sys.stderr)
         return 1
-    print(json.dumps(document, indent=2, allow_nan=False) if options.json else text)
+    try:
+        print(json.dumps(document, indent=2, allow_nan=False) if options.json else text, flush=True)
+    except BrokenPipeError:  # whoever reads (head, say) has what it wants: no error, and none either when Python exits
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     return 0
 
 
@@ -123,7 +126,9 @@ def _audit_arguments(parser: argparse.ArgumentParser) -> None:
         help="instead: a function that returns (task, defense), which are trained on halves of the task's pool; "
         "cwfast.examples:adult is one. Needs --out, where an interrupted run goes on",
     )
-    trained.add_argument("--models", type=int, help="how many, an even number (default: 16)")
+    trained.add_argument(
+        "--models", type=int, help="how many, an even number; the default attacks need 6 (default: 16)"
+    )
     trained.add_argument("--group", type=int, help="models trained at once as one fleet (default: 8)")
     trained.add_argument("--engine", help="local, ray or slurm (default: local)")
     trained.add_argument("--workers", type=int, help="jobs at a time (default, local: one per core)")
@@ -149,7 +154,12 @@ def _audit_arguments(parser: argparse.ArgumentParser) -> None:
         help="attack this model only, with the others as its shadows; default: every model in turn",
     )
     how.add_argument("--bootstrap", type=int, default=1000, help="replicates for intervals (default: %(default)s)")
-    how.add_argument("--seed", type=int, default=0, help="of bootstrap and training (default: %(default)s)")
+    how.add_argument(
+        "--seed",
+        type=int,
+        default=0,
+        help="of bootstrap and, with --train, training: another seed trains other models (default: %(default)s)",
+    )
     told = parser.add_argument_group("what is told")
     told.add_argument("--out", type=Path, help="folder for report.json and report.html")
     told.add_argument(

@@ -249,7 +249,7 @@ class _Demo:
         return metrics.summary(scores[:, columns], self.membership[:, columns], **options)
 
     def _curve(self, scores: np.ndarray) -> dict[str, Any]:
-        lowest = 1 / (~self.membership).sum(axis=1).min()
+        lowest = np.nextafter(1 / (~self.membership).sum(axis=1).min(), 1)  # as in auditing._roc
         grid = [float(fpr) for fpr in np.geomspace(lowest, 1, 30).clip(max=1)]
         options: dict[str, Any] = {"bootstrap": self.sizes.bootstrap, "seed": self.seed}
         points = metrics.summary(scores, self.membership, fprs=grid, **options)["tpr_at_fpr"]

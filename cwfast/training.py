@@ -3,8 +3,8 @@ models as one stacked fleet."""
 
 import math
 import warnings
-from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
-from contextlib import ExitStack
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -68,6 +68,18 @@ def cross_entropy(logits: Tensor, targets: Tensor, *, epoch: int = 0) -> Tensor:
     return functional.cross_entropy(logits, targets)
 
 
+@contextmanager
+def seeded(seed: int) -> Iterator[None]:
+    """torch's generators begin at a seed; afterwards they are as they were, CUDA's too where CUDA is initialized.
+
+    Not yet run on a GPU.
+    """
+    devices = range(torch.cuda.device_count()) if torch.cuda.is_initialized() else ()
+    with torch.random.fork_rng(devices=list(devices)):
+        torch.manual_seed(seed)
+        yield
+
+
 @dataclass(frozen=True)
 class Task:
     """A model architecture, data, and how to train. ``make_model()`` draws its initial weights from torch's RNG."""
@@ -78,8 +90,7 @@ class Task:
 
     def initial_model(self, seed: int) -> nn.Module:
         """A fresh model whose initial weights depend on ``seed`` alone; the global RNG is left as it was."""
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(seed)
+        with seeded(seed):
             return self.make_model()
 
 

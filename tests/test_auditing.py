@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from cwfast.mia import Signals, attacks, audit, lira, metrics, rmia
+from cwfast.mia import Signals, attacks, audit, auditing, lira, metrics, rmia
 
 MANIFEST = {"model": "mlp", "defense": "<none> & more", "seeds": list(range(8))}
 
@@ -153,6 +153,15 @@ def test_the_list_holds_every_attack():
         "Attack",
         "ATTACKS",
     }
+
+
+@pytest.mark.parametrize("others", [1, 2, 3, 6, 7, 49, 600, 601, 997, 1999])
+def test_the_lowest_point_of_a_curve_is_one_false_positive(others):
+    """Every member lies above all others but one."""
+    scores = np.r_[2.0, np.zeros(others - 1), np.ones(3)]
+    members = np.r_[np.zeros(others, bool), np.ones(3, bool)]
+    points = auditing._roc(scores[None], members[None], 0, 0.95, 0)
+    assert (points[0]["fpr"], points[0]["tpr"]) == (1 / others, 1)
 
 
 def test_class_thresholds_report_the_accuracy_of_their_own_rule(everything):

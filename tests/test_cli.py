@@ -1,6 +1,7 @@
 """The command line: exit codes, one-line errors, JSON on stdout, and the demo end to end at a small size."""
 
 import json
+import os
 import re
 import subprocess
 import sys
@@ -132,6 +133,15 @@ def test_interrupt_exits_with_1(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(demo, "run", interrupt)
     assert main(["demo", "--out", str(tmp_path)]) == 1
     assert "interrupted" in capsys.readouterr().err
+
+
+def test_a_reader_that_stops_early_is_no_error():
+    code = "import sys, cwfast.cli as c; c._env = lambda _: ({}, 'x' * 1_000_000); sys.exit(c.main(['env']))"
+    read, write = os.pipe()
+    os.close(read)
+    done = subprocess.run([sys.executable, "-c", code], stdout=write, stderr=subprocess.PIPE, text=True, check=False)
+    os.close(write)
+    assert (done.returncode, done.stderr) == (0, "")
 
 
 @pytest.fixture(scope="module")

@@ -355,8 +355,25 @@ def test_a_function_of_the_user_is_trained_and_goes_on(tmp_path):
     assert (tmp_path / "out" / "shadows" / "log.jsonl").read_text() == log  # nothing was trained again
 
 
+@pytest.mark.parametrize("finished", [True, False])
+def test_another_seed_in_a_finished_folder_is_told_what_to_do(finished, tmp_path, capsys, monkeypatch):
+    (tmp_path / "task_seeded.py").write_text(TASK)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    (tmp_path / "shadows").mkdir()
+    (tmp_path / "shadows" / "run.json").write_text("{}")
+    if finished:
+        (tmp_path / "signals.safetensors").touch()
+    told = error(capsys, "--train", "task_seeded:small", "--out", tmp_path, "--seed", "4", "--bootstrap", "0")
+    assert "must be this run's" in told
+    use = f"; to attack again what was trained there, use --signals {tmp_path / 'signals.safetensors'}\n"
+    assert told.endswith(use) == finished
+
+
 def test_training_takes_what_the_command_line_says(arrays, tmp_path, capsys, monkeypatch):
     asked = {}
+    (tmp_path / "task_to_be_asked.py").write_text(TASK)
+    monkeypatch.chdir(tmp_path)
 
     def signals(source, out, **how):
         asked.update(how, source=source, out=out)
@@ -365,12 +382,61 @@ def test_training_takes_what_the_command_line_says(arrays, tmp_path, capsys, mon
 
     monkeypatch.setattr("cwfast.shadow.signals", signals)
     monkeypatch.setattr(sys, "path", [*sys.path])
-    words = ["--train", "a:b", "--out", tmp_path, "--bootstrap", "0"]
+    source = "task_to_be_asked:small"
+    words = ["--train", source, "--out", tmp_path, "--bootstrap", "0"]
     document(capsys, *words)
-    assert asked == {"source": "a:b", "out": tmp_path / "shadows", "models": 16, "seed": 0}
+    assert asked == {"source": source, "out": tmp_path / "shadows", "models": 16, "seed": 0}
     document(capsys, *words, "--models", "6", "--group", "3", "--engine", "ray", "--workers", "4", "--threads", "2")
     more = {"models": 6, "group": 3, "engine": "ray", "workers": 4, "threads": 2}
-    assert asked == {"source": "a:b", "out": tmp_path / "shadows", "seed": 0, **more}
+    assert asked == {"source": source, "out": tmp_path / "shadows", "seed": 0, **more}
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--models", "4"], "at least 2 (IN|OUT) models .*: use --attacks loss attack_p correctness, or more models"),
+        (["--target", "99"], r"target must lie in \[0, 16\); got 99"),
+        (["--attacks", "quantile_regression"], "features must be given for the attack quantile_regression; got None"),
+        (["--attacks", "quantile_regression", "--features", "few.npy"], "features must"),
+        (["--attacks", "gradient_norm"], "these signals must hold 'gradient_norm'"),
+        (["--models", "3"], "models must be an even number"),
+    ],
+)
+def test_what_an_audit_would_refuse_is_refused_before_anything_is_trained(
+    words, message, tmp_path, capsys, monkeypatch
+):
+    (tmp_path / "task_to_be_refused.py").write_text(TASK)
+    np.save(tmp_path / "few.npy", np.zeros((7, 2)))
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    monkeypatch.setattr("cwfast.shadow.signals", lambda *_, **__: pytest.fail("trained"))
+    assert re.search(message, error(capsys, "--train", "task_to_be_refused:small", "--out", tmp_path / "out", *words))
+
+
+@pytest.mark.parametrize(("models", "enough"), [("4", False), ("6", True)])
+def test_the_default_attacks_need_as_many_models_as_help_says(models, enough, tmp_path, capsys, monkeypatch):
+    (tmp_path / "task_of_few.py").write_text(TASK)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", [*sys.path])
+
+    def signals(*_, **__):
+        raise RuntimeError("trained")
+
+    monkeypatch.setattr("cwfast.shadow.signals", signals)
+    told = error(capsys, "--train", "task_of_few:small", "--out", tmp_path / "out", "--models", models)
+    assert ("trained" in told) == enough
+    with pytest.raises(SystemExit):
+        main(["audit", "--help"])
+    assert "the default attacks need 6" in " ".join(capsys.readouterr().out.split())
+
+
+def test_three_models_are_told_what_to_do(arrays, files, capsys):
+    for name in ("logits", "membership"):
+        np.save(files / f"three_{name}.npy", arrays[name][:3])
+    three = {name: files / f"three_{name}.npy" for name in ("logits", "membership")}
+    told = error(capsys, *given(files, **three), "--bootstrap", "0")
+    assert told.endswith(": use --attacks loss attack_p correctness, or more models\n")
+    document(capsys, *given(files, **three), "--bootstrap", "0", "--attacks", "loss", "attack_p", "correctness")
 
 
 @pytest.mark.parametrize(
@@ -574,7 +640,7 @@ def test_broken_and_foreign_files(files):
     assert read_array(files / "number_as_name.pt", "logits").tolist() == [0, 0, 0]
     with zipfile.ZipFile(files / "text.npz", "w") as archive:
         archive.writestr("logits", "no array")
-    with pytest.raises(CheckpointError, match="must hold arrays alone; its logits is none"):
+    with pytest.raises(CheckpointError, match="the magic string is not correct"):
         read_array(files / "text.npz", "logits")
     torch.save(torch.zeros(3), files / "one.pt")
     for name in ("one.pt", "logits.npy"):
@@ -582,6 +648,21 @@ def test_broken_and_foreign_files(files):
             read_array(f"{files / name}:a", "logits")
     with pytest.raises(FileNotFoundError, match="logits must be a file; there is none at"):
         read_array(files / "nothing.npy", "logits")
+
+
+@pytest.mark.parametrize("version", [(1, 0), (2, 0)])
+@pytest.mark.parametrize("said", [239, 241, 1 << 45])
+def test_a_header_that_says_another_size_is_refused_before_room_is_made(said, version, tmp_path):
+    header = io.BytesIO()
+    writer = {(1, 0): np.lib.format.write_array_header_1_0, (2, 0): np.lib.format.write_array_header_2_0}[version]
+    writer(header, {"descr": "<f8", "fortran_order": False, "shape": (said,)})
+    content = header.getvalue() + bytes(8 * 240)
+    (tmp_path / "a.npy").write_bytes(content)
+    with zipfile.ZipFile(tmp_path / "a.npz", "w", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr("logits.npy", content)
+    for name in ("a.npy", "a.npz"):
+        with pytest.raises(CheckpointError, match=f"it must hold {8 * said} bytes, as its header says; it holds 1920"):
+            read_array(tmp_path / name, "logits")
 
 
 def test_a_name_with_a_colon_is_a_file_where_there_is_one(files):

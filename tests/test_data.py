@@ -366,6 +366,28 @@ def test_malformed_tables(content, message, tmp_path, capsys):
     assert "unpickled" not in capsys.readouterr().out
 
 
+def test_tables_that_unpack_to_too_much(tmp_path, monkeypatch):
+    """Small files of what is large: told before there is no memory left."""
+    monkeypatch.setattr(local, "_LINES", 2)
+    monkeypatch.setattr(local, "_SAMPLES", 4)
+    values, labels = table(600)
+    np.savez_compressed(tmp_path / "a.npz", features=values.astype(np.float64), labels=labels)
+    with pytest.raises(CheckpointError, match="features must be at most 19200 bytes; it has 24128"):
+        data.load("purchase100", tmp_path / "a.npz")
+    (tmp_path / "a.gz").write_bytes(gzip.compress(lines(labels, values)))
+    with pytest.raises(CheckpointError, match="each 0 or 1, 4 lines at most; it holds more"):
+        data.load("purchase100", tmp_path / "a.gz")
+    (tmp_path / "b.gz").write_bytes(gzip.compress(b"1" * (1 << 20)))
+    with pytest.raises(CheckpointError, match="it has a line of more than 24040 bytes"):
+        data.load("purchase100", tmp_path / "b.gz")
+    monkeypatch.setattr(local, "_BATCH", 3)
+    cifar(tmp_path / "cifar-10-batches-bin", CIFAR_SIZES, 1, (10,))
+    packed = archived(tmp_path / "cifar-10-batches-bin", tmp_path / "cifar-10-binary.tar.gz")
+    for path in (tmp_path, packed):
+        with pytest.raises(CheckpointError, match=r"test_batch.bin must hold at most 3 records of 3073 bytes"):
+            data.load("cifar10", path)
+
+
 def test_an_npz_that_is_none(tmp_path):
     (tmp_path / "p.npz").write_bytes(b"PK\x03\x04")
     with pytest.raises(CheckpointError, match="must hold the arrays features"):

@@ -1,7 +1,10 @@
 """Shadow fleets: plans, jobs that survive kill -9 of workers and drivers, engines that agree to the bit."""
 
+import dataclasses
+import functools
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -13,6 +16,7 @@ import pytest
 import shadow_jobs
 import torch
 from safetensors.torch import load_file
+from torch import nn
 
 from cwfast import mia, shadow
 from cwfast.defense.baselines import PlainTraining
@@ -20,7 +24,8 @@ from cwfast.defense.cwrf import CWRF
 from cwfast.defense.losses import RelaxLoss
 from cwfast.errors import CheckpointError
 from cwfast.shadow import engines
-from cwfast.shadow.work import Work
+from cwfast.shadow.describing import describe
+from cwfast.shadow.work import Work, difference, manifest_of, versions
 from cwfast.training import Recipe, Task
 
 TINY = shadow_jobs.TINY
@@ -318,6 +323,21 @@ def test_a_job_that_fails_is_named_and_the_others_kept(tmp_path, log):
     assert [model for event, model, _ in log()] == [0, 2, 4]  # what raised is not tried again
 
 
+def test_a_job_that_exits_is_told_as_one_that_raises(tmp_path, log):
+    with pytest.raises(RuntimeError, match=r"job 0 \(models 0, .*\) failed: SystemExit: no more; 1 of 1 jobs failed"):
+        shadow.run(TINY, shadow_jobs.exiting, tmp_path, workers=1, group=6)
+    assert len(log()) == 1  # it is not tried again
+    last = json.loads((tmp_path / "log.jsonl").read_text().splitlines()[-1])
+    assert "in exiting" in last["traceback"]
+
+
+@pytest.mark.parametrize("name", ["jobs.lock", "log.jsonl"])
+def test_files_that_a_worker_cannot_open_are_told(name, tmp_path):
+    (tmp_path / name).mkdir()
+    with pytest.raises(RuntimeError, match=rf"job 0 .* failed: IsADirectoryError: .*{name}.*; 1 of 1 jobs failed"):
+        shadow.run(TINY, shadow_jobs.with_state, tmp_path, workers=1, group=6)
+
+
 @pytest.mark.slow
 def test_a_job_that_kills_its_worker_is_given_up_after_some_retries(tmp_path, log):
     with pytest.raises(RuntimeError, match=r"job 3 \(models 3\) failed: its worker ended with exit code -9, 2 times"):
@@ -372,6 +392,41 @@ def test_a_flipped_bit_in_a_result_is_found(out):
 def test_a_result_of_another_job_is_found(out):
     (out / "signals-00001.safetensors").write_bytes((out / "signals-00000.safetensors").read_bytes())
     with pytest.raises(CheckpointError, match=r"signals-00001\.safetensors must be of this run"):
+        shadow.collect(TINY, out)
+
+
+def test_signals_of_no_run_in_the_place_of_a_result_are_refused(out):
+    part = mia.Signals.load(out / "signals-00001.safetensors")
+    dataclasses.replace(part, manifest={}).save(out / "signals-00001.safetensors")
+    with pytest.raises(CheckpointError, match=r"signals-00001\.safetensors must be of this run"):
+        shadow.collect(TINY, out)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("[]", r"run\.json must hold the settings of a run; got \[\]"),
+        ("null", r"run\.json must hold the settings of a run; got None"),
+        ("[" * 100_000, r"run\.json must hold JSON"),
+        ("{}", "it holds another|its format is None"),
+    ],
+)
+def test_a_run_json_that_is_none(content, message, out):
+    (out / "run.json").write_text(content)
+    for use in (lambda: shadow.collect(TINY, out), lambda: shadow.run(TINY, shadow_jobs.with_state, out, group=3)):
+        with pytest.raises(CheckpointError, match=message):
+            use()
+
+
+@pytest.mark.parametrize(
+    ("name", "value"), [("group", 0), ("threads", -1), ("group", None), ("manifest", []), ("job", 3)]
+)
+def test_a_damaged_run_json_is_not_collected(name, value, out):
+    settings = json.loads((out / "run.json").read_text())
+    (out / "run.json").write_text(json.dumps({**settings, name: value}))
+    with pytest.raises(
+        CheckpointError, match=rf"run\.json must say {name} as it was written; got {re.escape(repr(value))}"
+    ):
         shadow.collect(TINY, out)
 
 
@@ -491,8 +546,10 @@ def test_signals_are_those_of_the_models_by_their_own_predict(tmp_path, log):
             expected = torch.nn.functional.cross_entropy(one.predict(inputs).double(), found.labels, reduction="none")
             torch.testing.assert_close(found["loss"][model, :, query].double(), expected, rtol=1e-3, atol=1e-4)
     manifest = found.manifest
-    assert manifest["defense"] == {"PlainTraining": {"loss": "<function cross_entropy>"}}
-    assert manifest["queries"] == "<function mirrored>"
+    (name,) = manifest["defense"]
+    assert name == "PlainTraining"
+    assert re.fullmatch("cwfast.training:cross_entropy [0-9a-f]{16}", manifest["defense"][name]["loss"])
+    assert re.fullmatch("shadow_jobs:mirrored [0-9a-f]{16}", manifest["queries"])
     assert manifest["seeds"] == [2000, 2001, 2002, 2003]
     assert manifest["dataset"] == "tiny"
     assert manifest["recipe"]["epochs"] == 2
@@ -506,9 +563,165 @@ def test_a_description_tells_defenses_apart_and_no_addresses():
     assert first.manifest == same.manifest
     assert first.manifest != other.manifest
     assert "0x" not in json.dumps(first.manifest)
-    assert first.manifest["defense"]["CWRF"]["loss"] == "RelaxLoss(alpha=0.5, upper=1.0)"
+    loss = first.manifest["defense"]["CWRF"]["loss"]["RelaxLoss"]
+    assert (loss["alpha"], loss["upper"]) == (0.5, 1.0)
     changed = Task(shadow_jobs.network, task.dataset, Recipe(lr=0.2, batch_size=8, epochs=2))
     assert shadow.Training((changed, CWRF(0.1, loss=RelaxLoss(0.5)))).manifest != first.manifest
+
+
+def function(body, **scope):
+    """A lambda, as if it were written in another state of the same file."""
+    return eval(f"lambda x: {body}", {"__name__": "mine", **scope})
+
+
+class Thing:
+    """An object of this attribute."""
+
+    def __init__(self, value):
+        self.value = value
+
+
+def of_changed(base, body):
+    return type(base.__name__, (base,), {"forward": function(body), "__module__": "mine"})
+
+
+BIG = torch.zeros(5000)
+
+
+@pytest.mark.parametrize(
+    ("one", "same", "other"),
+    [
+        (BIG, BIG.clone(), BIG.index_fill(0, torch.tensor([2500]), 1)),  # where a repr has an ellipsis
+        (BIG, BIG.clone(), BIG.to(torch.bfloat16)),
+        (BIG.numpy(), BIG.clone().numpy(), BIG.index_fill(0, torch.tensor([2500]), 1).numpy()),
+        (function("x + 1"), function("x + 1"), function("x + 2")),
+        (function("x.cos()"), function("x.cos()"), function("x.sin()")),
+        (function("[y for y in x if y]"), function("[y for y in x if y]"), function("[y for y in x if not y]")),
+        (function("x in {'a', 'b'}"), function("x in {'b', 'a'}"), function("x in {'a', 'c'}")),
+        *[(make(1), make(1), make(2)) for make in (lambda v: lambda: v, lambda v: lambda x=v: x, Thing)],
+        (functools.partial(min, 1), functools.partial(min, 1), functools.partial(min, 2)),
+        (Thing(BIG), Thing(BIG.clone()), Thing(BIG + 1)),
+        (Thing(1).__init__, Thing(1).__init__, Thing(2).__init__),
+        ({1, 2}, {2, 1}, {1, 3}),
+        (nn.CrossEntropyLoss(), nn.CrossEntropyLoss(), nn.CrossEntropyLoss(label_smoothing=0.1)),  # not in its repr
+        (nn.CrossEntropyLoss(BIG), nn.CrossEntropyLoss(BIG.clone()), nn.CrossEntropyLoss(BIG + 1)),
+        (of_changed(nn.Module, "x")(), of_changed(nn.Module, "x")(), of_changed(nn.Module, "x * 2")()),
+        (of_changed(Thing, "x"), of_changed(Thing, "x"), of_changed(Thing, "x * 2")),
+        (nn.functional.relu, nn.functional.relu, nn.functional.gelu),
+        (torch.float32, torch.float32, torch.float64),
+    ],
+)
+def test_what_is_changed_is_described_otherwise(one, same, other):
+    assert json.dumps(describe(one)) == json.dumps(describe(same))
+    assert describe(one) != describe(other)
+    assert "0x" not in json.dumps(describe(one))
+
+
+def test_a_thing_that_holds_itself_is_described():
+    thing = Thing([])
+    thing.value.append(thing)
+    assert describe(thing)["Thing"]["value"] == ["itself"]
+
+
+def the_same():
+    return nn.Sequential(nn.Linear(5, 16), nn.ReLU(), nn.Linear(16, 3))
+
+
+def zeroed():
+    model = shadow_jobs.network()
+    nn.init.zeros_(model[2].bias)
+    return model
+
+
+def wider():
+    return nn.Sequential(nn.Linear(5, 17), nn.ReLU(), nn.Linear(17, 3))
+
+
+@pytest.mark.parametrize(("make", "entry"), [(the_same, None), (zeroed, "model.sha256"), (wider, "model.module")])
+def test_a_changed_model_is_seen(make, entry):
+    task, defense = shadow_jobs.tiny()
+    before = shadow.Training((task, defense)).manifest
+    differs = difference(before, shadow.Training((dataclasses.replace(task, make_model=make), defense)).manifest)
+    assert (differs and differs[0]) == entry
+
+
+SCALE = 1
+
+
+class Scaled(nn.Sequential):
+    """By a number that neither its weights nor its code show."""
+
+    def forward(self, x):
+        return super().forward(x) * SCALE
+
+
+def test_a_model_is_told_by_its_answers(monkeypatch):
+    task, defense = shadow_jobs.tiny()
+    job = shadow.Training((dataclasses.replace(task, make_model=lambda: Scaled(*shadow_jobs.network())), defense))
+    before = job.manifest
+    monkeypatch.setitem(globals(), "SCALE", 2)
+    assert difference(before, job.manifest)[0] == "answers"
+
+
+def test_the_manifest_is_the_same_whatever_the_number_of_threads():
+    def orthogonal():
+        model = nn.Sequential(nn.Linear(5, 300), nn.ReLU(), nn.Linear(300, 300))
+        nn.init.orthogonal_(model[2].weight)
+        return model
+
+    task, defense = shadow_jobs.tiny()
+    job = shadow.Training((dataclasses.replace(task, make_model=orthogonal), defense))
+    threads = torch.get_num_threads()
+    found = []
+    for count in (1, 2):
+        torch.set_num_threads(count)
+        found.append(job.manifest)
+        assert torch.get_num_threads() == count
+    torch.set_num_threads(threads)
+    assert found[0] == found[1]
+
+
+def test_a_model_without_float64_is_told_by_its_weights():
+    class Single(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.inner = shadow_jobs.network()
+
+        def forward(self, x):
+            return self.inner(x.float())
+
+    task, defense = shadow_jobs.tiny()
+    manifest = shadow.Training((dataclasses.replace(task, make_model=Single), defense)).manifest
+    assert manifest["answers"] is None
+    assert manifest["model"]["sha256"]
+
+
+@pytest.mark.parametrize(
+    ("change", "entry"),
+    [
+        (lambda s: s["versions"].update(torch="1.0"), "versions.torch"),
+        (lambda s: s["manifest"].update(code="another"), "manifest.code"),
+    ],
+)
+def test_a_resume_after_a_change_is_refused_by_the_first_entry_that_differs(change, entry, out):
+    settings = json.loads((out / "run.json").read_text())
+    change(settings)
+    (out / "run.json").write_text(json.dumps(settings))
+    with pytest.raises(
+        CheckpointError, match=f"must be this run's; its {entry} is '[^']*', this run's is '[^']*': use"
+    ):
+        shadow.run(TINY, shadow_jobs.with_state, out, group=3)
+
+
+def test_a_worker_of_other_versions_does_nothing(tmp_path, monkeypatch):
+    settings = {"group": 6, "threads": 1, "manifest": manifest_of(shadow_jobs.with_state)}
+    settings["versions"] = {**versions(), "torch": "1.0"}
+    told = Work(TINY, shadow_jobs.with_state, tmp_path, settings)(0)
+    assert "as where the run began; its versions.torch was '1.0' and is" in told
+
+
+def test_long_entries_are_cut():
+    assert difference({"a": {"b": "x" * 900}}, {"a": {"b": 1}}) == ("a.b", "'" + "x" * 199 + "...", "1")
 
 
 def test_a_source_that_gives_other_data_in_each_process_is_refused(tmp_path):

@@ -71,6 +71,7 @@ def test_files_that_are_not_signals_are_refused(tmp_path):
         (tensors | {"phi": tensors["phi"] + 1}, header, "SHA-256 differs"),
         (tensors, header | {"manifest": "{}"}, "SHA-256 differs"),
         (tensors, header | {"manifest": "{"}, "must hold signals"),
+        (tensors, header | {"manifest": "[" * 100_000}, "must hold signals"),
         ({k: v for k, v in tensors.items() if k != "membership"}, header, "it has no membership"),
         (tensors | {"extra": tensors["phi"].clone()}, header, "must be named"),
         (tensors | {"labels": tensors["labels"][:3].clone()}, header, "labels must be int64"),

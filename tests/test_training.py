@@ -102,6 +102,20 @@ def test_initial_weights_depend_on_the_seed_alone_and_leave_the_rng():
     assert not torch.equal(first[0].weight, other[0].weight)
 
 
+@pytest.mark.parametrize(("initialized", "kept"), [(True, {0: "state 0", 1: "state 1"}), (False, {})])
+def test_initial_weights_leave_the_rng_of_cuda_where_it_is_initialized(initialized, kept, monkeypatch):
+    """By a CUDA that only keeps account: not yet run on a GPU."""
+    given, seeds = {}, []
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: initialized)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "get_rng_state", lambda device: f"state {device}")
+    monkeypatch.setattr(torch.cuda, "set_rng_state", lambda state, device: given.update({device: state}))
+    monkeypatch.setattr(torch.cuda, "manual_seed_all", seeds.append)
+    Task(network, blobs(), Recipe()).initial_model(1)
+    assert given == kept
+    assert seeds == [1]
+
+
 def test_fitted_predicts_in_evaluation_mode_without_a_graph():
     model = nn.Sequential(nn.Linear(6, 3), nn.Dropout(0.9)).train()
     fitted, x = Fitted(model, {}), torch.randn(4, 6)

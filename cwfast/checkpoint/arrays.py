@@ -1,18 +1,26 @@
 """One array from a file that somebody else wrote: npy, npz, safetensors or torch.save. Nothing in it is run."""
 
 import hashlib
+import math
 import os
 import pickle
 import zipfile
 import zlib
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
+import numpy as np
+import numpy.typing as npt
 import torch
+from numpy.lib.npyio import NpzFile
 from torch import Tensor
 
 from cwfast.errors import CheckpointError
 
+_HEADERS: dict[tuple[int, int], Any] = {
+    (1, 0): np.lib.format.read_array_header_1_0,
+    (2, 0): np.lib.format.read_array_header_2_0,
+}
 _KINDS = ".npy, .npz, .safetensors, .pt or .pth"
 
 
@@ -55,26 +63,56 @@ def sha256(path: str | os.PathLike[str]) -> str:
 
 
 def _numpy(path: Path, array: str | None, name: str) -> Tensor:
-    import numpy as np
-
     try:
         with path.open("rb") as file:
-            found: Any = np.load(file, allow_pickle=False)
-            if isinstance(found, np.lib.npyio.NpzFile):
-                found = found[_chosen(path, found.files, array, name)]
+            packed = file.read(2) == b"PK"
+            file.seek(0)
+            if packed:
+                with np.load(file, allow_pickle=False) as arrays:
+                    found = read_npz(arrays, _chosen(path, arrays.files, array, name))
             elif array is not None:
                 raise CheckpointError(f"{path} must be named without an array: it holds one; got :{array}")
+            else:
+                _check_header(file, path.stat().st_size)
+                file.seek(0)
+                found = np.load(file, allow_pickle=False)
     except (ValueError, EOFError, zipfile.BadZipFile, zlib.error) as error:
         if isinstance(error, CheckpointError):
             raise
         if "allow_pickle" in str(error) and "Object arrays" in str(error):
             raise CheckpointError(f"{path} must hold plain numbers as {name}; got pickled objects") from error
         raise CheckpointError(f"{path} must be a whole {path.suffix} file of plain numbers; {error}") from error
-    if not isinstance(found, np.ndarray):  # numpy gives the bytes of what is no array
-        raise CheckpointError(f"{path} must hold arrays alone; its {name} is none")
     if found.dtype.kind not in "biuf" or found.dtype.itemsize > 8:
         raise CheckpointError(f"{path} must hold numbers as {name}; got {found.dtype}")
     return torch.from_numpy(np.ascontiguousarray(found, dtype=found.dtype.newbyteorder("=")).reshape(found.shape))
+
+
+def read_npz(arrays: NpzFile, name: str, limit: int | None = None) -> npt.NDArray[Any]:
+    """An array of an opened npz file. What it unpacks to is known before: its header and the archive must agree on it.
+
+    Raises:
+        ValueError: it is no array, broken, or of more than ``limit`` bytes, by its header.
+        BadZipFile, zlib.error, EOFError: broken.
+    """
+    archive: zipfile.ZipFile = arrays.zip  # type: ignore[assignment]  # None once it is closed
+    entries = {entry.filename: entry for entry in archive.infolist()}
+    entry = entries[name] if name in entries else entries[f"{name}.npy"]
+    if limit is not None and entry.file_size > limit:
+        raise ValueError(f"{name} must be at most {limit} bytes; it has {entry.file_size}")
+    with archive.open(entry) as file:
+        _check_header(file, entry.file_size)
+    return arrays[name]
+
+
+def _check_header(file: IO[bytes], size: int) -> None:
+    """numpy makes room for what a header says before it reads on."""
+    version = np.lib.format.read_magic(file)
+    if version not in _HEADERS:
+        raise ValueError(f"its format must be 1.0 or 2.0; it is {version}")
+    shape, _, dtype = _HEADERS[version](file)
+    wanted = math.prod(shape) * dtype.itemsize
+    if not dtype.hasobject and wanted != size - file.tell():  # objects are refused where they are read
+        raise ValueError(f"it must hold {wanted} bytes, as its header says; it holds {size - file.tell()}")
 
 
 def _safetensors(path: Path, array: str | None, name: str) -> Tensor:

@@ -3,6 +3,7 @@
 import argparse
 import os
 import sys
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -10,7 +11,9 @@ from torch import Tensor
 
 from cwfast import report
 from cwfast.checkpoint.arrays import read_array, sha256, split_path
+from cwfast.errors import CheckpointError
 from cwfast.mia import Audit, Signals, audit
+from cwfast.mia._shadows import TooFewModels
 from cwfast.mia.attacks import ATTACKS
 from cwfast.report import provenance
 
@@ -29,27 +32,17 @@ def run(options: argparse.Namespace) -> tuple[dict[str, Any], str]:
     if options.out is not None:
         report.folder(options.out)  # an unwritable one is found now, not at the end
     inputs = None
+    features = None if options.features is None else read_array(options.features, "features")
     if options.signals is not None:
         signals = Signals.load(options.signals)
     elif options.train is not None:
-        signals, inputs = _trained(options)
+        signals, inputs = _trained(options, features)
     else:
         signals = _from_logits(options)
     backends = {} if options.signals is not None else provenance.backends("logit_stats")
-    attacks = options.attacks or (["loss", "lira", "rmia"] if len(signals.membership) > 1 else ["loss", "attack_p"])
-    _check_membership(signals.membership, attacks)
-    features = None if options.features is None else read_array(options.features, "features")
     if options.inputs is not None:
         inputs = _of_samples(read_array(options.inputs, "inputs"), signals)
-    found = audit(
-        signals,
-        attacks=list(dict.fromkeys(attacks)),
-        features=features,
-        target=options.target,
-        fprs=options.fpr,
-        bootstrap=options.bootstrap,
-        seed=options.seed,
-    )
+    found = _attacked(options, signals, features, options.bootstrap)
     document = {
         **found.report,
         "command": options.command_line,
@@ -99,15 +92,43 @@ def _check_usage(options: argparse.Namespace) -> None:
         options.usage(f"--bootstrap must be at least 0; got {options.bootstrap}")
 
 
-def _trained(options: argparse.Namespace) -> tuple[Signals, Tensor | None]:
+def _attacked(options: argparse.Namespace, signals: Signals, features: Tensor | None, bootstrap: int) -> Audit:
+    attacks = options.attacks or (["loss", "lira", "rmia"] if len(signals.membership) > 1 else ["loss", "attack_p"])
+    _check_membership(signals.membership, attacks)
+    try:
+        return audit(
+            signals,
+            attacks=list(dict.fromkeys(attacks)),
+            features=features,
+            target=options.target,
+            fprs=options.fpr,
+            bootstrap=bootstrap,
+            seed=options.seed,
+        )
+    except TooFewModels as error:
+        raise ValueError(f"{error}: use --attacks loss attack_p correctness, or more models") from error
+
+
+def _trained(options: argparse.Namespace, features: Tensor | None) -> tuple[Signals, Tensor | None]:
     """Signals of models trained now, or in the run that ``--out`` holds; and the samples, if they are to be shown."""
     from cwfast import shadow
 
     sys.path.insert(0, os.getcwd())  # where a user's module lies: the installed command does not look there
-    how = {name: getattr(options, name) for name in TRAINING if getattr(options, name) is not None}
+    how = {"models": 16} | {name: getattr(options, name) for name in TRAINING if getattr(options, name) is not None}
     job = shadow.Training(options.train)
-    signals = shadow.signals(job.source, options.out / "shadows", seed=options.seed, **{"models": 16, **how})
-    signals.save(options.out / "signals.safetensors")
+    plan = job.plan(how["models"], options.seed)
+    noise = torch.randn(*plan.membership.shape, 2, generator=torch.Generator().manual_seed(0))
+    rehearsal = Signals.from_logits(noise, torch.zeros(len(plan.ids), dtype=torch.int64), plan.membership)
+    labels = job.setup[0].dataset.targets[plan.ids].cpu()
+    _attacked(options, replace(rehearsal, labels=labels), features, 0)  # refuses now what it would after the training
+    saved = options.out / "signals.safetensors"
+    try:
+        signals = shadow.signals(job.source, options.out / "shadows", seed=options.seed, **how)
+    except CheckpointError as error:
+        if not saved.exists():
+            raise
+        raise CheckpointError(f"{error}; to attack again what was trained there, use --signals {saved}") from error
+    signals.save(saved)
     return signals, job.setup[0].dataset.inputs[signals.ids].cpu() if options.show_inputs else None
 
 

@@ -14,6 +14,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from cwfast.checkpoint.arrays import read_npz
 from cwfast.data.splitting import Samples
 from cwfast.errors import CheckpointError
 
@@ -21,6 +22,8 @@ Finder = Callable[[str], IO[bytes] | None]
 Table = tuple[npt.NDArray[np.uint8], npt.NDArray[np.int64]]
 _PIXELS = 3 * 32 * 32
 _LINES = 4096  # parsed at a time
+_BATCH = 50_000  # records of CIFAR's largest file; what unpacks to more is none of these
+_SAMPLES = 250_000  # more than Purchase-100 and Texas-100 have
 CIFAR10 = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
 
 
@@ -118,7 +121,9 @@ def _cifar(path: Path, title: str, folder: str, training: Sequence[str], test: s
                     f"{title} must be in its binary version (the files of {folder}; the Python version is made of "
                     f"pickles, which can run code, and is not read); there is no {name} in {path}"
                 )
-            content = np.frombuffer(file.read(), np.uint8)
+            content = np.frombuffer(file.read(_BATCH * size + 1), np.uint8)
+            if content.size > _BATCH * size:
+                raise CheckpointError(f"{name} must hold at most {_BATCH} records of {size} bytes; it holds more")
             if not content.size or content.size % size:
                 raise CheckpointError(f"{name} must hold records of {size} bytes; it has {content.size} bytes")
             rows = content.reshape(-1, size)
@@ -173,12 +178,14 @@ def _text(name: str, file: IO[bytes] | gzip.GzipFile, features: int, *, labelled
     parts = ["a label"] * labelled + [f"{features} features, each 0 or 1"] * (features > 0)
     what, values, labels = f"{name} must hold lines of {' and '.join(parts)}", [], []
     try:
-        while lines := list(itertools.islice(file, _LINES)):
+        while lines := _lines(file, 40 * (features + labelled)):
             rows = np.loadtxt(lines, dtype=np.uint8, delimiter=",", ndmin=2)  # ten times faster than floats
             if rows.shape[1] != features + labelled:
                 raise CheckpointError(f"{what}; got {rows.shape[1]} columns")
             values.append(_flags(rows[:, labelled:], what))
             labels.append(rows[:, 0])
+            if sum(map(len, labels)) > _SAMPLES:
+                raise CheckpointError(f"{what}, {_SAMPLES} lines at most; it holds more")
     except (ValueError, EOFError, OSError, zlib.error) as error:
         if isinstance(error, CheckpointError):
             raise
@@ -188,11 +195,22 @@ def _text(name: str, file: IO[bytes] | gzip.GzipFile, features: int, *, labelled
     return np.concatenate(values), _whole(np.concatenate(labels), what)
 
 
+def _lines(file: IO[bytes] | gzip.GzipFile, longest: int) -> list[bytes]:
+    """The next lines, none of them longer than that."""
+    found: list[bytes] = []
+    while len(found) < _LINES and (line := file.readline(longest + 1)):
+        if len(line) > longest:
+            raise ValueError(f"it has a line of more than {longest} bytes")
+        found.append(line)
+    return found
+
+
 def _npz(path: Path, features: int) -> Table:
     what = f"{path} must hold the arrays features [N, {features}] of 0 and 1, and labels [N] or one-hot [N, 100]"
     try:
         with path.open("rb") as file, np.load(file, allow_pickle=False) as arrays:
-            values, labels = arrays["features"], arrays["labels"]
+            values = read_npz(arrays, "features", 8 * features * _SAMPLES)
+            labels = read_npz(arrays, "labels", 8 * 100 * _SAMPLES)
     except (ValueError, KeyError, EOFError, zipfile.BadZipFile, zlib.error) as error:
         raise CheckpointError(f"{what}; {' '.join(str(error).split())}") from error
     hot = labels.ndim == 2 and labels.shape[1] == 100

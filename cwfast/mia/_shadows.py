@@ -12,6 +12,10 @@ import numpy as np
 from cwfast.mia._inputs import Bools, Floats, Ints
 
 
+class TooFewModels(ValueError):
+    """An attack needs more IN or OUT models than a membership leaves it."""
+
+
 class Side(NamedTuple):
     """The models of one side and, per target, the one that is not used.
 
@@ -59,16 +63,20 @@ def sides(member: Bools, targets: list[int]) -> tuple[Side, Side]:
 
 
 def enough(count: Ints, side: str, targets: list[int], least: int, some: int = 1) -> None:
-    """Against every target, each sample has at least ``least`` of these models, and some sample has ``some``."""
+    """Against every target, each sample has at least ``least`` of these models, and some sample has ``some``.
+
+    Raises:
+        TooFewModels: it has not.
+    """
     for target, left in zip(targets, count, strict=True):
         rest = f"{side} models besides target {target} (and, in a balanced split, besides one more)"
         if left.min() < least:
             worst = int(left.argmin())
-            raise ValueError(
+            raise TooFewModels(
                 f"membership must give every sample at least {least} {rest}; sample {worst} has {left[worst]}"
             )
         if left.max() < some:
-            raise ValueError(f"membership must give some sample at least {some} {rest}; each has {left.max()}")
+            raise TooFewModels(f"membership must give some sample at least {some} {rest}; each has {left.max()}")
 
 
 def moments(x: Floats, use: Bools, *, median: bool = False) -> Moments:

@@ -221,7 +221,7 @@ def _shadow(scores: Floats, members: Bools, fprs: Sequence[float]) -> dict[str, 
 
 def _roc(scores: Floats, members: Bools, bootstrap: int, confidence: float, seed: int) -> list[dict[str, float | None]]:
     """Points of the mean ROC curve, even on a logarithmic axis from one false positive on."""
-    lowest = 1 / (~members).sum(axis=1).min()
+    lowest = np.nextafter(1 / (~members).sum(axis=1).min(), 1)  # as a decimal, 1 / n may be less than one of n
     grid = [float(fpr) for fpr in np.geomspace(lowest, 1, 25).clip(max=1)]
     found = metrics.summary(scores, members, fprs=grid, bootstrap=min(bootstrap, 200), confidence=confidence, seed=seed)
     return [{"fpr": p["realised_fpr"], **{key: p[key] for key in ("tpr", "low", "high")}} for p in found["tpr_at_fpr"]]

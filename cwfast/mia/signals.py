@@ -201,7 +201,7 @@ class Signals:
             if fixed["membership"] is None:
                 raise ValueError("it has no membership")
             signals = cls(tensors, fixed["membership"], fixed["labels"], fixed["ids"], json.loads(header["manifest"]))
-        except (KeyError, TypeError, ValueError) as error:
+        except (KeyError, TypeError, ValueError, RecursionError) as error:
             raise CheckpointError(f"{path} must hold signals; {error}") from error
         if signals.sha256 != header.get("sha256"):
             raise CheckpointError(f"{path} must hold the data it was written with; its SHA-256 differs")

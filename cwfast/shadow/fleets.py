@@ -3,20 +3,20 @@
 import functools
 import hashlib
 import os
-import re
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from cwfast.data import Dataset
 from cwfast.mia import Signals
+from cwfast.shadow.describing import describe
 from cwfast.shadow.plan import Plan
 from cwfast.shadow.runner import collect, run
 from cwfast.shadow.work import resolve
-from cwfast.training import Defense, Task
+from cwfast.training import Defense, Task, seeded
 
 BATCH = 1024  # samples a query: fixed, since the bits of logits depend on it
 Queries = Callable[[Tensor], Sequence[Tensor]]
@@ -53,9 +53,7 @@ def signals(
         Exception: as ``Plan.halves``, ``run`` and ``collect`` do.
     """
     job = Training(source)
-    dataset = job.setup[0].dataset
-    pool = dataset.pool[: len(dataset.pool) // 2 * 2].cpu()
-    plan = Plan.halves(pool, dataset.reference.cpu(), models, seed)
+    plan = job.plan(models, seed)
     run(plan, job, out, group=group, **how)
     found = collect(plan, out)
     found.require(plan.expected)
@@ -88,14 +86,34 @@ class Training:
             raise TypeError(f"{self.source} must give a Task, a Defense and perhaps queries; got {kinds}")
         return task, defense, more[0] if more else as_they_are
 
+    def plan(self, models: int, seed: int) -> Plan:
+        """``Plan.halves`` of the task's pool, less its last sample if it is odd.
+
+        Raises:
+            ValueError: as ``Plan.halves`` does.
+        """
+        dataset = self.setup[0].dataset
+        pool = dataset.pool[: len(dataset.pool) // 2 * 2].cpu()
+        return Plan.halves(pool, dataset.reference.cpu(), models, seed)
+
     @property
     def manifest(self) -> dict[str, Any]:
-        """What is trained how, on which data."""
+        """What is trained how, on which data: the model by its initial weights and its answers to a few samples, too.
+
+        Computed by one thread, as initial weights may depend on how many there are (those by a QR decomposition do).
+        """
         task, defense, queries = self.setup
+        threads = torch.get_num_threads()
+        torch.set_num_threads(1)
+        try:
+            model = task.initial_model(0)
+            about = {"model": describe(model), "answers": _answers(model, task.dataset.inputs[task.dataset.pool[:4]])}
+        finally:
+            torch.set_num_threads(threads)
         return {
-            "model": describe(task.initial_model(0)),
             "dataset": task.dataset.name,
             "data": data_hash(task.dataset),
+            **about,
             "recipe": asdict(task.recipe),
             "defense": describe(defense),
             "queries": describe(queries),
@@ -130,17 +148,15 @@ def data_hash(dataset: Dataset) -> str:
     return digest.hexdigest()
 
 
-def describe(thing: object) -> Any:
-    """Name and parameters, without addresses: the same in every process."""
-    if isinstance(thing, dict):
-        return {str(key): describe(value) for key, value in thing.items()}
-    if isinstance(thing, list | tuple):
-        return [describe(value) for value in thing]
-    if thing is None or isinstance(thing, bool | int | float | str):
-        return thing
-    if type(thing).__repr__ is object.__repr__:
-        return {type(thing).__qualname__: describe(vars(thing))}
-    return " ".join(re.sub(" at 0x[0-9a-f]+", "", repr(thing)).split())
+def _answers(model: nn.Module, inputs: Tensor) -> Any:
+    """Its logits in float64, rounded: what is left does not depend on the order of sums. None: it has no float64."""
+    device = next((parameter.device for parameter in model.parameters()), inputs.device)
+    asked = inputs.to(device, torch.float64 if inputs.is_floating_point() else inputs.dtype)
+    try:
+        with torch.no_grad(), seeded(0):
+            return describe(model.double().eval()(asked).round(decimals=6) + 0.0)  # + 0.0: no -0.0
+    except RuntimeError:  # it casts to another dtype within
+        return None
 
 
 @functools.lru_cache(maxsize=1)

@@ -19,7 +19,7 @@ from cwfast.errors import CheckpointError
 from cwfast.mia import Signals
 from cwfast.shadow.engines import ENGINES
 from cwfast.shadow.plan import Plan
-from cwfast.shadow.work import Work, read_settings, resolve
+from cwfast.shadow.work import Work, difference, manifest_of, read_settings, resolve, versions
 
 FORMAT = "cwfast-shadow/1"
 
@@ -50,7 +50,9 @@ def run(
             (``cwfast.mia.signals.NAMES``, each [models, N, Q]) and, under "labels", int64 [N] if it likes; or a pair of
             that and a dict of tensors to keep beside them (weights, say), in ``state-*.safetensors``. A top-level
             function, an object that can be pickled, or "module:function". Its attribute ``manifest``, if it has one,
-            is JSON-able and tells it from others. The global generators are seeded before each call.
+            is JSON-able and tells it from others; a function that has none is told by its code (not that of what it
+            calls). A run is not resumed after a change of that, of cwfast, torch or Python. The global generators
+            are seeded before each call.
         out: folder, made if it does not exist; every machine of the engine must see it under this path.
         engine: "local" (processes; a script needs ``if __name__ == "__main__":``), "ray" or "slurm".
         workers: jobs at a time. None: local, as many as cores or GPUs allow; ray and slurm, no limit of ours.
@@ -73,10 +75,14 @@ def run(
     """
     if engine not in ENGINES:
         raise ValueError(f"engine must be one of {', '.join(ENGINES)}; got {engine!r}")
-    numbers = {"workers": 1 if workers is None else workers, "threads": threads, "group": group, "retries": retries}
-    for name, value in numbers.items():
-        if value < (name != "retries"):
-            raise ValueError(f"{name} must be at least {int(name != 'retries')}; got {value}")
+    if workers is not None and workers < 1:
+        raise ValueError(f"workers must be at least 1; got {workers}")
+    if threads < 1:
+        raise ValueError(f"threads must be at least 1; got {threads}")
+    if group < 1:
+        raise ValueError(f"group must be at least 1; got {group}")
+    if retries < 0:
+        raise ValueError(f"retries must be at least 0; got {retries}")
     called = resolve(job)
     try:
         pickle.dumps(job)
@@ -87,11 +93,12 @@ def run(
         "format": FORMAT,
         "plan": plan.sha256,
         "job": job if isinstance(job, str) else f"{kind.__module__}:{kind.__qualname__}",
-        "manifest": getattr(called, "manifest", {}),
         "group": group,
         "threads": threads,
+        "versions": versions(),
+        "manifest": manifest_of(called),
     }
-    work = Work(plan, job, Path(out).resolve(), json.loads(json.dumps(settings)))
+    work = Work(plan, job, Path(out).resolve(), settings)
     work.out.mkdir(parents=True, exist_ok=True)
     with _exclusive(work.out):
         _claim(work)
@@ -123,8 +130,13 @@ def collect(plan: Plan, out: str | os.PathLike[str]) -> Signals:
     """
     out = Path(out).resolve()
     settings = read_settings(out)
-    if settings is None or settings.get("format") != FORMAT or settings["plan"] != plan.sha256:
-        raise CheckpointError(f"{out} must hold a run of this plan; it holds {'another' if settings else 'none'}")
+    if settings is None or settings.get("format") != FORMAT or settings.get("plan") != plan.sha256:
+        raise CheckpointError(
+            f"{out} must hold a run of this plan; it holds {'none' if settings is None else 'another'}"
+        )
+    for name, kind in (("job", str), ("group", int), ("threads", int), ("manifest", dict)):
+        if not isinstance(settings.get(name), kind) or (kind is int and settings[name] < 1):
+            raise CheckpointError(f"{out / 'run.json'} must say {name} as it was written; got {settings.get(name)!r}")
     work = Work(plan, settings["job"], out, settings)
     parts = [work.load(index) for index in range(work.jobs)]
     done = [part for part in parts if part is not None]
@@ -168,9 +180,9 @@ def _claim(work: Work) -> None:
         with atomic_write(work.out / "run.json") as temporary:
             temporary.write_text(json.dumps(work.settings, indent=1, sort_keys=True) + "\n")
         return
-    for name, wanted in work.settings.items():
-        if there.get(name) != wanted:
-            raise CheckpointError(
-                f"{work.out} must be this run's; its {name} is {there.get(name)!r}, this run's is {wanted!r}: "
-                "use another folder"
-            )
+    differs = difference(work.settings, there)
+    if differs:
+        name, wanted, found = differs
+        raise CheckpointError(
+            f"{work.out} must be this run's; its {name} is {found}, this run's is {wanted}: use another folder"
+        )

@@ -5,14 +5,17 @@ import hashlib
 import importlib
 import json
 import os
+import platform
 import random
 import socket
 import time
 import traceback
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from importlib.metadata import version
 from pathlib import Path
+from types import FunctionType
 from typing import Any
 
 import numpy as np
@@ -21,6 +24,7 @@ import torch
 from cwfast.checkpoint.files import atomic_write
 from cwfast.errors import CheckpointError
 from cwfast.mia import Signals
+from cwfast.shadow.describing import describe
 from cwfast.shadow.plan import Plan
 
 THREADS = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")  # read when libraries load
@@ -72,20 +76,21 @@ class Work:
     def __call__(self, index: int) -> str | None:
         """Do a job, unless it is done. Returns None, or the exception that it raised, with its notes, in one line."""
         torch.set_num_threads(self.settings["threads"])
-        with self._claimed(index):
-            if self._path(index).exists():
-                return None
-            for left in self.out.glob(f".*-{index:05d}.*.tmp"):  # of a worker that was killed while it wrote
-                left.unlink()
-            start = time.monotonic()
-            self._log(index, "started")
-            try:
+        try:
+            with self._claimed(index):
+                if self._path(index).exists():
+                    return None
+                for left in self.out.glob(f".*-{index:05d}.*.tmp"):  # of a worker that was killed while it wrote
+                    left.unlink()
+                start = time.monotonic()
+                self._log(index, "started")
                 self._do(index)
-            except Exception as error:
+                self._log(index, "done", seconds=round(time.monotonic() - start, 3))
+                return None
+        except (Exception, SystemExit) as error:  # a job that calls sys.exit would do so again
+            with suppress(OSError):  # the log may be what failed
                 self._log(index, "failed", traceback=traceback.format_exc())
-                return " ".join("".join(traceback.format_exception_only(error)).split())
-            self._log(index, "done", seconds=round(time.monotonic() - start, 3))
-            return None
+            return " ".join("".join(traceback.format_exception_only(error)).split())
 
     def load(self, index: int) -> Signals | None:
         """A job's result, None if it is not done.
@@ -97,7 +102,7 @@ class Work:
         if not path.exists():
             return None
         part = Signals.load(path)
-        if part.manifest["run"] != self._hash or part.manifest["models"] != self.rows(index):
+        if part.manifest.get("run") != self._hash or part.manifest.get("models") != self.rows(index):
             raise CheckpointError(f"{path} must be of this run; it is of another: remove it, or use another folder")
         wanted = part.manifest.get("state")
         if wanted is not None and not (state.exists() and _digest(state) == wanted):
@@ -120,7 +125,8 @@ class Work:
 
     def _do(self, index: int) -> None:
         job, rows = resolve(self.job), self.rows(index)
-        check_manifest(self.settings["manifest"], getattr(job, "manifest", {}))
+        check_manifest(self.settings["manifest"], manifest_of(job))
+        check_manifest({"versions": self.settings["versions"]}, {"versions": versions()})
         seed = self.plan.seeds[rows[0]]  # for jobs that draw from the global generators
         random.seed(seed)
         np.random.seed(seed % 2**32)  # noqa: NPY002
@@ -160,12 +166,38 @@ def read_settings(out: Path) -> dict[str, Any] | None:
     Raises:
         CheckpointError: it is broken.
     """
+    path = out / "run.json"
     try:
-        return json.loads((out / "run.json").read_text())
+        found = json.loads(path.read_text())
     except FileNotFoundError:
         return None
-    except ValueError as error:
-        raise CheckpointError(f"{out / 'run.json'} must hold JSON; {error}") from error
+    except (ValueError, RecursionError) as error:
+        raise CheckpointError(f"{path} must hold JSON; {error}") from error
+    if not isinstance(found, dict):
+        raise CheckpointError(f"{path} must hold the settings of a run; got {_cut(found)}")
+    return found
+
+
+def manifest_of(job: Callable[..., Any]) -> dict[str, Any]:
+    """What a job says of itself; of a function that says nothing, its code."""
+    nothing = {"code": describe(job)} if isinstance(job, FunctionType) else {}
+    return json.loads(json.dumps(getattr(job, "manifest", nothing)))
+
+
+def versions() -> dict[str, str]:
+    """Of what the results depend on, beside the job."""
+    return {"cwfast": version("cwfast"), "torch": torch.__version__, "python": platform.python_version()}
+
+
+def difference(first: dict[str, Any], second: dict[str, Any]) -> tuple[str, str, str] | None:
+    """The first entry that differs, as ``a.b.c``, and both of its values, cut where they are long."""
+    for name in [*first, *(name for name in second if name not in first)]:
+        one, other = first.get(name), second.get(name)
+        if one == other:
+            continue
+        deeper = difference(one, other) if isinstance(one, dict) and isinstance(other, dict) else None
+        return (f"{name}.{deeper[0]}", *deeper[1:]) if deeper else (name, _cut(one), _cut(other))
+    return None
 
 
 def check_manifest(expected: dict[str, Any], found: dict[str, Any]) -> None:
@@ -174,13 +206,17 @@ def check_manifest(expected: dict[str, Any], found: dict[str, Any]) -> None:
     Raises:
         ValueError: it is not; the message names the first entry that differs.
     """
-    found = json.loads(json.dumps(found))
-    for name in sorted(expected.keys() | found.keys()):
-        if expected.get(name) != found.get(name):
-            raise ValueError(
-                f"a job must describe itself in each process as where the run began; its {name} was "
-                f"{expected.get(name)!r} and is {found.get(name)!r}"
-            )
+    differs = difference(expected, found)
+    if differs:
+        name, was, now = differs
+        raise ValueError(
+            f"a job must describe itself in each process as where the run began; its {name} was {was} and is {now}"
+        )
+
+
+def _cut(value: object) -> str:
+    text = repr(value)
+    return text if len(text) <= 200 else f"{text[:200]}..."
 
 
 def _digest(path: Path) -> str:
