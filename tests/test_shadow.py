@@ -139,7 +139,7 @@ class Driver:
 
     def __init__(self, out, engine="local"):
         self.files = [Path(f"{out}.{kind}") for kind in ("stdout", "stderr")]  # no pipes: its workers may outlive it
-        command = [sys.executable, "-m", "shadow_jobs", str(out), engine]
+        command = [sys.executable, "-P", "-m", "shadow_jobs", str(out), engine]
         with open(self.files[0], "wb") as stdout, open(self.files[1], "wb") as stderr:
             self.process = subprocess.Popen(command, stdout=stdout, stderr=stderr)
 
