@@ -123,7 +123,7 @@ def log(tmp_path, monkeypatch):
     path = tmp_path / "jobs.log"
     monkeypatch.setenv("CWFAST_TEST_LOG", str(path))
     monkeypatch.setenv("PYTHONPATH", str(HERE))
-    monkeypatch.chdir(tmp_path)  # workers of Ray and Slurm import from where they begin: not the checkout without its _C
+    monkeypatch.chdir(tmp_path)  # Ray's and Slurm's workers import from where they begin: not the checkout
     monkeypatch.setenv("RAY_AUTH_MODE", "disabled")
     monkeypatch.setenv("RAY_USAGE_STATS_ENABLED", "0")
 

@@ -98,7 +98,7 @@ class Training:
 
     @property
     def manifest(self) -> dict[str, Any]:
-        """What is trained, how and on which data; the model also by its initial weights and its answers to a few samples.
+        """What is trained, how and on which data; the model also by its initial weights and answers to a few samples.
 
         Computed by one thread, as initial weights may depend on how many there are (those by a QR decomposition do).
         """
