@@ -62,7 +62,8 @@ struct Lanes16 {
 // A run whose scores are all valid needs three comparisons a vector: what is at most infinity as an unsigned integer is
 // neither NaN nor negative, and no -0.
 template <class Vector>
-Run scan_run(const void* p, int64_t words, uint64_t low, uint64_t high, bool abs, uint64_t* above, uint64_t* inside) {
+Scanned scan_run(const void* p, int64_t words, uint64_t low, uint64_t high, bool abs, uint64_t* above,
+                 uint64_t* inside) {
   using Mask = typename Vector::Mask;
   const char* data = (const char*)p;
   char *up = (char*)above, *in = (char*)inside;

@@ -90,7 +90,7 @@ template <class F>
 void scan_part(const Scan& scan, const char* data, int64_t numel, uint64_t low, uint64_t high, bool abs,
                uint64_t* above, uint64_t* inside, Marks& marks) {
   const int64_t words = numel / 64;
-  const Run run = scan.run(data, words, low, high, abs, above, inside);
+  const Scanned run = scan.run(data, words, low, high, abs, above, inside);
   if (run.clean) marks.above += run.above, marks.inside += run.inside;
   for (int64_t w = run.clean ? words : 0; w < (numel + 63) / 64; ++w) {
     const char* p = data + w * int64_t{64 * sizeof(typename F::Raw)};

@@ -15,14 +15,14 @@ struct Word {
 // `low`, `high` are keys in [0, infinity's key + 1]; p points at 64 entries.
 using ScanWord = Word (*)(const void* p, uint64_t low, uint64_t high, bool abs);
 
-struct Run {
+struct Scanned {
   int64_t above, inside;  // entries with key >= high; with low <= key < high
   bool clean;             // false: some entry may be invalid or -0, and nothing else here is to be used
 };
 
 // The bits of each word of a run. The common case: what is not clean goes word by word.
-using ScanRun = Run (*)(const void* p, int64_t words, uint64_t low, uint64_t high, bool abs, uint64_t* above,
-                        uint64_t* inside);
+using ScanRun = Scanned (*)(const void* p, int64_t words, uint64_t low, uint64_t high, bool abs, uint64_t* above,
+                            uint64_t* inside);
 
 struct Scan {
   ScanWord word;
@@ -30,8 +30,8 @@ struct Scan {
 };
 
 // After the words are written: a loop that writes and counts would wait for its own narrow stores.
-static inline Run counted(const uint64_t* above, const uint64_t* inside, int64_t words, bool clean) {
-  Run out = {0, 0, clean};
+static inline Scanned counted(const uint64_t* above, const uint64_t* inside, int64_t words, bool clean) {
+  Scanned out = {0, 0, clean};
   for (int64_t w = 0; clean && w < words; ++w) {
     out.above += __builtin_popcountll(above[w]);
     out.inside += __builtin_popcountll(inside[w]);
@@ -41,8 +41,8 @@ static inline Run counted(const uint64_t* above, const uint64_t* inside, int64_t
 
 // A run by the scan of its words.
 template <ScanWord kScan, int kBytes>
-static inline Run run_by_words(const void* p, int64_t words, uint64_t low, uint64_t high, bool abs, uint64_t* above,
-                               uint64_t* inside) {
+static inline Scanned run_by_words(const void* p, int64_t words, uint64_t low, uint64_t high, bool abs, uint64_t* above,
+                                   uint64_t* inside) {
   uint64_t invalid = 0;
   for (int64_t w = 0; w < words; ++w) {
     const Word word = kScan((const char*)p + 64 * kBytes * w, low, high, abs);
