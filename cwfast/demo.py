@@ -4,7 +4,6 @@ One fleet of networks; each is a target in turn, with the others, trained by the
 """
 
 import copy
-import hashlib
 import math
 import sys
 import time
@@ -27,6 +26,7 @@ from cwfast.defense.cwrf import CWRF, fine_tune
 from cwfast.defense.losses import RelaxLoss
 from cwfast.masks import MaskSet, rewind_
 from cwfast.mia import attacks, metrics
+from cwfast.mia.auditing import mean_roc
 from cwfast.report import prepare, write_report
 from cwfast.report.provenance import backends, machine, versions
 from cwfast.report.reading import reading
@@ -249,12 +249,8 @@ class _Demo:
         return metrics.summary(scores[:, columns], self.membership[:, columns], **options)
 
     def _curve(self, scores: np.ndarray) -> dict[str, Any]:
-        lowest = np.nextafter(1 / (~self.membership).sum(axis=1).min(), 1)  # as in auditing._roc
-        grid = [float(fpr) for fpr in np.geomspace(lowest, 1, 30).clip(max=1)]
-        options: dict[str, Any] = {"bootstrap": self.sizes.bootstrap, "seed": self.seed}
-        points = metrics.summary(scores, self.membership, fprs=grid, **options)["tpr_at_fpr"]
-        fields = {"fpr": "realised_fpr", "tpr": "tpr", "low": "low", "high": "high"}
-        return {"attack": "lira_shrinkage"} | {key: [point[field] for point in points] for key, field in fields.items()}
+        points = mean_roc(scores, self.membership, 30, bootstrap=self.sizes.bootstrap, seed=self.seed)
+        return {"attack": "lira_shrinkage"} | {key: [point[key] for point in points] for key in points[0]}
 
     def _layer_counts(self, criterion: str, rate: float, masks: list[MaskSet]) -> None:
         numel = {name: math.prod(shape) for name, shape in masks[0].shapes.items()}
@@ -319,13 +315,12 @@ def _accuracies(fitted: Sequence[Fitted], data: Dataset, ids: Sequence[Tensor]) 
 
 
 def _describe(data: Dataset) -> dict[str, Any]:
-    digest = hashlib.sha256(data.inputs.numpy().tobytes() + data.targets.numpy().tobytes()).hexdigest()
     return {
         "name": data.name,
         "pool": len(data.pool),
         "reference": len(data.reference),
         "test": len(data.test),
         "random_label_share": float(data.randomised[data.pool].double().mean()),
-        "sha256": digest,
+        "sha256": data.sha256,
         "note": data.note,
     }

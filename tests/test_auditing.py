@@ -160,7 +160,7 @@ def test_the_lowest_point_of_a_curve_is_one_false_positive(others):
     """Every member lies above all others but one."""
     scores = np.r_[2.0, np.zeros(others - 1), np.ones(3)]
     members = np.r_[np.zeros(others, bool), np.ones(3, bool)]
-    points = auditing._roc(scores[None], members[None], 0, 0.95, 0)
+    points = auditing.mean_roc(scores[None], members[None], 25, bootstrap=0, confidence=0.95, seed=0)
     assert (points[0]["fpr"], points[0]["tpr"]) == (1 / others, 1)
 
 

@@ -1,6 +1,5 @@
 """One array from a file that somebody else wrote: npy, npz, safetensors or torch.save. Nothing in it is run."""
 
-import hashlib
 import math
 import os
 import pickle
@@ -54,12 +53,6 @@ def split_path(where: str | os.PathLike[str]) -> tuple[Path, str | None]:
     if not colon or Path(where).exists():
         return Path(where), None
     return Path(path), array
-
-
-def sha256(path: str | os.PathLike[str]) -> str:
-    """Of a file's bytes, read as a stream."""
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _numpy(path: Path, array: str | None, name: str) -> Tensor:

@@ -1,5 +1,6 @@
-"""Atomic writes: a reader sees the old file or the whole new one, also after kill -9 or a full disk."""
+"""Atomic writes: a reader sees the old file or the whole new one, also after kill -9 or a full disk; and hashes."""
 
+import hashlib
 import os
 import tempfile
 from collections.abc import Iterator
@@ -27,6 +28,12 @@ def atomic_write(path: str | os.PathLike[str]) -> Iterator[Path]:
         temporary.unlink(missing_ok=True)
         raise
     _fsync(path.parent)  # the rename itself
+
+
+def sha256(path: str | os.PathLike[str]) -> str:
+    """Of a file's bytes, read as a stream."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _umask() -> int:

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from cwfast import report
-from cwfast.checkpoint.arrays import read_array, sha256, split_path
+from cwfast.checkpoint.arrays import read_array, split_path
+from cwfast.checkpoint.files import sha256
 from cwfast.errors import CheckpointError
 from cwfast.mia import Audit, Signals, audit
 from cwfast.mia._shadows import TooFewModels

@@ -77,8 +77,12 @@ def load(
         TypeError: an option that this dataset does not have.
         ValueError: an unknown name, no ``path`` where one is needed or one where none is, or sizes that do not fit.
     """
-    roles: dict[str, Any] = {"seed": seed, "pool": pool, "reference": reference}
-    roles["random_label_share"] = random_label_share
+    roles: dict[str, Any] = {
+        "seed": seed,
+        "pool": pool,
+        "reference": reference,
+        "random_label_share": random_label_share,
+    }
     where = () if path is None else (Path(path),)
     if name in BUNDLED:
         if path is not None:
@@ -145,8 +149,8 @@ def from_indexable(
                 f"samples[{i}] has {tuple(value.shape)}"
             )
         inputs[i] = value
-    roles: dict[str, Any] = {"seed": seed, "pool": pool, "reference": reference}
-    return split(name, Samples(inputs, targets, note), **roles, random_label_share=random_label_share)
+    whole = Samples(inputs, targets, note)
+    return split(name, whole, seed=seed, pool=pool, reference=reference, random_label_share=random_label_share)
 
 
 def _input(index: int, value: object) -> Tensor:

@@ -1,5 +1,6 @@
 """A dataset with its roles, and batches of it."""
 
+import hashlib
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
@@ -30,6 +31,14 @@ class Dataset:
     test: Tensor
     randomised: Tensor
     note: str
+
+    @property
+    def sha256(self) -> str:
+        """Of the bytes of inputs and targets, as they are now."""
+        digest = hashlib.sha256()
+        for tensor in (self.inputs, self.targets):
+            digest.update(tensor.cpu().numpy().tobytes())
+        return digest.hexdigest()
 
 
 def check_reiterable(**sets: Iterable[object]) -> None:

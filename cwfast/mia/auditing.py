@@ -160,7 +160,9 @@ def audit(
                 scores[name], member[rows], fprs=fprs, bootstrap=bootstrap, confidence=confidence, seed=seed
             ),
             "shadow_calibrated": _shadow(scores[name], member[rows], fprs),
-            "roc": _roc(scores[name], member[rows], bootstrap, confidence, seed),
+            "roc": mean_roc(
+                scores[name], member[rows], 25, bootstrap=min(bootstrap, 200), confidence=confidence, seed=seed
+            ),
             "balanced_accuracy_at_zero": _at_zero(scores[name], member[rows]) if attack.also == "labels" else None,
             "most_exposed": _exposed(scores[name], member[rows], max(fprs, default=0.01), kept),
         }
@@ -219,11 +221,18 @@ def _shadow(scores: Floats, members: Bools, fprs: Sequence[float]) -> dict[str, 
     return {"balanced_accuracy": balanced, "tpr_at_fpr": points}
 
 
-def _roc(scores: Floats, members: Bools, bootstrap: int, confidence: float, seed: int) -> list[dict[str, float | None]]:
-    """Points of the mean ROC curve, even on a logarithmic axis from one false positive on."""
+def mean_roc(scores: Floats, members: Bools, points: int, **options: Any) -> list[dict[str, float | None]]:
+    """``fpr`` (realised), ``tpr``, ``low`` and ``high`` at points even on a logarithmic axis, from one false positive.
+
+    Args:
+        scores: [K, N].
+        members: bool [K, N].
+        points: how many.
+        options: ``bootstrap``, ``confidence``, ``seed`` of ``metrics.summary``.
+    """
     lowest = np.nextafter(1 / (~members).sum(axis=1).min(), 1)  # as a decimal, 1 / n may be less than one of n
-    grid = [float(fpr) for fpr in np.geomspace(lowest, 1, 25).clip(max=1)]
-    found = metrics.summary(scores, members, fprs=grid, bootstrap=min(bootstrap, 200), confidence=confidence, seed=seed)
+    grid = [float(fpr) for fpr in np.geomspace(lowest, 1, points).clip(max=1)]
+    found = metrics.summary(scores, members, fprs=grid, **options)
     return [{"fpr": p["realised_fpr"], **{key: p[key] for key in ("tpr", "low", "high")}} for p in found["tpr_at_fpr"]]
 
 

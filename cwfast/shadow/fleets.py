@@ -1,7 +1,6 @@
 """Shadow models trained by the target's own defense, and what an attacker sees of them."""
 
 import functools
-import hashlib
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
@@ -10,7 +9,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from cwfast.data import Dataset
 from cwfast.mia import Signals
 from cwfast.shadow.describing import describe
 from cwfast.shadow.plan import Plan
@@ -112,7 +110,7 @@ class Training:
             torch.set_num_threads(threads)
         return {
             "dataset": task.dataset.name,
-            "data": data_hash(task.dataset),
+            "data": task.dataset.sha256,
             **about,
             "recipe": asdict(task.recipe),
             "defense": describe(defense),
@@ -138,14 +136,6 @@ class Training:
 def as_they_are(inputs: Tensor) -> list[Tensor]:
     """One query per sample: the sample."""
     return [inputs]
-
-
-def data_hash(dataset: Dataset) -> str:
-    """SHA-256 of the bytes of inputs and targets."""
-    digest = hashlib.sha256()
-    for tensor in (dataset.inputs, dataset.targets):
-        digest.update(tensor.cpu().numpy().tobytes())
-    return digest.hexdigest()
 
 
 def _answers(model: nn.Module, inputs: Tensor) -> Any:

@@ -21,7 +21,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from cwfast.checkpoint.files import atomic_write
+from cwfast.checkpoint.files import atomic_write, sha256
 from cwfast.errors import CheckpointError
 from cwfast.mia import Signals
 from cwfast.shadow.describing import describe
@@ -105,7 +105,7 @@ class Work:
         if part.manifest.get("run") != self._hash or part.manifest.get("models") != self.rows(index):
             raise CheckpointError(f"{path} must be of this run; it is of another: remove it, or use another folder")
         wanted = part.manifest.get("state")
-        if wanted is not None and not (state.exists() and _digest(state) == wanted):
+        if wanted is not None and not (state.exists() and sha256(state) == wanted):
             raise CheckpointError(f"{state} must hold what it was written with; its SHA-256 differs, or it is gone")
         return part
 
@@ -141,7 +141,7 @@ class Work:
             path = self._path(index, "state")
             with atomic_write(path) as temporary:
                 save_file({name: value.detach().cpu().contiguous() for name, value in state.items()}, temporary)
-            manifest["state"] = _digest(path)
+            manifest["state"] = sha256(path)
         labels = tensors.pop("labels", None)
         part = Signals(tensors, self.plan.membership[rows], labels, self.plan.ids, manifest)
         if read_settings(self.out) != self.settings:
@@ -217,8 +217,3 @@ def check_manifest(expected: dict[str, Any], found: dict[str, Any]) -> None:
 def _cut(value: object) -> str:
     text = repr(value)
     return text if len(text) <= 200 else f"{text[:200]}..."
-
-
-def _digest(path: Path) -> str:
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
