@@ -10,6 +10,7 @@ import os
 import platform
 import shutil
 import subprocess
+import sys
 import tempfile
 from pathlib import Path
 
@@ -79,6 +80,15 @@ def library(stem: str, checked: bool = False, changes: tuple[tuple[str, str], ..
     loaded.coc_configure.argtypes = [ctypes.c_uint64, ctypes.c_int, ctypes.c_void_p, ctypes.c_uint]
     loaded.coc_configure(1, 2, None, 0)
     return loaded
+
+
+def check_planted(module: str, name: str) -> None:
+    """In a process of its own, which the defect may crash: ``module.catch(name)`` fails for a defect, passes for ""."""
+    code = f"import {module} as t; t.catch({name!r})"
+    ran = subprocess.run([sys.executable, "-c", code], cwd=HERE.parent, capture_output=True, text=True)
+    assert (ran.returncode == 0) == (name == ""), ran.stdout + ran.stderr
+    assert "must occur once" not in ran.stderr, ran.stderr
+    assert "error:" not in ran.stderr, ran.stderr  # of the compiler
 
 
 def some_slow(defects: list[str]) -> list[object]:
