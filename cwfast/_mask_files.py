@@ -4,7 +4,7 @@ import hashlib
 import json
 import math
 import os
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 import torch
@@ -32,53 +32,81 @@ def save(path: str | os.PathLike[str], picks: Mapping[str, Bits], shapes: Shapes
     metadata = {
         "format": FORMAT,
         "shapes": json.dumps({name: list(shape) for name, shape in shapes.items()}),
-        "sha256": digest(tensors),
+        "sha256": digest({key: [tensor.reshape(-1)] for key, tensor in tensors.items()}),
         "zero_score_selected": str(zero_score_selected),
     }
     with atomic_write(path) as temporary:
         temporary.write_bytes(serialize(tensors, metadata=metadata))  # an OSError stays one, unlike from save_file
 
 
-def load(path: str | os.PathLike[str]) -> tuple[dict[str, Bits], Shapes, int]:
-    """What ``save`` was given; that the entries are in range and in order is for ``MaskSet`` to check.
+class MaskFile:
+    """A mask file that is read tensor by tensor: names, shapes and hash are checked when it is opened.
+
+    Attributes:
+        path: of the file.
+        shapes: of the parameters, in order.
+        zero_score_selected: see ``cwfast.select``.
 
     Raises:
         FileNotFoundError: there is no such file.
         CheckpointError: it is not such a file, or broken; the message says where.
     """
-    if Path(path).is_dir():
-        raise CheckpointError(f"{path} must be a mask file, as MaskSet.save writes it; it is a folder")
-    file = Checkpoint(path)
-    tensors, metadata = {key: file.tensor(key) for key in file.entries}, file.metadata
-    if metadata.get("format") != FORMAT:
-        raise CheckpointError(f"{path} must be a mask file of format {FORMAT}; got {metadata.get('format')!r}")
-    if metadata.get("sha256") != digest(tensors):
-        raise CheckpointError(f"{path} must hold the data it was written with; its SHA-256 differs")
-    shapes = _read_shapes(path, metadata.get("shapes", ""))
-    expected: set[str] = set()
-    picks: dict[str, Bits] = {}
-    for name in shapes:
-        parts = ("bits",) if f"{name}/bits" in tensors else ("low", "offset")
-        expected |= {f"{name}/{part}" for part in parts}
-    if set(tensors) != expected:
-        raise CheckpointError(
-            f"{path} must hold bits, or low and offset, of each parameter; {sorted(expected ^ set(tensors))[:3]}"
-        )
-    for name in shapes:
-        dense = tensors.get(f"{name}/bits")
-        picks[name] = (tensors[f"{name}/low"], tensors[f"{name}/offset"]) if dense is None else dense
-    zeros = metadata.get("zero_score_selected", "")
-    if not (zeros.isascii() and zeros.isdecimal() and len(zeros) <= 19):
-        raise CheckpointError(f"{path} must state zero_score_selected as a number; got {zeros!r}")
-    return picks, shapes, int(zeros)
+
+    def __init__(self, path: str | os.PathLike[str]) -> None:
+        if Path(path).is_dir():
+            raise CheckpointError(f"{path} must be a mask file, as MaskSet.save writes it; it is a folder")
+        self.path = Path(path)
+        self._file = Checkpoint(path)
+        metadata = self._file.metadata
+        if metadata.get("format") != FORMAT:
+            raise CheckpointError(f"{path} must be a mask file of format {FORMAT}; got {metadata.get('format')!r}")
+        if metadata.get("sha256") != digest({key: self._file.pieces(key) for key in self._file.entries}):
+            raise CheckpointError(f"{path} must hold the data it was written with; its SHA-256 differs")
+        self.shapes = _read_shapes(path, metadata.get("shapes", ""))
+        expected = {f"{name}/{part}" for name in self.shapes for part in self._parts(name)}
+        have = set(self._file.entries)
+        if have != expected:
+            raise CheckpointError(
+                f"{path} must hold bits, or low and offset, of each parameter; {sorted(expected ^ have)[:3]}"
+            )
+        zeros = metadata.get("zero_score_selected", "")
+        if not (zeros.isascii() and zeros.isdecimal() and len(zeros) <= 19):
+            raise CheckpointError(f"{path} must state zero_score_selected as a number; got {zeros!r}")
+        self.zero_score_selected = int(zeros)
+
+    def _parts(self, name: str) -> tuple[str, ...]:
+        return ("bits",) if f"{name}/bits" in self._file.entries else ("low", "offset")
+
+    def picks(self, name: str) -> Bits:
+        """The selected entries of a parameter.
+
+        Raises:
+            CheckpointError: they are not in range, in order and in a legal form.
+        """
+        parts = [self._file.tensor(f"{name}/{part}") for part in self._parts(name)]
+        bits: Bits = parts[0] if len(parts) == 1 else (parts[0], parts[1])
+        if wrong := _picks.wrong(bits, math.prod(self.shapes[name])):
+            raise CheckpointError(f"{self.path} must hold the masks that its shapes promise; {name!r} {wrong}")
+        return bits
+
+    def counts(self) -> dict[str, int]:
+        """Selected entries by name; packed bits are read for it."""
+        return {name: _picks.count(self.picks(name)) for name in self.shapes}
 
 
-def digest(tensors: Mapping[str, Tensor]) -> str:
-    """SHA-256 of names and bytes."""
+def load(path: str | os.PathLike[str]) -> tuple[dict[str, Bits], Shapes, int]:
+    """What ``save`` was given. Raises as ``MaskFile`` does."""
+    file = MaskFile(path)
+    return {name: file.picks(name) for name in file.shapes}, file.shapes, file.zero_score_selected
+
+
+def digest(tensors: Mapping[str, Iterable[Tensor]]) -> str:
+    """SHA-256 of names and bytes; each tensor comes as its flat pieces."""
     found = hashlib.sha256()
     for key in sorted(tensors):
         found.update(key.encode())
-        found.update(tensors[key].reshape(-1).view(torch.uint8).numpy().data)
+        for piece in tensors[key]:
+            found.update(piece.view(torch.uint8).numpy().data)
     return found.hexdigest()
 
 

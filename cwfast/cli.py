@@ -85,6 +85,23 @@ def _parser() -> argparse.ArgumentParser:
         )
     )
 
+    _select_arguments(
+        commands.add_parser(
+            "select",
+            parents=[common],
+            help="the largest scores of a safetensors folder, which may be larger than memory, as a mask file",
+        )
+    )
+    _rewind_arguments(
+        commands.add_parser(
+            "rewind",
+            parents=[common],
+            help="a copy of a model's folder with the weights of a mask put back to a base checkpoint's",
+            description="Reads, rewinds, hashes and writes in pieces: memory does not grow with the model. MODEL and "
+            "BASE are only read. A run that was stopped goes on with --resume.",
+        )
+    )
+
     bench = commands.add_parser(
         "bench", parents=[common], help="time the kernels against their peers and this machine's limits"
     )
@@ -104,6 +121,30 @@ def _parser() -> argparse.ArgumentParser:
     )
     env.set_defaults(run=_env)
     return parser
+
+
+def _select_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.set_defaults(run=_select)
+    parser.add_argument("scores", type=Path, metavar="SCORES", help="safetensors file or folder, a score per weight")
+    parser.add_argument("--rate", type=float, help="share of the weights to select, such as 0.001")
+    parser.add_argument("--k", type=int, help="or how many")
+    parser.add_argument("--rates", nargs="+", metavar="PATTERN=RATE", help="or a rate for each parameter by name")
+    parser.add_argument(
+        "--scope", choices=("global", "layer"), default="global", help="rank all weights, or each parameter's alone"
+    )
+    parser.add_argument("--exclude", nargs="+", metavar="PATTERN", help="parameters of which nothing is selected")
+    parser.add_argument("--nan", choices=("raise", "skip"), default="raise", help="NaN scores (default: %(default)s)")
+    parser.add_argument("--out", type=Path, required=True, help="mask file to write")
+
+
+def _rewind_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.set_defaults(run=_rewind)
+    parser.add_argument("model", type=Path, metavar="MODEL", help="safetensors file or folder with the trained weights")
+    parser.add_argument("--base", type=Path, required=True, help="the same with the initial weights")
+    parser.add_argument("--mask", type=Path, required=True, help="file of cwfast select or MaskSet.save")
+    parser.add_argument("--out", type=Path, required=True, help="folder to make")
+    parser.add_argument("--resume", action="store_true", help="go on where a run with the same arguments was stopped")
+    parser.add_argument("--copy-code", action="store_true", help="also copy *.py, and keep auto_map, which runs them")
 
 
 def _audit_arguments(parser: argparse.ArgumentParser) -> None:
@@ -207,6 +248,18 @@ def _audit(options: argparse.Namespace) -> tuple[dict[str, Any], str]:
     from cwfast.commands import audit
 
     return audit.run(options)
+
+
+def _select(options: argparse.Namespace) -> tuple[dict[str, Any], str]:
+    from cwfast.commands import files
+
+    return files.run_select(options)
+
+
+def _rewind(options: argparse.Namespace) -> tuple[dict[str, Any], str]:
+    from cwfast.commands import files
+
+    return files.run_rewind(options)
 
 
 def _env(options: argparse.Namespace) -> tuple[dict[str, Any], str]:

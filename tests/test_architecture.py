@@ -19,7 +19,7 @@ LEVELS = [
     {"masks", "_selecting", "_tracking", "scoring", "freezing", "optim", "distributed", "data"},
     {"training", "_fleet"},
     {"defense", "mia"},
-    {"integrations", "shadow"},
+    {"integrations", "llm", "shadow"},
     {"report"},
     {"demo", "examples"},
     {"commands"},

@@ -247,7 +247,10 @@ def test_a_folder_that_is_not_there_leaves_nothing(tmp_path):
 def write(path, tensors, **metadata):
     """A mask file with these contents and a right hash, so that only the change is wrong."""
     plain = {"format": _mask_files.FORMAT, "shapes": json.dumps({n: list(s) for n, s in SHAPES.items()})}
-    plain |= {"sha256": _mask_files.digest(tensors), "zero_score_selected": "0"}
+    plain |= {
+        "sha256": _mask_files.digest({key: [tensor.reshape(-1)] for key, tensor in tensors.items()}),
+        "zero_score_selected": "0",
+    }
     save_file(tensors, path, metadata=plain | metadata)
 
 

@@ -1,7 +1,9 @@
-"""Atomic writes: a reader sees the old file or the whole new one, also after kill -9 or a full disk; and hashes."""
+"""Atomic writes: a reader sees the old file or the whole new one, also after kill -9 or a full disk; hashes, locks."""
 
+import fcntl
 import hashlib
 import os
+import socket
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -22,12 +24,12 @@ def atomic_write(path: str | os.PathLike[str]) -> Iterator[Path]:
     try:
         temporary.chmod(0o666 & ~_umask())  # mkstemp makes private files; the result is an ordinary one
         yield temporary
-        _fsync(temporary)
+        fsync(temporary)
         temporary.replace(path)
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise
-    _fsync(path.parent)  # the rename itself
+    fsync(path.parent)  # the rename itself
 
 
 def sha256(path: str | os.PathLike[str]) -> str:
@@ -36,13 +38,34 @@ def sha256(path: str | os.PathLike[str]) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
+@contextmanager
+def exclusive(folder: Path) -> Iterator[None]:
+    """Hold the folder's lock: the kernel's, so that it is free again when this process dies in whatever way.
+
+    Raises:
+        RuntimeError: another process holds it; the message says which.
+    """
+    with open(folder / "lock", "a+") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            file.seek(0)
+            holder = file.read().strip() or "a run that begins"
+            raise RuntimeError(f"{folder} must be used by one run at a time; it is held by {holder}") from error
+        file.truncate(0)
+        file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
+        file.flush()
+        yield
+
+
 def _umask() -> int:
     current = os.umask(0)
     os.umask(current)
     return current
 
 
-def _fsync(path: Path) -> None:
+def fsync(path: Path) -> None:
+    """Have the system write out a file, or the names in a folder."""
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)

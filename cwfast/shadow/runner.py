@@ -1,20 +1,18 @@
 """Jobs that survive: each writes one file, whole or not at all, and a run begins where the last one ended."""
 
-import fcntl
 import json
 import os
 import pickle
-import socket
 import sys
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import closing, contextmanager, redirect_stdout
+from collections.abc import Callable, Mapping
+from contextlib import closing, redirect_stdout
 from pathlib import Path
 from typing import Any
 
 import torch
 from tqdm import tqdm
 
-from cwfast.checkpoint.files import atomic_write
+from cwfast.checkpoint.files import atomic_write, exclusive
 from cwfast.errors import CheckpointError
 from cwfast.mia import Signals
 from cwfast.shadow.engines import ENGINES
@@ -100,7 +98,7 @@ def run(
     }
     work = Work(plan, job, Path(out).resolve(), settings)
     work.out.mkdir(parents=True, exist_ok=True)
-    with _exclusive(work.out):
+    with exclusive(work.out):
         _claim(work)
         left = [index for index in range(work.jobs) if work.load(index) is None]
         failed = {}
@@ -154,22 +152,6 @@ def collect(plan: Plan, out: str | os.PathLike[str]) -> Signals:
     }
     values = {name: torch.cat([part[name] for part in done]) for name in first.values}
     return Signals(values, plan.membership, first.labels, plan.ids, manifest)
-
-
-@contextmanager
-def _exclusive(out: Path) -> Iterator[None]:
-    """Hold the folder's lock: the kernel's, so that it is free again when this process dies in whatever way."""
-    with open(out / "lock", "a+") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            file.seek(0)
-            holder = file.read().strip() or "a run that begins"
-            raise RuntimeError(f"{out} must be used by one run at a time; it is held by {holder}") from error
-        file.truncate(0)
-        file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
-        file.flush()
-        yield
 
 
 def _claim(work: Work) -> None:

@@ -1,0 +1,95 @@
+"""A safetensors file written again with some of its values changed: as a stream, hashed on the way, or not at all."""
+
+import hashlib
+import os
+import queue
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from cwfast.checkpoint.files import atomic_write
+from cwfast.checkpoint.reader import Checkpoint
+
+Change = Callable[[str], Iterator[Tensor]]
+_AHEAD = 4  # pieces that wait to be written: reading goes on meanwhile, memory stays bounded
+
+
+def rewrite(source: Checkpoint, file: Path, target: Path, pieces: Change) -> dict[str, str]:
+    """Write ``target``: the header of ``file``, byte for byte, and for each of its tensors what ``pieces`` gives.
+
+    Args:
+        source: the checkpoint that ``file`` is of.
+        file: one of its files.
+        target: written to a temporary name, fsynced and renamed; nothing is left of it where something fails.
+        pieces: tensor name -> its flat pieces from the first entry to the last, in the dtype that it has in ``file``.
+
+    Returns:
+        Each tensor's SHA-256, of the bytes that were handed to the system.
+
+    Raises:
+        OSError: the disk is full, or the folder cannot be written.
+        ValueError: the pieces of a tensor are not as long as the tensor.
+    """
+    entries = sorted((entry.begin, name) for name, entry in source.entries.items() if entry.file == file)
+    data = entries[0][0] if entries else file.stat().st_size
+    with open(file, "rb") as given:
+        header = given.read(data)
+    hashes = {}
+    with atomic_write(target) as temporary, open(temporary, "wb", buffering=0) as out:
+        _write(out.fileno(), header)
+        for begin, name in entries:
+            entry = source.entries[name]
+            found = hashlib.sha256()
+            with _writer(out.fileno(), found) as put:
+                for piece in pieces(name):
+                    if piece.dtype != entry.dtype:
+                        raise ValueError(f"{name!r} must be written in {entry.dtype}; got {piece.dtype}")
+                    put(piece)
+            numel = torch.Size(entry.shape).numel()
+            if out.tell() - begin != numel * entry.dtype.itemsize:
+                raise ValueError(f"{name!r} must be written with {numel} entries; got {out.tell() - begin} bytes")
+            hashes[name] = found.hexdigest()
+    return hashes
+
+
+@contextmanager
+def _writer(handle: int, found: "hashlib._Hash") -> Iterator[Callable[[Tensor], None]]:
+    """A function that hands pieces to a thread, which writes and hashes them; both let go of the interpreter's lock."""
+    waiting: queue.Queue[Tensor | None] = queue.Queue(_AHEAD)
+    failed: list[BaseException] = []
+
+    def work() -> None:
+        while (piece := waiting.get()) is not None:
+            if failed:
+                continue  # whoever puts must not wait for ever
+            try:
+                memory = memoryview(piece.view(torch.uint8).numpy())  # type: ignore[arg-type]
+                _write(handle, memory)
+                found.update(memory)
+            except BaseException as error:
+                failed.append(error)
+
+    def put(piece: Tensor) -> None:
+        if failed:
+            raise failed[0]
+        waiting.put(piece)
+
+    thread = threading.Thread(target=work, name="cwfast-writer")
+    thread.start()
+    try:
+        yield put
+    finally:
+        waiting.put(None)
+        thread.join()
+    if failed:
+        raise failed[0]
+
+
+def _write(handle: int, data: bytes | memoryview) -> None:
+    view = memoryview(data)
+    while len(view):
+        view = view[os.write(handle, view) :]

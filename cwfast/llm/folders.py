@@ -1,0 +1,249 @@
+"""A model's folder with its critical weights put back to the base checkpoint's, larger than memory or not."""
+
+import json
+import os
+import shutil
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from cwfast import _picks, ops
+from cwfast._mask_files import MaskFile
+from cwfast.checkpoint import Checkpoint
+from cwfast.checkpoint.files import atomic_write, exclusive, fsync, sha256
+from cwfast.checkpoint.reader import INDEX
+from cwfast.checkpoint.writer import rewrite
+from cwfast.errors import CheckpointError
+from cwfast.ops.rewind import Bits
+
+FORMAT = "cwfast-rewound/1"
+MANIFEST = "cwfast-rewound.json"  # in the folder that is written
+_SPARE = 64 << 20  # bytes that must be free beside the weights
+_INTS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+# Weights in other formats would still be those that were not rewound.
+_WEIGHTS = {".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".gguf", ".h5", ".msgpack", ".onnx", ".npz"}
+
+
+def rewind_folder(
+    model: str | os.PathLike[str],
+    base: str | os.PathLike[str],
+    mask: str | os.PathLike[str],
+    out: str | os.PathLike[str],
+    *,
+    resume: bool = False,
+    copy_code: bool = False,
+    progress: Callable[[int], object] = lambda done: None,
+) -> dict[str, Any]:
+    """``W[mask] = W0[mask]`` for a checkpoint on disk: a complete folder that transformers loads.
+
+    Weights are read, rewound, hashed and written in pieces of 4 million entries: memory does not grow with the model
+    (the mask's part of one tensor is held). Everything is written into a folder beside ``out``, whose name begins with
+    a dot, and renamed to ``out`` at the end; what a killed run has finished there, file by file, ``resume`` keeps.
+
+    Args:
+        model: safetensors file or folder with the trained weights. It is only read.
+        base: the same with the initial ones: each tensor of the mask in the same shape and dtype. It is only read.
+        mask: file of ``MaskSet.save``; its names are those of ``model``.
+        out: folder to make; it must not exist (an empty one may), nor lie in ``model`` or ``base``.
+        resume: go on where an earlier run with the same arguments was stopped.
+        copy_code: also copy ``*.py`` and keep ``auto_map``, which names code that ``trust_remote_code`` runs.
+        progress: called with the number of bytes each time that some have been written.
+
+    Returns:
+        What the manifest in ``out`` holds: inputs with their hashes, each tensor's SHA-256, the count of rewound
+        weights, and which other files were copied and which were not.
+
+    Raises:
+        FileNotFoundError: an input is not there.
+        CheckpointError: a broken file, or names, shapes or dtypes that do not fit.
+        FileExistsError: ``out`` is there, or an unfinished run of it is and ``resume`` is False.
+        RuntimeError: another process writes the same folder.
+        OSError: the disk is too small or full. In all these cases no folder ``out`` has been made.
+    """
+    source, initial, masks = Checkpoint(model), Checkpoint(base), MaskFile(mask)
+    out = Path(out)
+    _check_place(out, {"MODEL": source.path, "BASE": initial.path})
+    _check_fit(source, initial, masks)
+    partial = out.with_name(f".{out.name}.partial")
+    if partial.exists() and not resume:
+        raise FileExistsError(
+            f"{partial} must not exist: a run into {out} was stopped; resume it, or remove that folder"
+        )
+    partial.mkdir(exist_ok=True)
+    inputs = {"model": _identity(source), "base": _identity(initial), "mask": {"sha256": sha256(mask)}}
+    with exclusive(partial):
+        for broken in partial.glob(".*.tmp"):  # of a run that was killed
+            broken.unlink()
+        state = _begin(partial, inputs)
+        _check_space(partial, source, state["files"])
+        for file in sorted({entry.file for entry in source.entries.values()}):
+            size = file.stat().st_size
+            if not _is_done(partial / file.name, state["files"].get(file.name), size):
+                hashes = rewrite(
+                    source,
+                    file,
+                    partial / file.name,
+                    lambda name: _rewound(source, initial, masks, name, progress),
+                )
+                state["files"][file.name] = {"bytes": size, "sha256": hashes}
+                _save(partial, state)
+            else:
+                progress(size)
+        state["copied"], state["left_out"] = _copy_others(source.path, partial, copy_code)
+        state["rewound"] = sum(masks.counts().values())
+        _verify(partial, source)
+        _save(partial, state)
+        (partial / "lock").unlink()
+        with suppress(OSError):
+            out.rmdir()  # where it is there and empty
+        partial.rename(out)
+        fsync(out.parent)
+    return state
+
+
+def _rewound(
+    source: Checkpoint, initial: Checkpoint, masks: MaskFile, name: str, progress: Callable[[int], object]
+) -> Iterator[Tensor]:
+    """The pieces of a tensor, its selected entries as in ``initial``."""
+    bits: Bits | None = masks.picks(name) if name in masks.shapes else None
+    if bits is not None and not _picks.count(bits):
+        bits = None
+    base = initial.pieces(name) if bits is not None else iter(())
+    begin = 0
+    for piece in source.pieces(name):
+        end = begin + len(piece)
+        if bits is not None:  # by bits of the same width: every dtype is rewound alike
+            as_int = _INTS[piece.element_size()]
+            ops.rewind_([piece.view(as_int)], [next(base).view(as_int)], [_picks.part(bits, begin, end)])
+        yield piece
+        progress(piece.nbytes)
+        begin = end
+
+
+def _check_place(out: Path, inputs: Mapping[str, Path]) -> None:
+    if not out.parent.is_dir():
+        raise FileNotFoundError(f"{out} must be made in a folder that exists; there is no {out.parent}")
+    if out.exists() and not (out.is_dir() and not any(out.iterdir())):
+        raise FileExistsError(f"{out} must not exist, or be an empty folder: nothing is written over")
+    there = out.resolve()
+    for what, path in inputs.items():
+        given = path.resolve()
+        if there == given or given in there.parents:
+            raise ValueError(f"the folder that is written must lie outside {what}; {out} is in {path}")
+
+
+def _check_fit(source: Checkpoint, initial: Checkpoint, masks: MaskFile) -> None:
+    for name, shape in masks.shapes.items():
+        if name not in source.entries:
+            raise CheckpointError(f"{masks.path} must be of {source.path}, which has no tensor {name!r}")
+        if source.entries[name].shape != shape:
+            raise CheckpointError(
+                f"{masks.path} must be of {source.path}: {name!r} has shape {source.entries[name].shape} there, "
+                f"{shape} in the mask"
+            )
+        if name not in initial:
+            raise CheckpointError(f"{initial.path} must hold the initial values of {name!r}; it has no such tensor")
+        here, there = source.entries[name], initial.entry(name)
+        if (here.shape, here.dtype) != (there.shape, there.dtype):
+            raise CheckpointError(
+                f"{initial.path} must hold {name!r} as {source.path} does, {here.dtype} of shape {here.shape}; it has "
+                f"{there.dtype} of shape {there.shape}"
+            )
+
+
+def _identity(checkpoint: Checkpoint) -> dict[str, Any]:
+    """Sizes and times of the files: enough to see that a resumed run has other inputs than the one that was stopped."""
+    files = sorted({entry.file for entry in checkpoint.entries.values()})
+    return {
+        "path": str(checkpoint.path.resolve()),
+        "files": {file.name: [file.stat().st_size, file.stat().st_mtime_ns] for file in files},
+    }
+
+
+def _begin(partial: Path, inputs: Mapping[str, Any]) -> dict[str, Any]:
+    """The state of the run that was stopped, or a new one."""
+    path = partial / MANIFEST
+    if not path.exists():
+        state = {"format": FORMAT, "inputs": dict(inputs), "files": {}}
+        _save(partial, state)
+        return state
+    try:
+        state = json.loads(path.read_text(encoding="utf-8"))
+        known = state["inputs"]
+        if state["format"] != FORMAT or not isinstance(state["files"], dict):
+            raise ValueError(state["format"])
+    except (ValueError, KeyError, TypeError) as error:
+        raise CheckpointError(f"{path} must be the manifest of a stopped run; remove {partial}") from error
+    for what, identity in inputs.items():
+        if known.get(what) != identity:
+            raise CheckpointError(
+                f"{partial} must be of a run with the same {what}; it was begun with another: remove that folder"
+            )
+    return state
+
+
+def _save(partial: Path, state: Mapping[str, Any]) -> None:
+    with atomic_write(partial / MANIFEST) as temporary:
+        temporary.write_text(json.dumps(state, indent=1) + "\n", encoding="utf-8")
+
+
+def _is_done(target: Path, entry: Mapping[str, Any] | None, size: int) -> bool:
+    return entry is not None and target.is_file() and target.stat().st_size == size == entry["bytes"]
+
+
+def _check_space(partial: Path, source: Checkpoint, done: Mapping[str, Any]) -> None:
+    files = {entry.file for entry in source.entries.values()}
+    need = sum(file.stat().st_size for file in files if file.name not in done) + _SPARE
+    free = shutil.disk_usage(partial).free
+    if need > free:
+        raise OSError(f"the disk of {partial.parent} must have {need:,} bytes free; it has {free:,}")
+
+
+def _copy_others(model: Path, partial: Path, copy_code: bool) -> tuple[list[str], list[str]]:
+    """Config, tokenizer and the like; which were copied, and which were not. The index comes last."""
+    if not model.is_dir():
+        return [], []
+    files = sorted((f for f in model.iterdir() if f.is_file()), key=lambda f: (f.name == INDEX, f.name))
+    copied, left_out = [], []
+    for file in files:
+        if file.suffix == ".safetensors":
+            continue
+        other_weights = file.suffix in _WEIGHTS or (file.name.endswith(".index.json") and file.name != INDEX)
+        unwanted = file.name.startswith(".") or file.name in (MANIFEST, "lock")
+        if other_weights or unwanted or (file.suffix == ".py" and not copy_code):
+            left_out.append(file.name)
+            continue
+        with atomic_write(partial / file.name) as temporary:
+            if file.suffix == ".json" and file.name != INDEX and not copy_code:
+                temporary.write_bytes(_without_code(file.read_bytes()))
+            else:
+                shutil.copyfile(file, temporary)
+        copied.append(file.name)
+    return copied, left_out + sorted(f"{f.name}/" for f in model.iterdir() if f.is_dir())
+
+
+def _without_code(data: bytes) -> bytes:
+    """A JSON file without ``auto_map``; unchanged where it has none."""
+    try:
+        found = json.loads(data)
+    except ValueError:
+        return data
+    if not isinstance(found, dict) or "auto_map" not in found:
+        return data
+    del found["auto_map"]
+    return (json.dumps(found, indent=2, ensure_ascii=False) + "\n").encode()
+
+
+def _verify(partial: Path, source: Checkpoint) -> None:
+    """What was written opens, and has the tensors that the model has."""
+    if source.path.is_dir():
+        written = Checkpoint(partial)
+        same = {name: (e.shape, e.dtype) for name, e in written.entries.items()} == {
+            name: (e.shape, e.dtype) for name, e in source.entries.items()
+        }
+        if not same:
+            raise CheckpointError(f"{partial} must hold the tensors of {source.path}; it does not")
