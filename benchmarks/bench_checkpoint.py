@@ -53,12 +53,15 @@ def _copy(model: Path, base: Path, out: Path) -> None:
     out.mkdir()
     buffer = memoryview(bytearray(2 * BLOCK))
     for file in sorted(model.glob("*.safetensors")):
-        with open(base / file.name, "rb", buffering=0) as initial, open(file, "rb", buffering=0) as trained:
-            with open(out / file.name, "wb", buffering=0) as target:
-                while count := trained.readinto(buffer):
-                    target.write(buffer[:count])
-                    initial.readinto(buffer)
-                os.fsync(target.fileno())
+        with (
+            open(base / file.name, "rb", buffering=0) as initial,
+            open(file, "rb", buffering=0) as trained,
+            open(out / file.name, "wb", buffering=0) as target,
+        ):
+            while count := trained.readinto(buffer):
+                target.write(buffer[:count])
+                initial.readinto(buffer)
+            os.fsync(target.fileno())
 
 
 def both_steps(folder: str) -> Iterator[None]:
