@@ -79,7 +79,7 @@ def _plain(model: nn.Module, data: Dataset, ids: Tensor, seed: int, recipe: Reci
 
 
 def _products(model: nn.Module, count: int, samples: int, recipe: Recipe) -> Callable[[], None]:
-    """What no stack can do without: the batched matrix products of all steps, forward and backward, and nothing else."""
+    """What no stack can do without: the batched matrix products of all steps, forward and backward, alone."""
     layers = [layer.weight.shape for layer in model if isinstance(layer, nn.Linear)]
     weights = [torch.randn(count, *shape) for shape in layers]
     ends = [min(recipe.batch_size, samples - begin) for begin in range(0, samples, recipe.batch_size)]

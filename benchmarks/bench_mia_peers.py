@@ -1,7 +1,7 @@
-"""LiRA and RMIA against PrivacyGuard's, the one package of the index whose attacks take signals that are there.
+"""LiRA and RMIA against PrivacyGuard's, a published package whose attacks take signals that are there.
 
-``pip install --no-deps privacyguard-platform`` will do beside pandas, scipy and scikit-learn; it asks for far more. Where
-it is missing, the cases time cwfast alone and name it as skipped.
+``pip install --no-deps privacyguard-platform`` will do beside pandas, scipy and scikit-learn, though it asks for far
+more. Where it is missing, the cases time cwfast alone and name it as skipped.
 
 Looked at and not used: sacroml 2.0 and aisdc 1.2 (LiRA only with the training of its shadow models, in one call),
 adversarial-robustness-toolbox 1.20, privacy-meter 1.0 and tensorflow-privacy 0.9 (no LiRA and no RMIA in these
@@ -45,7 +45,7 @@ def _in_order(own: Bools, result: Any) -> Floats:
 
 
 def _lira(modules: dict[str, ModuleType], phi: Floats, member: Bools) -> Floats:
-    """Target 0, online. Means and deviations of all other models are the caller's to bring; its tutorial takes these."""
+    """Target 0, online. Means and deviations of the other models are the caller's to bring: as its tutorial does."""
     columns = {"score_orig": phi[0]}
     for name, side in (("in", member[1:]), ("out", ~member[1:])):
         values = np.where(side, phi[1:], np.nan)
@@ -76,7 +76,10 @@ def test_mia_peers_lira(benchmark: BenchmarkFixture) -> None:
     def run() -> Floats:
         return lira(phi, member, 0, variance="per_example", center="mean")
 
-    variants: dict[str, Callable[[], object]] = {"cwfast": run, "every_target": lambda: lira(phi, member, variance="per_example", center="mean")}
+    variants: dict[str, Callable[[], object]] = {
+        "cwfast": run,
+        "every_target": lambda: lira(phi, member, variance="per_example", center="mean"),
+    }
     modules = _modules()
     if modules is not None:
         np.testing.assert_allclose(run(), _lira(modules, phi, member), rtol=1e-9, atol=1e-9)
