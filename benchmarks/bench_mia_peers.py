@@ -67,7 +67,7 @@ def _rmia(modules: dict[str, ModuleType], confidence: Floats, member: Bools) -> 
 
 
 def test_mia_peers_lira(benchmark: BenchmarkFixture) -> None:
-    """One target; cwfast once more with every model a target in turn, for which the peer is called for each of them."""
+    """One target, where there is nothing to share; and every model in turn, for which the peer is called for each."""
     models, samples = _harness.by_size(tiny=(8, 200), full=(64, 50_000))
     phi = _signals(models, samples, 1)[0][..., 0]
     member = np.random.default_rng(1).random((models, samples)) < 0.5  # no balanced split: both use all other models
