@@ -1,4 +1,7 @@
-"""Attacks on stored signals against the plain ways: every target by itself, every pair in tiles."""
+"""Attacks on stored signals against the plain ways: every target by itself, every pair in tiles.
+
+``bench_mia_peers`` has published code on the same arrays.
+"""
 
 from collections.abc import Callable, Iterator
 
@@ -74,7 +77,10 @@ def _lira_memory(models: int, samples: int) -> Iterator[None]:
 
 
 def _counts(ratio: Floats, crowd: Bools, limit: float) -> Floats:
-    """RMIA by the matrix of all pairs, in tiles of 512 rows that stay in cache: nothing but comparisons of logs."""
+    """All pairs without RMIA's division, in tiles of 512 rows that stay in cache: one comparison of logs a pair.
+
+    Faster than the attack as it is written; kept as the hardest peer.
+    """
     others, found = ratio[crowd], np.empty(len(ratio))
     for begin in range(0, len(ratio), 512):
         rows = slice(begin, begin + 512)
@@ -84,13 +90,16 @@ def _counts(ratio: Floats, crowd: Bools, limit: float) -> Floats:
 
 
 def _ratios(ratio: Floats, crowd: Bools, gamma: float) -> Floats:
-    """RMIA as it is defined and published, r(x) / r(z) > gamma for all pairs, in tiles of 16 rows (the fastest)."""
+    """All pairs as RMIA is defined and published: a division and a comparison each, in tiles of 16 rows (the fastest).
+
+    This is the pairwise form; PrivacyGuard makes the matrix whole.
+    """
     r, found = np.exp(ratio), np.empty(len(ratio))
     others = r[crowd]
     for begin in range(0, len(r), 16):
         rows = slice(begin, begin + 16)
         found[rows] = (r[rows, None] / others[None] > gamma).sum(axis=1)
-    result: Floats = (found - (crowd & (gamma < 1))) / (crowd.sum() - crowd)
+    result: Floats = found / crowd.sum()
     return result
 
 
@@ -102,7 +111,7 @@ def _bare(ratio: Floats, crowd: Bools) -> object:
 
 @pytest.mark.parametrize("models", [5])
 def test_mia_rmia(benchmark: BenchmarkFixture, models: int) -> None:
-    """One target with four references; the peers get the ratios for nothing and only compare pairs."""
+    """One target with four references; ``ratios`` and ``counts`` get r(x) for nothing and only go through the pairs."""
     samples = _harness.by_size(tiny=1000, full=50_000)
     logprob, member = _rmia_signals(models, samples)
     ratio = logprob[0] - np.log(np.exp(logprob[1:]).mean(axis=0))
@@ -112,7 +121,7 @@ def test_mia_rmia(benchmark: BenchmarkFixture, models: int) -> None:
         return rmia(logprob, member, 0)
 
     for tiled in (_counts(ratio, crowd, np.log(2.0)), _ratios(ratio, crowd, 2.0)):
-        if np.abs(run() - tiled).max() > 2 / samples:  # a rounding of the last digit may move a sample past one other
+        if np.abs(run() - tiled).max() > 1.5 / crowd.sum():  # a rounding of the last digit may move one past one other
             raise AssertionError("rmia must be the share of pairs")
     variants: dict[str, Callable[[], object]] = {
         "cwfast": run,

@@ -182,7 +182,7 @@ PLAIN = {
     "class_entropy": by_class("entropy", larger=False),
     "class_modified_entropy": by_class("modified_entropy", larger=False),
     "gradient_norm": lambda data, target: [-mean(row) for row in data["gradient_norm"][target]],
-    "quantile_regression": None,  # a network is fitted: its tests are in test_attacks_plain
+    "quantile_regression": None,  # a network is fitted: its plain form is in test_attacks_regression
 }
 
 

