@@ -1,16 +1,22 @@
 """Defenses: each a ``Defense`` (for fleets of shadows) over functions that also work in a user's own loop."""
 
+from cwfast.defense.accounting import Privacy
 from cwfast.defense.baselines import EarlyStopping, PlainTraining
+from cwfast.defense.clipping import ClippedGradients
 from cwfast.defense.cwrf import CWRF, CWRFResult, critical_masks, critical_scores, cwrf_
+from cwfast.defense.dp import DPSGD
 from cwfast.defense.gap import gap_shares
 from cwfast.defense.losses import RelaxLoss
 from cwfast.defense.pve import vulnerability
 
 __all__ = [
     "CWRF",
+    "DPSGD",
     "CWRFResult",
+    "ClippedGradients",
     "EarlyStopping",
     "PlainTraining",
+    "Privacy",
     "RelaxLoss",
     "critical_masks",
     "critical_scores",
