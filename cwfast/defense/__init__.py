@@ -1,20 +1,26 @@
 """Defenses: each a ``Defense`` (for fleets of shadows) over functions that also work in a user's own loop."""
 
 from cwfast.defense.baselines import EarlyStopping, PlainTraining
-from cwfast.defense.cwrf import CWRF, CWRFResult, critical_masks, critical_scores, cwrf_
+from cwfast.defense.criteria import CRITERIA, Estimate, criterion, critical_masks, critical_scores
+from cwfast.defense.cwrf import CWRF, CWRFResult, cwrf_
 from cwfast.defense.gap import gap_shares
 from cwfast.defense.losses import RelaxLoss
 from cwfast.defense.pve import vulnerability
+from cwfast.defense.variants import recalibrate_
 
 __all__ = [
+    "CRITERIA",
     "CWRF",
     "CWRFResult",
     "EarlyStopping",
+    "Estimate",
     "PlainTraining",
     "RelaxLoss",
+    "criterion",
     "critical_masks",
     "critical_scores",
     "cwrf_",
     "gap_shares",
+    "recalibrate_",
     "vulnerability",
 ]
