@@ -3,24 +3,30 @@
 from cwfast.defense.accounting import Privacy
 from cwfast.defense.baselines import EarlyStopping, PlainTraining
 from cwfast.defense.clipping import ClippedGradients
-from cwfast.defense.cwrf import CWRF, CWRFResult, critical_masks, critical_scores, cwrf_
+from cwfast.defense.criteria import CRITERIA, Estimate, criterion, critical_masks, critical_scores
+from cwfast.defense.cwrf import CWRF, CWRFResult, cwrf_
 from cwfast.defense.dp import DPSGD
 from cwfast.defense.gap import gap_shares
 from cwfast.defense.losses import RelaxLoss
 from cwfast.defense.pve import vulnerability
+from cwfast.defense.variants import recalibrate_
 
 __all__ = [
+    "CRITERIA",
     "CWRF",
-    "DPSGD",
     "CWRFResult",
     "ClippedGradients",
+    "DPSGD",
     "EarlyStopping",
+    "Estimate",
     "PlainTraining",
     "Privacy",
     "RelaxLoss",
+    "criterion",
     "critical_masks",
     "critical_scores",
     "cwrf_",
     "gap_shares",
+    "recalibrate_",
     "vulnerability",
 ]

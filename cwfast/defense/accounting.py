@@ -41,9 +41,9 @@ class Privacy:
 
     def __str__(self) -> str:
         return (
-            f"epsilon = {self.epsilon:.4g} at delta = {self.delta:.4g} ({self.accountant} accountant; noise multiplier "
-            f"{self.noise_multiplier:.4g}, gradients clipped to {self.max_grad_norm:.4g}, {self.steps} steps of Poisson "
-            f"sampling at rate {self.sample_rate:.4g}) {COVERS[self.covers]}."
+            f"epsilon = {self.epsilon:.4g} at delta = {self.delta:.4g} ({self.accountant} accountant; noise "
+            f"multiplier {self.noise_multiplier:.4g}, gradients clipped to {self.max_grad_norm:.4g}, {self.steps} steps of "
+            f"Poisson sampling at rate {self.sample_rate:.4g}) {COVERS[self.covers]}."
         )
 
 

@@ -93,7 +93,9 @@ class _Excluded:
         ones = torch.ones(self.count, dtype=dtype, device=self.indices.device)
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", "Sparse CSR tensor support is in beta", UserWarning)
-            return torch.sparse_csr_tensor(begin, self.indices % max(1, width), ones, self.shape)
+            return torch.sparse_csr_tensor(
+                begin, self.indices % max(1, width), ones, self.shape, check_invariants=False
+            )
 
 
 def _single(a: Tensor, d: Tensor, excluded: _Excluded | None) -> Tensor:
