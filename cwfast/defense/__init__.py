@@ -14,9 +14,9 @@ from cwfast.defense.variants import recalibrate_
 __all__ = [
     "CRITERIA",
     "CWRF",
+    "DPSGD",
     "CWRFResult",
     "ClippedGradients",
-    "DPSGD",
     "EarlyStopping",
     "Estimate",
     "PlainTraining",
