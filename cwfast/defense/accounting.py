@@ -42,11 +42,11 @@ class Privacy:
     covers: str
 
     def __str__(self) -> str:
-        return (
-            f"epsilon = {self.epsilon:.4g} at delta = {self.delta:.4g} {COVERS[self.covers]}. "
-            f"({self.accountant.upper()} accountant; noise multiplier {self.noise_multiplier:.4g}, gradients clipped to "
-            f"{self.max_grad_norm:.4g}, {self.steps} steps of Poisson sampling at rate {self.sample_rate:.4g})"
+        how = (
+            f"{self.accountant.upper()} accountant, noise multiplier {self.noise_multiplier:.4g}, gradients clipped to "
+            f"{self.max_grad_norm:.4g}, {self.steps} steps of Poisson sampling at rate {self.sample_rate:.4g}"
         )
+        return f"epsilon = {self.epsilon:.4g} at delta = {self.delta:.4g} {COVERS[self.covers]} ({how})"
 
 
 @cache
