@@ -207,6 +207,8 @@ class CWRF(Defense):
         given = [name for name, x in (("trained", trained), ("scores", scores), ("masks", masks)) if x is not None]
         if given and self.start == "reference":
             raise ValueError(f'with start="reference" all is computed here; {", ".join(given)} must not be given')
+        if self.private is not None:  # before anything is trained
+            self.private.check(task.initial_model(seeds[0]), len(train_ids[0]))
         start_ids, reference_ids = self._start(train_ids, reference_ids)
         trained = trained or fit_from_scratch(task, start_ids, seeds)
         models, found = [], []
