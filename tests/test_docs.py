@@ -32,6 +32,7 @@ def test_every_page_with_a_program_has_a_test():
             "load-data",
             "run-on-a-gpu",
             "score-a-custom-layer",
+            "train-with-dp-sgd",
         )
     }
 
@@ -133,6 +134,22 @@ def test_score_a_custom_layer(capsys, monkeypatch):
     assert found["looped"].keys() == found["by_rule"].keys() == found["by_batch"].keys() == names
     assert found["gate"] in layers._RULES
     assert "'1.weight' is used by gate" in capsys.readouterr().out
+
+
+def test_train_with_dp_sgd(capsys):
+    pytest.importorskip("opacus", reason="pip install opacus")
+    found = snippets.run("how-to/train-with-dp-sgd.md")
+    data, covers = found["data"], [found[name].notes["privacy"] for name in ("fitted", "rewound", "released")]
+    assert [privacy.covers for privacy in covers] == ["model", "fine-tuning", "model"]
+    assert all(7.9 < privacy.epsilon <= 8 for privacy in covers)
+    for name in ("fitted", "rewound", "released"):
+        right = found[name].predict(data.inputs[data.test]).argmax(dim=1) == data.targets[data.test]
+        assert right.float().mean() > 0.7, name
+    for name, p in found["model"].named_parameters():
+        same = p == found["before"][name]
+        assert same[found["masks"][name]].all()
+        assert not same.all()
+    assert "no guarantee for the released model" in capsys.readouterr().out
 
 
 def test_the_notebook_is_kept_without_outputs():
