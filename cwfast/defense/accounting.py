@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from functools import cache
 from typing import Any
 
-ACCOUNTANTS = ("prv", "rdp", "gdp")
+ACCOUNTANTS = ("prv", "rdp")  # Opacus warns of its third, "gdp": it can underestimate
 COVERS = {
     "model": "covers the released model: adding or removing any one sample that was trained on privately. What "
     "training started from, and the mask if there is one, came from elsewhere; of that data it says nothing",
@@ -28,7 +28,7 @@ class Privacy:
         max_grad_norm: what each sample's gradient was clipped to.
         sample_rate: each step took each sample with this probability (Poisson sampling).
         steps: how many.
-        accountant: Opacus': "prv", "rdp" or "gdp".
+        accountant: Opacus': "prv" or "rdp".
         covers: "model", or "fine-tuning": the mechanism alone.
     """
 

@@ -35,7 +35,7 @@ class DPSGD(Defense):
         delta: below 1 / n, or the guarantee is empty.
         max_grad_norm: what each sample's gradient is clipped to.
         recipe: instead of the task's: private training likes larger batches.
-        accountant: "prv", "rdp" or "gdp", as Opacus names them.
+        accountant: "prv", or "rdp", which is faster and tells a larger epsilon; as Opacus names them.
 
     Raises:
         ImportError: Opacus is not installed.
