@@ -2,23 +2,35 @@
 
 import copy
 import dataclasses
+import functools
 import math
 
 import pytest
 import torch
-from test_defense import small_task, trained_pair
+from test_defense import small_task
+from test_defense import trained_pair as freshly_trained_pair
 from test_training import blobs, ids_of, network
 from torch import nn
 from torch.nn import functional
 
 from cwfast import MaskSet, select
 from cwfast.defense import CRITERIA, CWRF, Estimate, PlainTraining, RelaxLoss, criterion, cwrf_, recalibrate_
-from cwfast.defense.criteria import Criterion, critical_masks, critical_scores
+from cwfast.defense.criteria import critical_masks, critical_scores
 from cwfast.defense.cwrf import fine_tune
 from cwfast.defense.gap import gap_gradients
 from cwfast.training import Recipe, Task
 
 NAMES = ("taylor", "taylor_delta", "grad", "fisher", "gap", "past", "delta", "magnitude", "random")
+
+
+@functools.cache
+def trained_once(dtype):
+    return freshly_trained_pair(dtype=dtype)
+
+
+def trained_pair(dtype=torch.float64):
+    """Copies, so that tests may change them."""
+    return copy.deepcopy(trained_once(dtype))
 
 
 def batchnorm():
@@ -68,8 +80,7 @@ def test_gap_gradients_refuse_empty_sets_and_generators():
 
 
 def test_a_criterion_of_ones_own_is_a_few_lines(monkeypatch):
-    monkeypatch.setattr("cwfast.defense.criteria.CRITERIA", CRITERIA)
-    before = dict(CRITERIA)
+    monkeypatch.setattr("cwfast.defense.criteria.CRITERIA", dict(CRITERIA))
 
     @criterion("largest_last")
     def largest_last(model, initial, members, reference, estimate):
@@ -77,18 +88,13 @@ def test_a_criterion_of_ones_own_is_a_few_lines(monkeypatch):
             name: torch.arange(p.numel(), dtype=torch.float64).reshape(p.shape) for name, p in model.named_parameters()
         }
 
-    try:
-        task, ids, seeds = small_task()
-        defense = CWRF(0.1, criterion="largest_last", epochs=0)
-        fitted = defense.fit_many(task, ids, task.dataset.reference, seeds)
-        first = fitted[0].masks["0.weight"].flatten().nonzero().flatten()
-        assert first.tolist() == list(range(48 - len(first), 48))
-        with pytest.raises(ValueError, match="'largest_last' is there already"):
-            criterion("largest_last")(largest_last)
-    finally:
-        CRITERIA.clear()
-        CRITERIA.update(before)
-    assert isinstance(CRITERIA["gap"], Criterion)
+    task, ids, seeds = small_task()
+    defense = CWRF(0.1, criterion="largest_last", epochs=0)
+    fitted = defense.fit_many(task, ids, task.dataset.reference, seeds)
+    first = fitted[0].masks["0.weight"].flatten().nonzero().flatten()
+    assert first.tolist() == list(range(48 - len(first), 48))
+    with pytest.raises(ValueError, match="'largest_last' is there already"):
+        criterion("largest_last")(largest_last)
 
 
 def test_options_that_no_criterion_knows_are_refused():
