@@ -3,18 +3,27 @@
 from cwfast.defense.baselines import EarlyStopping, PlainTraining
 from cwfast.defense.cwrf import CWRF, CWRFResult, critical_masks, critical_scores, cwrf_
 from cwfast.defense.gap import gap_shares
-from cwfast.defense.losses import RelaxLoss
+from cwfast.defense.hamp import HAMPOutputs
+from cwfast.defense.losses import HAMP, ConfidencePenalty, ConvexConcave, LabelSmoothing, RelaxLoss
 from cwfast.defense.pve import vulnerability
+from cwfast.defense.specs import parse, parse_loss
 
 __all__ = [
     "CWRF",
+    "HAMP",
     "CWRFResult",
+    "ConfidencePenalty",
+    "ConvexConcave",
     "EarlyStopping",
+    "HAMPOutputs",
+    "LabelSmoothing",
     "PlainTraining",
     "RelaxLoss",
     "critical_masks",
     "critical_scores",
     "cwrf_",
     "gap_shares",
+    "parse",
+    "parse_loss",
     "vulnerability",
 ]
