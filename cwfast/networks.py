@@ -1,7 +1,7 @@
 """Plain networks for examples and studies: perceptron, small CNN, ResNet18 in its CIFAR form, small ViT.
 
 Each function is a factory: ``Task(lambda: resnet18(channels=1), ...)``. All but the perceptron take images
-``[N, channels, height, width]``. None draws random numbers in training, so that fleets of them are trained as one stack.
+``[N, channels, height, width]``. None draws random numbers in training: a fleet of them is trained as one stack.
 """
 
 import torch
@@ -24,7 +24,7 @@ def mlp(features: int, classes: int, *, width: int = 256, depth: int = 2) -> nn.
 
 
 def cnn(channels: int = 1, classes: int = 10, *, width: int = 32) -> nn.Module:
-    """Two 3 x 3 convolutions with BatchNorm, ReLU and 2 x 2 max-pooling, then a linear layer on the mean over positions.
+    """Two 3 x 3 convolutions with BatchNorm, ReLU and 2 x 2 max-pooling; a linear layer on the mean over positions.
 
     Args:
         channels: of the images, at least 4 x 4.
