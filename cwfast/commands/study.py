@@ -29,6 +29,7 @@ def run(options: argparse.Namespace) -> tuple[dict[str, Any], str]:
         workers=options.workers,
         threads=options.threads,
         engine=options.engine,
+        models=options.models,
         report_only=options.report_only,
         command=options.command_line,
     )

@@ -18,7 +18,8 @@ class Cell:
         label: its name in a report.
         base: the defense by which it is trained or fine-tuned, a key of ``presets.DEFENSES`` or another's name.
         curve: what it is a point of: cells of one base and curve differ in their rate or strength alone.
-        how: "trained", "stopped", "interpolated", "defense" (by ``spec``), "random" or "halted" (see ``Subject.fit``).
+        how: "trained", "stopped", "interpolated", "defense" (by ``spec``), "random" or "halted" (see
+            ``Subject.fit``); "table": no models but a table of ``tables``.
         spec: of a defense.
         criterion: of CWRF.
         rate: of CWRF.
@@ -67,6 +68,11 @@ def cells(setting: Setting, lams: Sequence[float] = ()) -> list[Cell]:
         found += _tuned(setting, base, loss, lams)
     if setting.ablation:
         found += _ablation(setting)
+    found += [
+        Cell(f"table-{kind}-{network}", f"{kind} table, {network}", "", "table", "table", f"{kind}:{network}")
+        for network in setting.tables
+        for kind in ("ablation", "entanglement")
+    ]
     keys = [cell.key for cell in found]
     if len(set(keys)) != len(keys):
         raise ValueError(f"cells must have names of their own; got {len(keys) - len(set(keys))} repeats")

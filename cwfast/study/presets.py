@@ -35,6 +35,7 @@ class Setting:
         taus: of interpolation to the initial weights.
         ablation: also run the paper's ablations and the variants of CWRF, at ``ablation_rate`` with RelaxLoss.
         ablation_rate: the paper's 3%.
+        tables: networks of ``cwfast.defense.experiments`` for the tables of the paper, by the first seed's split.
         local: its files are not in a package: ``--path`` must say where they lie.
     """
 
@@ -53,10 +54,11 @@ class Setting:
     random_label_share: float = 0.0
     ablation: bool = False
     ablation_rate: float = 0.03
+    tables: tuple[str, ...] = ()
     local: bool = False
 
-    def task(self, seed: int, path: Path | None = None) -> Task:
-        """The data, split by the seed, with the network and the recipe; the pool is even.
+    def task(self, seed: int, path: Path | None = None, device: str = "cpu") -> Task:
+        """The data, split by the seed, with the network and the recipe, on a device; the pool is even.
 
         Raises:
             Exception: as ``cwfast.data.load`` does.
@@ -66,8 +68,13 @@ class Setting:
         samples = data.load(
             self.data, where, seed=seed, random_label_share=self.random_label_share, **options
         )
-        even = replace(samples, pool=samples.pool[: len(samples.pool) // 2 * 2])
-        return Task(self.make_model, even, replace(self.recipe, seed=seed))
+        even = replace(
+            samples,
+            pool=samples.pool[: len(samples.pool) // 2 * 2],
+            inputs=samples.inputs.to(device),
+            targets=samples.targets.to(device),
+        )
+        return Task(lambda: self.make_model().to(device), even, replace(self.recipe, seed=seed))
 
 
 @dataclass(frozen=True)
@@ -82,6 +89,7 @@ class Preset:
         fprs: false-positive rates at which true ones are told.
         settings: by the name that ``--data`` takes.
         note: what the reader must know.
+        gpu: trained on one where there is one. Not yet run.
     """
 
     models: int
@@ -91,6 +99,7 @@ class Preset:
     fprs: tuple[float, ...]
     settings: dict[str, Setting]
     note: str
+    gpu: bool = False
 
 
 def _perceptron(features: int, classes: int, width: int = 256) -> dict[str, Any]:
@@ -129,6 +138,7 @@ _DIGITS = Setting(
     stops=(3, 6, 10, 20, 30),
     taus=(0.8, 0.6, 0.45, 0.3),
     ablation=True,
+    tables=("MLP", "ResNet18", "ViT"),
 )
 _MNIST = Setting(
     "mnist-5k",
@@ -175,8 +185,40 @@ _TINY = replace(
     stops=(2,),
     taus=(0.5,),
     ablation=False,
+    tables=(),
 )
 
+def _image(data_name: str, classes: int, alpha: float, vit: bool) -> Setting:
+    """As the paper: CIFAR-sized images; not yet run."""
+    make = functools.partial(networks.vit, 32, 3, classes) if vit else functools.partial(networks.resnet18, 3, classes)
+    recipe = Recipe(lr=0.1, batch_size=128, epochs=100, weight_decay=5e-4)
+    return Setting(
+        data_name,
+        network="small ViT" if vit else "ResNet18 in its CIFAR form",
+        make_model=make,
+        recipe=replace(recipe, optimizer="adamw", lr=1e-3, weight_decay=0.05) if vit else recipe,
+        pool=None,
+        reference=5000,
+        losses={
+            "none": "ce",
+            "relaxloss": f"relaxloss(alpha={alpha})",
+            "hamp": "hamp(gamma=0.95,alpha=0.001,reduction=batchmean)",
+            "ccl": "ccl(alpha=0.5)",
+        },
+        scratch=(*_sweep("relaxloss(alpha={})", (alpha / 2, alpha, 2 * alpha)), "ccl(alpha=0.5)"),
+        rates=(0.001, 0.01, 0.03, 0.1, 0.3),
+        stops=(10, 20, 40, 70),
+        taus=(0.8, 0.6, 0.45, 0.3),
+        ablation=True,
+        local=True,
+    )
+
+
+_PAPER = {
+    name + ("-vit" if vit else ""): _image(name, classes, alpha, vit)
+    for name, classes, alpha in (("cifar10", 10, 1.0), ("cifar100", 100, 0.5), ("cinic10", 10, 1.0))
+    for vit in (False, True)
+}
 PRESETS = {
     "tiny": Preset(6, 6, (0,), 20, (0.1,), {"digits": _TINY}, "A tiny run, to see that it runs: no conclusions from it."),
     "small": Preset(
@@ -188,5 +230,6 @@ PRESETS = {
         {"digits": _DIGITS, "mnist_5k": _MNIST, "adult": _ADULT, "heritage": _HERITAGE},
         "Small networks on small data, on a CPU: what holds here need not hold for the networks of the paper.",
     ),
+    "paper": Preset(16, 1, (0,), 1000, (0.01, 0.001), _PAPER, "The paper's data and kinds of networks.", gpu=True),
 }
-DEFAULT_DATA = {"tiny": ("digits",), "small": ("digits", "mnist_5k", "adult")}
+DEFAULT_DATA = {"tiny": ("digits",), "small": ("digits", "mnist_5k", "adult"), "paper": ("cifar10",)}

@@ -43,13 +43,16 @@ def report(study: "Study", command: str) -> dict[str, Any]:
 
 def _of_data(study: "Study", name: str) -> dict[str, Any]:
     setting = study.sizes.settings[name]
-    grid = cells(setting, study.lams)
+    whole_grid = cells(setting, study.lams)
+    grid = [cell for cell in whole_grid if cell.how != "table"]
     found: dict[int, dict[str, dict[str, Any]]] = {}
     about: dict[str, Any] = {}
+    tables: list[dict[str, Any]] = []
     for seed in study.seeds:
         subject = study.subject(name, seed)
-        documents = {cell.key: subject.folder.document(cell.key, subject.made_of(cell)) for cell in grid}
-        found[seed] = {key: document for key, document in documents.items() if document is not None}
+        documents = {cell.key: subject.folder.document(cell.key, subject.made_of(cell)) for cell in whole_grid}
+        tables += [one["table"] for one in documents.values() if one is not None and "table" in one]
+        found[seed] = {cell.key: one for cell in grid if (one := documents[cell.key]) is not None}
         about = about or _described(subject, setting)
     whole = [seed for seed in study.seeds if len(found[seed]) == len(grid)]
     used = whole or [seed for seed in study.seeds if found[seed]][:1]
@@ -66,6 +69,7 @@ def _of_data(study: "Study", name: str) -> dict[str, Any]:
         **about,
         "seeds": used,
         "rows": rows,
+        "tables": tables,
         "impossible": {
             key: document["impossible"] for seed in used for key, document in found[seed].items()
             if "impossible" in document

@@ -6,7 +6,7 @@ import time
 import traceback
 from collections.abc import Iterator, Sequence
 from contextlib import closing, redirect_stdout
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,8 +18,9 @@ from cwfast.shadow.engines import ENGINES
 from cwfast.study import measuring
 from cwfast.study.folder import log
 from cwfast.study.grid import Cell, cells
-from cwfast.study.presets import DEFAULT_DATA, PRESETS, Preset, Setting
+from cwfast.study.presets import DEFAULT_DATA, PRESETS, Preset
 from cwfast.study.subject import Impossible, Subject
+from cwfast.study.tables import table
 
 
 @dataclass(frozen=True)
@@ -47,6 +48,7 @@ class Study:
         out: folder, absolute.
         path: where local data lie.
         threads: of each worker.
+        models: instead of the preset's.
     """
 
     preset: str
@@ -56,6 +58,7 @@ class Study:
     out: Path
     path: Path | None = None
     threads: int = 1
+    models: int | None = None
 
     @property
     def settings(self) -> dict[str, int]:
@@ -65,19 +68,26 @@ class Study:
     @functools.cached_property
     def sizes(self) -> Preset:
         """The preset."""
-        return PRESETS[self.preset]
+        whole = PRESETS[self.preset]
+        return whole if self.models is None else replace(whole, models=self.models)
 
     @functools.cached_property
     def jobs(self) -> list[Job]:
-        """In the order in which they are done: all data sets of one seed before the next seed."""
+        """In the order in which they are done: all data sets of one seed before the next seed, tables last."""
         groups = range(-(-self.sizes.models // self.sizes.group))
-        return [
+        found = [
             Job(name, seed, cell, group)
             for seed in self.seeds
             for name in self.data
-            for cell in cells(self.sizes.settings[name], self.lams)
-            for group in groups
+            for cell in self.cells(name, seed)
+            for group in (groups if cell.how != "table" else (0,))
         ]
+        return sorted(found, key=lambda job: job.cell.how == "table")
+
+    def cells(self, name: str, seed: int) -> list[Cell]:
+        """Of a data set and seed: the tables are made for the first seed."""
+        whole = cells(self.sizes.settings[name], self.lams)
+        return [cell for cell in whole if cell.how != "table" or seed == self.seeds[0]]
 
     def __call__(self, index: int) -> str | None:
         """Do a job, unless it is done. Returns None, or the exception that it raised in one line."""
@@ -95,13 +105,13 @@ class Study:
 
     def subject(self, name: str, seed: int) -> Subject:
         """The last few are kept: a worker does many jobs of each."""
-        return _subject(self.preset, name, seed, self.out, self.path)
+        return _subject(self.preset, self.models, name, seed, self.out, self.path)
 
 
 @functools.lru_cache(maxsize=3)
-def _subject(preset: str, name: str, seed: int, out: Path, path: Path | None) -> Subject:
-    setting: Setting = PRESETS[preset].settings[name]
-    return Subject(name, setting, seed, PRESETS[preset], out, path)
+def _subject(preset: str, models: int | None, name: str, seed: int, out: Path, path: Path | None) -> Subject:
+    sizes = Study(preset, (), (), (), out, models=models).sizes
+    return Subject(name, sizes.settings[name], seed, sizes, out, path)
 
 
 def _do(subject: Subject, job: Job, preset: Preset) -> bool:
@@ -110,6 +120,9 @@ def _do(subject: Subject, job: Job, preset: Preset) -> bool:
     made_of = subject.made_of(cell)
     if folder.document(cell.key, made_of) is not None:
         return False
+    if cell.how == "table":
+        folder.write(cell.key, {"cell": asdict(cell), "table": table(subject, cell.spec)}, made_of)
+        return True
     part = folder.root / f"signals-{cell.key}-{job.group:03d}.safetensors"
     with folder.lock(part.name):
         if _load(part, folder.made_of + made_of) is None:
@@ -165,6 +178,7 @@ def run(
     workers: int | None = None,
     threads: int = 1,
     engine: str = "local",
+    models: int | None = None,
     report_only: bool = False,
     command: str = "cwfast study",
 ) -> dict[str, Any]:
@@ -180,6 +194,7 @@ def run(
         workers: jobs at a time; None: as many as cores allow.
         threads: of each.
         engine: "local" or "ray", see ``cwfast.shadow.run``.
+        models: of each fleet, instead of the preset's; even.
         report_only: train nothing.
         command: as typed, for the report.
 
@@ -193,7 +208,9 @@ def run(
     from cwfast.report import prepare, studies
     from cwfast.study.reporting import report
 
-    study = _checked(out, preset, data, seeds, lams, path, threads, engine)
+    study = replace(_checked(out, preset, data, seeds, lams, path, threads, engine), models=models)
+    if study.sizes.models < 6 or study.sizes.models % 2:
+        raise ValueError(f"models must be an even number, at least 6; got {study.sizes.models}")
     prepare(study.out)
     failed = {} if report_only else dict(_done(study, engine, workers))
     document = report(study, command)
@@ -246,7 +263,8 @@ def _done(study: Study, engine: str, workers: int | None) -> Iterator[tuple[int,
     if not left:
         return
     bar = tqdm(total=total, initial=total - len(left), desc="cwfast study", unit="fleet", file=sys.stderr, disable=None)
-    outcomes = ENGINES[engine](study, left, workers, 0, 2, {})  # type: ignore[arg-type]
+    gpus = int(study.sizes.gpu and torch.cuda.is_available())
+    outcomes = ENGINES[engine](study, left, workers, gpus, 2, {})  # type: ignore[arg-type]
     with bar, closing(outcomes), redirect_stdout(sys.stderr):
         last = time.monotonic()
         for index, wrong in outcomes:

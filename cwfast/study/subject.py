@@ -2,7 +2,7 @@
 
 import copy
 import functools
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -44,12 +44,15 @@ class Subject:
         self, name: str, setting: Setting, seed: int, preset: Preset, out: Path, path: Path | None = None
     ) -> None:
         self.setting, self.seed = setting, seed
-        self.task = setting.task(seed, path)
+        self.device = "cuda" if preset.gpu and torch.cuda.is_available() else "cpu"
+        self.task = setting.task(seed, path, self.device)
         dataset = self.task.dataset
         self.plan = Plan.halves(dataset.pool.cpu(), dataset.reference.cpu(), preset.models, seed)
         group = min(preset.group, preset.models)
         self.groups = [range(k, min(k + group, preset.models)) for k in range(0, preset.models, group)]
-        self.about = {**Training((self.task, PlainTraining())).manifest, "plan": self.plan.sha256, "group": group}
+        about = Training((self.task, PlainTraining())).manifest
+        del about["defense"]  # each cell has its own
+        self.about = {**about, "plan": self.plan.sha256, "group": group}
         made_of = digest([self.about, versions(), list(setting.stops)])
         self.folder = Folder(out / name / f"seed-{seed}", made_of)
 
@@ -107,7 +110,7 @@ class Subject:
             return _stacked(cwrf.score(self.task, ids, self.plan.reference, seeds, self.trained(group)))
 
         name = f"scores-{criterion}{'' if lam is None else f'-{lam}'}-{group:03d}"
-        return _unstacked(self.folder.tensors(name, make, digest(describe(cwrf))))
+        return _unstacked(self._kept(name, make, digest(describe(cwrf))))
 
     def _masks(self, cwrf: CWRF, scores: Sequence[Mapping[str, Tensor]]) -> Any:
         try:
@@ -153,7 +156,10 @@ class Subject:
             kept["trained"] = [dict(one.model.state_dict()) for one in final]
             return {f"{which}/{name}": value for which, states in kept.items() for name, value in _stacked(states).items()}
 
-        return self.folder.tensors(f"weights-{group:03d}", make)
+        return self._kept(f"weights-{group:03d}", make)
+
+    def _kept(self, name: str, make: Callable[[], Mapping[str, Tensor]], more: str = "") -> dict[str, Tensor]:
+        return {key: value.to(self.device) for key, value in self.folder.tensors(name, make, more).items()}
 
     def _halted(self, spec: str, group: int) -> list[Fitted]:
         trained = self.trained(group)
