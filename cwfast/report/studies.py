@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from cwfast.checkpoint.files import atomic_write
-from cwfast.report import plots, prepare, table
+from cwfast.report import plots, prepare, study_tables, table
 from cwfast.report.table import MAIN_ATTACK, interval, number, percent
 
 if TYPE_CHECKING:
@@ -71,6 +71,8 @@ def page(report: Mapping[str, Any], pictures: Mapping[str, "Figure"]) -> str:
         pictures={name: plots.data_uri(figure) for name, figure in pictures.items()},
         head=head(report),
         cells=cells,
+        tables=study_tables.tables,
+        notes=study_tables.notes,
         main=MAIN_ATTACK,
         attacks=table.ATTACKS,
     )
@@ -117,10 +119,16 @@ def markdown(report: Mapping[str, Any]) -> str:
     for name, part in report["data"].items():
         lines += [f"## {name}", "", f"{part['network']}; {part['recipe']}. {part['note']}.", ""]
         lines += [f"- {sentence}" for sentence in part["reading"]]
-        lines += ["", f"| {' | '.join(head(report))} |", f"|{' --- |' * len(head(report))}"]
-        lines += [f"| {' | '.join(text.replace('|', '/') for text in cells(row))} |" for row in part["rows"]]
-        lines.append("")
+        lines += ["", *_table(head(report), [cells(row) for row in part["rows"]])]
+        for one in study_tables.tables(part):
+            lines += [f"### {one.title}", "", *_table(one.head, one.rows)]
+        lines += [line for note in study_tables.notes(part) for line in (note, "")]
     return "\n".join(lines)
+
+
+def _table(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
+    escaped = [[text.replace("|", "/") for text in row] for row in rows]
+    return [f"| {' | '.join(heads)} |", f"|{' --- |' * len(heads)}", *(f"| {' | '.join(row)} |" for row in escaped), ""]
 
 
 def text(report: Mapping[str, Any]) -> str:
