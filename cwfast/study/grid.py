@@ -18,8 +18,8 @@ class Cell:
         label: its name in a report.
         base: the defense by which it is trained or fine-tuned, a key of ``presets.DEFENSES`` or another's name.
         curve: what it is a point of: cells of one base and curve differ in their rate or strength alone.
-        how: "trained", "stopped", "interpolated", "defense" (by ``spec``), "random" or "halted" (see
-            ``Subject.fit``); "table": no models but a table of ``tables``.
+        how: "trained", "stopped", "interpolated", "defense" (by ``spec``), "random", "private",
+            "private random" or "halted" (see ``Subject.fit``); "table": no models but a table of ``tables``.
         spec: of a defense.
         criterion: of CWRF.
         rate: of CWRF.
@@ -90,6 +90,8 @@ def _scratch(spec: str) -> Cell:
 
 def _tuned(setting: Setting, base: str, loss: str, lams: Sequence[float]) -> list[Cell]:
     """Fine-tuned with a base defense from the trained weights: as they are, and after each rewinding."""
+    if base == "dpsgd":
+        return _private(setting, loss)
     name = DEFENSES[base]
     plain = Cell(
         f"{base}-tuned", f"Fine-tuned without rewinding, {name}", base, "fine-tuning without rewinding", "defense",
@@ -100,7 +102,7 @@ def _tuned(setting: Setting, base: str, loss: str, lams: Sequence[float]) -> lis
         curve="fine-tuning stopped by the reference set", how="halted", spec=loss, criterion=None, rate=None,
         reference="inputs and labels",
     )  # fmt: skip
-    found = [plain, *([] if base == "dpsgd" else [halted])]
+    found = [plain, halted]
     for criterion in setting.criteria:
         for rate in setting.rates:
             random = criterion == "random"
@@ -116,6 +118,21 @@ def _tuned(setting: Setting, base: str, loss: str, lams: Sequence[float]) -> lis
             )  # fmt: skip
             if USE.get(criterion) == "inputs":
                 found += [_with_lam(found[-1], lam) for lam in lams]
+    return found
+
+
+def _private(setting: Setting, spec: str) -> list[Cell]:
+    """Fine-tuned by DP-SGD around the rewound weights: models are trained one by one, so there are fewer cells."""
+    found = [Cell("dpsgd-tuned", "Fine-tuned without rewinding, DP-SGD", "dpsgd", "fine-tuning without rewinding",
+                  "private", spec, setting.private_criteria[0], 0.0)]  # fmt: skip
+    for criterion in setting.private_criteria:
+        by, how = ("gap", "private random") if criterion == "random" else (criterion, "private")
+        title = "Random weights, as many as gap in each tensor," if criterion == "random" else f"CWRF {criterion}"
+        found += [
+            Cell(f"dpsgd-{criterion}-{rate}", f"{title} {100 * rate:.3g}% + DP-SGD", "dpsgd", criterion, how, spec, by,
+                 rate, reference=USE.get(by, "nothing"))
+            for rate in setting.rates[-5:]
+        ]  # fmt: skip
     return found
 
 

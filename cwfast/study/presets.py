@@ -30,6 +30,7 @@ class Setting:
             name; "dpsgd" is a whole defense.
         scratch: specs of training from scratch, several strengths of each.
         criteria: by which CWRF chooses weights; "random" takes as many at random in each tensor as "gap" does.
+        private_criteria: the same where DP-SGD fine-tunes.
         rates: of CWRF.
         stops: epochs of early stopping.
         taus: of interpolation to the initial weights.
@@ -48,6 +49,7 @@ class Setting:
     losses: dict[str, str]
     scratch: tuple[str, ...]
     criteria: tuple[str, ...] = ("taylor", "taylor_delta", "gap", "random")
+    private_criteria: tuple[str, ...] = ("taylor", "gap", "random")
     rates: tuple[float, ...] = (0.01, 0.1, 0.3)
     stops: tuple[int, ...] = ()
     taus: tuple[float, ...] = ()
@@ -126,8 +128,10 @@ _DIGITS = Setting(
         "relaxloss": "relaxloss(alpha=0.5)",
         "hamp": _HAMP.format(0.8),
         "ccl": "ccl(alpha=0.5)",
+        "dpsgd": "dpsgd:epsilon=20",
     },
     scratch=(
+        *_sweep("dpsgd(epsilon={})", (5, 20, 100)),
         *_sweep("relaxloss(alpha={})", (0.3, 0.5, 0.8, 1.0, 1.3)),
         *_sweep(_HAMP, (0.5, 0.8, 0.95)),
         *_sweep("ccl(alpha={})", (0.3, 0.5, 0.8)),

@@ -12,7 +12,9 @@ from torch.nn import functional
 
 from cwfast.defense.baselines import PlainTraining, interpolated
 from cwfast.defense.cwrf import CWRF
+from cwfast.defense.dp import DPSGD
 from cwfast.defense.specs import parse, parse_loss
+from cwfast.masks import MaskSet, rewind_
 from cwfast.shadow import Plan, Training
 from cwfast.shadow.describing import describe, digest
 from cwfast.shadow.work import versions
@@ -58,15 +60,16 @@ class Subject:
 
     def made_of(self, cell: Cell) -> str:
         """What tells a cell's files from those of another that has its name."""
-        defense = describe(parse(cell.spec)) if cell.how in ("defense", "random") else cell.spec
-        return digest([cell.how, defense, cell.strength])
+        parsed = cell.how in ("defense", "random", "private", "private random")
+        defense = describe(parse(cell.spec)) if parsed else cell.spec
+        return digest([cell.how, defense, cell.criterion, cell.rate, cell.strength])
 
     def fit(self, cell: Cell, group: int) -> list[Fitted]:
         """A cell's models, of one group.
 
         "trained": by cross-entropy, undefended. "stopped": those after ``strength`` epochs, or at the lowest loss on
         the reference set. "interpolated": ``w0 + strength (w - w0)``. "defense": by ``spec``. "random": the same with
-        as many weights chosen at random in each tensor. "halted": fine-tuned by the loss ``spec`` up to the lowest
+        as many weights chosen at random in each tensor. "private", "private random": the same by DP-SGD. "halted": fine-tuned by the loss ``spec`` up to the lowest
         loss on the reference set, which may be before the first epoch.
 
         Raises:
@@ -81,7 +84,8 @@ class Subject:
             return [Fitted(interpolated(one, tau), one.initial) for one in self.trained(group)]
         if cell.how == "halted":
             return self._halted(cell.spec, group)
-        rows = list(self.groups[group])
+        if cell.how.startswith("private"):
+            return self._private(cell, group)
         defense: Any = parse(cell.spec)
         more: dict[str, Any] = {}
         cwrf = defense if isinstance(defense, CWRF) else getattr(defense, "defense", None)
@@ -89,13 +93,22 @@ class Subject:
             scores = None if cell.curve.startswith("ablation") else self.scores(cell.criterion, cell.lam, group)
             if scores is not None:
                 masks = self._masks(cwrf, scores)
-                if cell.how == "random":
-                    masks = [one.random_like(self.plan.seeds[row]) for one, row in zip(masks, rows, strict=True)]
-                more["masks"] = masks
+                more["masks"] = self._random_like(masks, group) if cell.how == "random" else masks
             more["trained"] = self.trained(group)
         ids, seeds = self._of(group)
         found: list[Fitted] = defense.fit_many(self.task, ids, self.plan.reference, seeds, **more)
         return found
+
+    def _private(self, cell: Cell, group: int) -> list[Fitted]:
+        """Rewound, then fine-tuned by DP-SGD around the rewound weights."""
+        private, trained = parse(cell.spec), self.trained(group)
+        assert isinstance(private, DPSGD) and cell.criterion is not None and cell.rate is not None  # by the grid
+        scores = self.scores(cell.criterion, cell.lam, group)
+        masks = self._masks(CWRF(cell.rate, criterion=cell.criterion), scores)
+        masks = self._random_like(masks, group) if cell.how == "private random" else masks
+        pairs = zip(trained, masks, strict=True)
+        models = [rewind_(copy.deepcopy(one.model), mask, one.initial) for one, mask in pairs]
+        return private.fine_tune(self.task, models, trained, *self._of(group), masks=masks)
 
     def trained(self, group: int) -> list[Fitted]:
         """Undefended models."""
@@ -112,7 +125,11 @@ class Subject:
         name = f"scores-{criterion}{'' if lam is None else f'-{lam}'}-{group:03d}"
         return _unstacked(self._kept(name, make, digest(describe(cwrf))))
 
-    def _masks(self, cwrf: CWRF, scores: Sequence[Mapping[str, Tensor]]) -> Any:
+    def _random_like(self, masks: Sequence[MaskSet], group: int) -> list[MaskSet]:
+        """As many weights in each tensor, chosen at random."""
+        return [one.random_like(seed) for one, seed in zip(masks, self._of(group)[1], strict=True)]
+
+    def _masks(self, cwrf: CWRF, scores: Sequence[Mapping[str, Tensor]]) -> list[MaskSet]:
         try:
             return cwrf.masks(scores)
         except ValueError as error:
