@@ -1,5 +1,5 @@
-"""``cwfast defend``: one model trained and defended, its weights and masks as files; with ``--audit``, attacks on fleets
-that were trained in the same way, before and after."""
+"""``cwfast defend``: one model trained and defended, its weights and masks as files; with ``--audit``, attacks on
+fleets that were trained in the same way, before and after."""
 
 import argparse
 import dataclasses

@@ -137,6 +137,8 @@ def text(report: Mapping[str, Any]) -> str:
     for name, part in report["data"].items():
         lines += ["", name, *(f"  {sentence}" for sentence in part["reading"])]
     left = {f"{name}, seed {seed}": n for name, seeds in report["missing"].items() for seed, n in seeds.items() if n}
+    lines += [f"Left out of {name}: {base} ({why})" for name, part in report["data"].items()
+              for base, why in part["left_out"].items()]  # fmt: skip
     lines += [f"Not done: {n} fleets of {where}" for where, n in left.items()]
     return "\n".join(lines)
 
@@ -146,7 +148,7 @@ def tradeoff_figure(part: Mapping[str, Any]) -> "Figure":
     """Draw test accuracy against the AUC of the main attack, one panel for each base defense."""
     from matplotlib.figure import Figure
 
-    bases = list(part["losses"])
+    bases = list(part["levels"])
     columns = min(2, len(bases))
     lines = -(-len(bases) // columns)
     figure = Figure(figsize=(10, 1.6 + 4.1 * lines))
@@ -174,7 +176,7 @@ def rates_figure(part: Mapping[str, Any]) -> "Figure":
     """Draw AUC and test accuracy over the rate of CWRF, one column for each base defense."""
     from matplotlib.figure import Figure
 
-    bases = list(part["losses"])
+    bases = list(part["levels"])
     figure = Figure(figsize=(10, 7))
     panels = figure.subplots(2, len(bases), sharex=True, sharey="row", squeeze=False)
     legend: dict[str, Any] = {}

@@ -9,7 +9,12 @@ import numpy.typing as npt
 
 Floats = npt.NDArray[np.float64]
 TAILS = (0.025, 0.975)
-SHARED = ("undefended", "early stopping", "early stopping by the reference set", "interpolation")  # stand beside any base
+SHARED = (
+    "undefended",
+    "early stopping",
+    "early stopping by the reference set",
+    "interpolation",
+)  # stand beside any base
 DROPS = (0.01, 0.0)  # test accuracy that may be given up, against the undefended models
 NEAR_BEST = 0.01  # and against the best of all cells
 

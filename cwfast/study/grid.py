@@ -3,6 +3,7 @@
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from importlib.util import find_spec
 
 from cwfast.study.presets import DEFENSES, Setting
 
@@ -41,6 +42,11 @@ class Cell:
     reference: str = "nothing"
 
 
+def bases(setting: Setting) -> list[str]:
+    """The base defenses that can be run here: DP-SGD needs Opacus."""
+    return [base for base in setting.losses if base != "dpsgd" or find_spec("opacus") is not None]
+
+
 def cells(setting: Setting, lams: Sequence[float] = ()) -> list[Cell]:
     """All cells of a data set; the one that trains what the others start from comes first.
 
@@ -51,6 +57,7 @@ def cells(setting: Setting, lams: Sequence[float] = ()) -> list[Cell]:
     Raises:
         ValueError: two cells have one name.
     """
+    private = find_spec("opacus") is not None
     found = [Cell("undefended", "Undefended", "none", "undefended", "trained")]
     found += [
         Cell(f"stopped-{n}", f"Early stopping, {n} of {setting.recipe.epochs} epochs", "none", "early stopping",
@@ -63,8 +70,9 @@ def cells(setting: Setting, lams: Sequence[float] = ()) -> list[Cell]:
         *(Cell(f"interpolated-{tau}", f"Interpolated to the initial weights, tau {tau}", "none", "interpolation",
                "interpolated", strength=tau) for tau in setting.taus),
     ]  # fmt: skip
-    found += [_scratch(spec) for spec in setting.scratch]
-    for base, loss in setting.losses.items():
+    found += [_scratch(spec) for spec in setting.scratch if private or not spec.startswith("dpsgd")]
+    for base in bases(setting):
+        loss = setting.losses[base]
         found += _tuned(setting, base, loss, lams)
     if setting.ablation:
         found += _ablation(setting)

@@ -21,7 +21,7 @@ ATTACKS: dict[str, Callable[[np.ndarray, np.ndarray, np.ndarray], np.ndarray]] =
 
 
 def observe(subject: Subject, group: int, fitted: Sequence[Fitted]) -> tuple[dict[str, Tensor], dict[str, list[Any]]]:
-    """Signals of a group's models on the pool, [models, N, 1]; and each model's accuracies, losses and weights rewound."""
+    """Signals of a group's models on the pool, [models, N, 1]; and each model's accuracies and losses."""
     data, rows = subject.task.dataset, list(subject.groups[group])
     told: dict[str, list[Any]] = {
         name: [] for name in ("train_accuracy", "train_loss", "test_accuracy", "test_loss", "rewound")

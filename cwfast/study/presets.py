@@ -67,9 +67,7 @@ class Setting:
         """
         options: dict[str, Any] = {"pool": self.pool, "reference": self.reference}
         where = path if self.local else None
-        samples = data.load(
-            self.data, where, seed=seed, random_label_share=self.random_label_share, **options
-        )
+        samples = data.load(self.data, where, seed=seed, random_label_share=self.random_label_share, **options)
         even = replace(
             samples,
             pool=samples.pool[: len(samples.pool) // 2 * 2],
@@ -192,6 +190,7 @@ _TINY = replace(
     tables=(),
 )
 
+
 def _image(data_name: str, classes: int, alpha: float, vit: bool) -> Setting:
     """As the paper: CIFAR-sized images; not yet run."""
     make = functools.partial(networks.vit, 32, 3, classes) if vit else functools.partial(networks.resnet18, 3, classes)
@@ -224,7 +223,9 @@ _PAPER = {
     for vit in (False, True)
 }
 PRESETS = {
-    "tiny": Preset(6, 6, (0,), 20, (0.1,), {"digits": _TINY}, "A tiny run, to see that it runs: no conclusions from it."),
+    "tiny": Preset(
+        6, 6, (0,), 20, (0.1,), {"digits": _TINY}, "A tiny run, to see that it runs: no conclusions from it."
+    ),
     "small": Preset(
         16,
         16,

@@ -9,6 +9,7 @@ from cwfast.report.provenance import backends, machine, versions
 from cwfast.study import comparing
 from cwfast.study.comparing import Measured
 from cwfast.study.grid import Cell, cells
+from cwfast.study.grid import bases as available
 from cwfast.study.presets import DEFENSES
 
 if TYPE_CHECKING:
@@ -64,7 +65,7 @@ def _of_data(study: "Study", name: str) -> dict[str, Any]:
             row = _row(cell, able)
             rows.append(row)
             measured.append(_measured(row, able))
-    bases = list(setting.losses)
+    bases = available(setting)
     result = {
         **about,
         "seeds": used,
@@ -77,6 +78,7 @@ def _of_data(study: "Study", name: str) -> dict[str, Any]:
         "pairs": {base: comparing.pairs(measured, base) for base in bases},
         "levels": {base: comparing.at_equal_utility(measured, base) for base in bases},
         "fleets": sum(len(documents) for documents in found.values()),
+        "left_out": {base: "Opacus is not installed" for base in setting.losses if base not in bases},
         "missing": {str(seed): len(grid) - len(found[seed]) for seed in study.seeds},
     }  # fmt: skip
     return result | {"reading": reading(result)}

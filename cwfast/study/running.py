@@ -270,7 +270,9 @@ def _done(study: Study, engine: str, workers: int | None) -> Iterator[tuple[int,
         for index, wrong in outcomes:
             now = time.monotonic()
             bar.update()
-            bar.write(f"{study.jobs[index]}: {wrong or 'done'}, {now - last:.1f} s after the one before", file=sys.stderr)
+            bar.write(
+                f"{study.jobs[index]}: {wrong or 'done'}, {now - last:.1f} s after the one before", file=sys.stderr
+            )
             last = now
             if wrong is not None:
                 yield index, wrong

@@ -12,7 +12,6 @@ from torch.nn import functional
 
 from cwfast.defense.baselines import PlainTraining, interpolated
 from cwfast.defense.cwrf import CWRF
-from cwfast.defense.dp import DPSGD
 from cwfast.defense.specs import parse, parse_loss
 from cwfast.masks import MaskSet, rewind_
 from cwfast.shadow import Plan, Training
@@ -69,8 +68,8 @@ class Subject:
 
         "trained": by cross-entropy, undefended. "stopped": those after ``strength`` epochs, or at the lowest loss on
         the reference set. "interpolated": ``w0 + strength (w - w0)``. "defense": by ``spec``. "random": the same with
-        as many weights chosen at random in each tensor. "private", "private random": the same by DP-SGD. "halted": fine-tuned by the loss ``spec`` up to the lowest
-        loss on the reference set, which may be before the first epoch.
+        as many weights chosen at random in each tensor. "private", "private random": the same by DP-SGD. "halted":
+        fine-tuned by the loss ``spec`` up to the lowest loss on the reference set, which may be before the first epoch.
 
         Raises:
             Impossible: a rate is larger than the share of weights that the criterion would rewind.
@@ -101,14 +100,14 @@ class Subject:
 
     def _private(self, cell: Cell, group: int) -> list[Fitted]:
         """Rewound, then fine-tuned by DP-SGD around the rewound weights."""
-        private, trained = parse(cell.spec), self.trained(group)
-        assert isinstance(private, DPSGD) and cell.criterion is not None and cell.rate is not None  # by the grid
-        scores = self.scores(cell.criterion, cell.lam, group)
-        masks = self._masks(CWRF(cell.rate, criterion=cell.criterion), scores)
+        private: Any = parse(cell.spec)
+        trained, criterion = self.trained(group), str(cell.criterion)
+        masks = self._masks(CWRF(cell.rate, criterion=criterion), self.scores(criterion, cell.lam, group))
         masks = self._random_like(masks, group) if cell.how == "private random" else masks
         pairs = zip(trained, masks, strict=True)
         models = [rewind_(copy.deepcopy(one.model), mask, one.initial) for one, mask in pairs]
-        return private.fine_tune(self.task, models, trained, *self._of(group), masks=masks)
+        found: list[Fitted] = private.fine_tune(self.task, models, trained, *self._of(group), masks=masks)
+        return found
 
     def trained(self, group: int) -> list[Fitted]:
         """Undefended models."""
@@ -145,10 +144,9 @@ class Subject:
         weights = self._weights(group)
         initial = _unstacked(_under("initial/", weights))
         states = _unstacked(_under(f"{which}/", weights))
-        ids, seeds = self._of(group)
         found = []
-        for seed, before, state in zip(seeds, initial, states, strict=True):
-            model = self.task.initial_model(seed)
+        for row, before, state in zip(self.groups[group], initial, states, strict=True):
+            model = self.task.initial_model(self.plan.seeds[row])
             model.load_state_dict(state)
             found.append(Fitted(model, before))
         return found
@@ -171,7 +169,9 @@ class Subject:
             final = fit_from_scratch(self.task, ids, seeds, on_epoch=on_epoch)
             kept |= {BEST: best.states, "initial": [one.initial for one in final]}
             kept["trained"] = [dict(one.model.state_dict()) for one in final]
-            return {f"{which}/{name}": value for which, states in kept.items() for name, value in _stacked(states).items()}
+            return {
+                f"{which}/{name}": value for which, states in kept.items() for name, value in _stacked(states).items()
+            }
 
         return self._kept(f"weights-{group:03d}", make)
 

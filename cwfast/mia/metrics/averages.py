@@ -54,8 +54,8 @@ def summary(
         bootstrap: replicates to draw; 0 gives intervals of None.
         confidence: of the intervals, in (0, 1).
         seed: of the draws; the same seed and shape give the same draws.
-        draws: also return ``auc_draws``, the mean AUC of each replicate: those of two attacks on the same samples, by the
-            same seed, come in pairs, and their differences give an interval of the difference.
+        draws: also return ``auc_draws``, the mean AUC of each replicate: those of two attacks on the same samples, by
+            the same seed, come in pairs, and their differences give an interval of the difference.
 
     Returns:
         ``targets``, ``samples``, ``bootstrap``, ``confidence``, ``auc``, ``auc_low``, ``auc_high``,
