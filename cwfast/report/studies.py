@@ -162,11 +162,12 @@ def tradeoff_figure(part: Mapping[str, Any]) -> "Figure":
         axes.axvline(0.5, **plots.GUIDE)
         axes.grid(True)
         axes.set_title(_base(base))
+        axes.set_xlabel("← better    AUC of LiRA    0.5 = guessing")
     _least(panels[: len(bases)], part["rows"])
     for axes in panels[len(bases) :]:
         axes.set_visible(False)
-    figure.supxlabel("← better    AUC of LiRA    0.5 = guessing", fontsize=11)
-    figure.supylabel("test accuracy    better →", fontsize=11)
+    for axes in panels[: len(bases) : columns]:
+        axes.set_ylabel("test accuracy    better →")
     figure.legend(legend.values(), legend.keys(), loc="outside lower center", ncols=3)
     return figure
 
@@ -205,9 +206,9 @@ def rates_figure(part: Mapping[str, Any]) -> "Figure":
             axes.grid(True)
         panels[1, column].xaxis.set_major_formatter(lambda rate, _: percent(rate))
         panels[1, column].tick_params(axis="x", labelsize=9)
+        panels[1, column].set_xlabel("weights rewound")
     panels[0, 0].set_ylabel("AUC of LiRA    ← better")
     panels[1, 0].set_ylabel("test accuracy    better →")
-    figure.supxlabel("share of the weights that are rewound", fontsize=11)
     figure.legend(legend.values(), legend.keys(), loc="outside lower center", ncols=5)
     return figure
 

@@ -81,6 +81,7 @@ def cells(setting: Setting, lams: Sequence[float] = ()) -> list[Cell]:
         for network in setting.tables
         for kind in ("ablation", "entanglement")
     ]
+    found.sort(key=lambda cell: cell.base == "dpsgd")  # the slowest last
     keys = [cell.key for cell in found]
     if len(set(keys)) != len(keys):
         raise ValueError(f"cells must have names of their own; got {len(keys) - len(set(keys))} repeats")
@@ -130,16 +131,16 @@ def _tuned(setting: Setting, base: str, loss: str, lams: Sequence[float]) -> lis
 
 
 def _private(setting: Setting, spec: str) -> list[Cell]:
-    """Fine-tuned by DP-SGD around the rewound weights: models are trained one by one, so there are fewer cells."""
+    """Fine-tuned by DP-SGD around the rewound weights: the models one by one."""
     found = [Cell("dpsgd-tuned", "Fine-tuned without rewinding, DP-SGD", "dpsgd", "fine-tuning without rewinding",
-                  "private", spec, setting.private_criteria[0], 0.0)]  # fmt: skip
-    for criterion in setting.private_criteria:
+                  "private", spec, setting.criteria[0], 0.0)]  # fmt: skip
+    for criterion in setting.criteria:
         by, how = ("gap", "private random") if criterion == "random" else (criterion, "private")
         title = "Random weights, as many as gap in each tensor," if criterion == "random" else f"CWRF {criterion}"
         found += [
             Cell(f"dpsgd-{criterion}-{rate}", f"{title} {100 * rate:.3g}% + DP-SGD", "dpsgd", criterion, how, spec, by,
                  rate, reference=USE.get(by, "nothing"))
-            for rate in setting.rates[-5:]
+            for rate in setting.rates
         ]  # fmt: skip
     return found
 

@@ -49,14 +49,15 @@ def _of_data(study: "Study", name: str) -> dict[str, Any]:
     found: dict[int, dict[str, dict[str, Any]]] = {}
     about: dict[str, Any] = {}
     tables: list[dict[str, Any]] = []
-    for seed in study.seeds:
+    seeds = study.seeds_of(name)
+    for seed in seeds:
         subject = study.subject(name, seed)
         documents = {cell.key: subject.folder.document(cell.key, subject.made_of(cell)) for cell in whole_grid}
         tables += [one["table"] for one in documents.values() if one is not None and "table" in one]
         found[seed] = {cell.key: one for cell in grid if (one := documents[cell.key]) is not None}
         about = about or _described(subject, setting)
-    whole = [seed for seed in study.seeds if len(found[seed]) == len(grid)]
-    used = whole or [seed for seed in study.seeds if found[seed]][:1]
+    whole = [seed for seed in seeds if len(found[seed]) == len(grid)]
+    used = whole or [seed for seed in seeds if found[seed]][:1]
     rows, measured = [], []
     for cell in grid:
         documents_of = [found[seed][cell.key] for seed in used if cell.key in found[seed]]
@@ -79,7 +80,7 @@ def _of_data(study: "Study", name: str) -> dict[str, Any]:
         "levels": {base: comparing.at_equal_utility(measured, base) for base in bases},
         "fleets": sum(len(documents) for documents in found.values()),
         "left_out": {base: "Opacus is not installed" for base in setting.losses if base not in bases},
-        "missing": {str(seed): len(grid) - len(found[seed]) for seed in study.seeds},
+        "missing": {str(seed): len(grid) - len(found[seed]) for seed in seeds},
     }  # fmt: skip
     return result | {"reading": reading(result)}
 

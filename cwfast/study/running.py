@@ -79,10 +79,15 @@ class Study:
             Job(name, seed, cell, group)
             for seed in self.seeds
             for name in self.data
+            if seed in self.seeds_of(name)
             for cell in self.cells(name, seed)
             for group in (groups if cell.how != "table" else (0,))
         ]
         return sorted(found, key=lambda job: job.cell.how == "table")
+
+    def seeds_of(self, name: str) -> tuple[int, ...]:
+        """Those that a data set is run with."""
+        return self.seeds[: self.sizes.settings[name].most_seeds]
 
     def cells(self, name: str, seed: int) -> list[Cell]:
         """Of a data set and seed: the tables are made for the first seed."""
@@ -252,7 +257,7 @@ def _checked(
 def _done(study: Study, engine: str, workers: int | None) -> Iterator[tuple[int, str]]:
     """Does all jobs; the failed ones with what went wrong."""
     for name in study.data:
-        for seed in study.seeds:
+        for seed in study.seeds_of(name):
             study.subject(name, seed).folder.clear()  # and data that are missing are told now
     left = [index for index, job in enumerate(study.jobs) if not _is_done(study, job)]
     total = len(study.jobs)
