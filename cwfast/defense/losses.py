@@ -80,11 +80,12 @@ class HAMP(_Settings):
 
     def __call__(self, logits: Tensor, targets: Tensor, *, epoch: int = 0) -> Tensor:
         log_p = functional.log_softmax(logits, dim=1)
-        label = functional.one_hot(targets, logits.shape[1]).to(log_p.dtype)
+        label = one_hot(targets, log_p)
         top, rest = soft_label(self.gamma, logits.shape[1])
         soft = top * label + rest * (1 - label)
         entropy = -(log_p.exp() * log_p).sum(dim=1).mean()
-        return functional.kl_div(log_p, soft, reduction=self.reduction) - self.alpha * entropy
+        kl = (soft * (soft.log() - log_p)).sum(dim=1).mean()
+        return (kl / logits.shape[1] if self.reduction == "mean" else kl) - self.alpha * entropy
 
 
 @functools.cache
@@ -188,12 +189,16 @@ class ConfidencePenalty(_Settings):
         return functional.cross_entropy(logits, targets) + self.beta * (log_p.exp() * log_p).sum(dim=1).mean()
 
 
+def one_hot(targets: Tensor, like: Tensor) -> Tensor:
+    """``[B, C]`` of the dtype of ``like [B, C]``; torch's own fails under ``vmap`` of ``grad``."""
+    return (targets[:, None] == torch.arange(like.shape[1], device=like.device)).to(like.dtype)
+
+
 def relaxed_targets(log_p: Tensor, targets: Tensor, upper: float) -> Tensor:
     """``[B, C]``: ``q = clamp(p[y], 0, upper)`` at the label, ``(1 - q) / (C - 1)`` elsewhere; q is not detached."""
-    classes = log_p.shape[1]
-    label = functional.one_hot(targets, classes).to(log_p.dtype)
+    label = one_hot(targets, log_p)
     q = (log_p * label).sum(dim=1).exp().clamp(0, upper)[:, None]
-    return q * label + (1 - q) / (classes - 1) * (1 - label)
+    return q * label + (1 - q) / (log_p.shape[1] - 1) * (1 - label)
 
 
 def soft_cross_entropy(logits: Tensor, targets: Tensor, *, epoch: int = 0) -> Tensor:

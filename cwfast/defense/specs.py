@@ -33,6 +33,12 @@ DEFENSES: dict[str, Entry] = {
     "label-smoothing": Entry(_LOSSES + "LabelSmoothing", "soft labels (Szegedy et al. 2016)", True),
     "confidence-penalty": Entry(_LOSSES + "ConfidencePenalty", "reward for entropy (Pereyra et al. 2017)", True),
     "early-stopping": Entry(_BASE + "EarlyStopping", "training cut short after some epochs"),
+    "weight-decay": Entry(_BASE + "WeightDecay", "training with another weight decay"),
+    "mixup": Entry("cwfast.defense.mixup:Mixup", "mixtures of samples and labels (Zhang et al. 2018)"),
+    "advreg": Entry("cwfast.defense.advreg:AdvReg", "fools an attack network trained along (Nasr et al. 2018)"),
+    "selena": Entry("cwfast.defense.selena:SELENA", "learns from models that left the sample out (Tang et al. 2022)"),
+    "past": Entry("cwfast.defense.past:PAST", "l1 penalty by sensitivity of the loss gap (Hu et al. 2024)"),
+    "crl": Entry("cwfast.defense.crl:CRL", "relaxed losses of logits and class centers (Fang & Kim 2024)"),
     "dpsgd": Entry("cwfast.defense.dp:DPSGD", "clipped and noised gradients (Abadi et al. 2016)"),
     "cwrf": Entry("cwfast.defense.cwrf:CWRF", "rewinds and freezes critical weights, fine-tunes the others"),
 }
