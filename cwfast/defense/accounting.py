@@ -1,10 +1,12 @@
 """What private training spends, by Opacus' accountants, and what that covers."""
 
+import importlib
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
+from typing import Any
 
 ACCOUNTANTS = ("prv", "rdp", "gdp")
 COVERS = {
@@ -40,11 +42,11 @@ class Privacy:
     covers: str
 
     def __str__(self) -> str:
-        return (
-            f"epsilon = {self.epsilon:.4g} at delta = {self.delta:.4g} ({self.accountant} accountant; noise "
-            f"multiplier {self.noise_multiplier:.4g}, gradients clipped to {self.max_grad_norm:.4g}, {self.steps} steps of "
-            f"Poisson sampling at rate {self.sample_rate:.4g}) {COVERS[self.covers]}."
+        how = (
+            f"{self.accountant.upper()} accountant, noise multiplier {self.noise_multiplier:.4g}, gradients clipped to "
+            f"{self.max_grad_norm:.4g}, {self.steps} steps of Poisson sampling at rate {self.sample_rate:.4g}"
         )
+        return f"epsilon = {self.epsilon:.4g} at delta = {self.delta:.4g} {COVERS[self.covers]} ({how})"
 
 
 @cache
@@ -54,10 +56,8 @@ def epsilon_of(noise_multiplier: float, sample_rate: float, steps: int, delta: f
         return 0.0
     if not noise_multiplier:
         return float("inf")
-    from opacus.accountants import create_accountant
-
     with _quiet():
-        counting = create_accountant(accountant)
+        counting = _opacus("opacus.accountants").create_accountant(accountant)
         counting.history = [(noise_multiplier, sample_rate, steps)]
         return float(counting.get_epsilon(delta))
 
@@ -67,14 +67,14 @@ def noise_for(epsilon: float, sample_rate: float, steps: int, delta: float, acco
     """The noise multiplier with which so many steps spend epsilon, up to 0.01 less; 0 for no steps."""
     if not steps:
         return 0.0
-    from opacus.accountants.utils import get_noise_multiplier
-
+    settings = {"target_epsilon": epsilon, "target_delta": delta, "sample_rate": sample_rate, "steps": steps}
     with _quiet():
-        return float(
-            get_noise_multiplier(
-                target_epsilon=epsilon, target_delta=delta, sample_rate=sample_rate, steps=steps, accountant=accountant
-            )
-        )
+        return float(_opacus("opacus.accountants.utils").get_noise_multiplier(accountant=accountant, **settings))
+
+
+def _opacus(module: str) -> Any:
+    """Imported when it is used: it takes seconds."""
+    return importlib.import_module(module)
 
 
 @contextmanager

@@ -140,6 +140,16 @@ class DPSGD(Defense):
             )
         ]
 
+    def check(self, model: nn.Module, samples: int) -> None:
+        """Whether a model can be trained privately on so many samples.
+
+        Raises:
+            ValueError: it mixes samples (BatchNorm), or delta is not below 1 / samples.
+        """
+        refuse_mixing(model)
+        if not self.delta * samples < 1:
+            raise ValueError(f"delta must be below 1 / n, {1 / samples:.3g} for {samples} samples; got {self.delta}")
+
     def _train(
         self,
         model: nn.Module,
@@ -151,10 +161,8 @@ class DPSGD(Defense):
         frozen: MaskSet | None,
         covers: str,
     ) -> Privacy:
-        refuse_mixing(model)
+        self.check(model, len(ids))
         recipe = self.recipe or task.recipe
-        if not self.delta < 1 / len(ids):
-            raise ValueError(f"delta must be below 1 / n, {1 / len(ids):.3g} for {len(ids)} samples; got {self.delta}")
         per_epoch = math.ceil(len(ids) / recipe.batch_size)
         rate, steps = 1 / per_epoch, epochs * per_epoch
         noise = self.noise_multiplier

@@ -1,9 +1,10 @@
 """One step of DP-SGD: clip, sum, add noise, step. Through Opacus, and around frozen weights by our own gradients."""
 
+import importlib
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -14,7 +15,7 @@ from cwfast.masks import MaskSet
 
 
 class Step(Protocol):
-    """Takes a step; the samples' losses come from a forward pass after ``zero_grad``, None where no sample was drawn."""
+    """Takes a step by the losses ``[B]`` of the samples drawn; None: none was drawn, and the step is noise."""
 
     def __call__(self, losses: Tensor | None) -> None: ...
 
@@ -29,17 +30,15 @@ def through_opacus(
     generator: torch.Generator,
 ) -> Iterator[Step]:
     """Per-sample gradients by Opacus' ``GradSampleModule``, clipped and made noisy by its ``DPOptimizer``."""
-    from opacus import GradSampleModule
-    from opacus.optimizers import DPOptimizer
-
-    private = DPOptimizer(
+    opacus: Any = importlib.import_module("opacus")
+    private = opacus.optimizers.DPOptimizer(
         optimizer,
         noise_multiplier=noise_multiplier,
         max_grad_norm=max_grad_norm,
         expected_batch_size=expected_batch_size,
         generator=generator,
     )
-    hooked = GradSampleModule(model, loss_reduction="sum")
+    hooked = opacus.GradSampleModule(model, loss_reduction="sum")
 
     def step(losses: Tensor | None) -> None:
         if losses is None:
@@ -47,9 +46,8 @@ def through_opacus(
                 parameter.grad_sample = parameter.new_zeros((0, *parameter.shape))
         else:
             with warnings.catch_warnings():
-                warnings.filterwarnings(
-                    "ignore", "Full backward hook is firing", UserWarning
-                )  # inputs need no gradient
+                # Its hooks on layers whose input needs no gradient say so, at every step.
+                warnings.filterwarnings("ignore", "Full backward hook is firing", UserWarning)
                 losses.sum().backward()
         private.step()
         private.zero_grad(set_to_none=True)
@@ -58,6 +56,8 @@ def through_opacus(
         yield step
     finally:
         hooked.to_standard_module()
+        for parameter in private.params:
+            del parameter.summed_grad
 
 
 @contextmanager
@@ -71,10 +71,8 @@ def around_frozen(
     frozen: MaskSet,
 ) -> Iterator[Step]:
     """The same with ``ClippedGradients``: frozen weights count in no norm, get no noise, and stay as they are."""
-    with (
-        freeze(model, optimizer, frozen),
-        ClippedGradients(model, max_grad_norm=max_grad_norm, masks=frozen) as clipped,
-    ):
+    gradients = ClippedGradients(model, max_grad_norm=max_grad_norm, masks=frozen)
+    with freeze(model, optimizer, frozen), gradients as clipped:
         optimizer.zero_grad()
 
         def step(losses: Tensor | None) -> None:

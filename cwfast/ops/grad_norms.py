@@ -11,7 +11,9 @@ from cwfast.ops.saliency import _rows
 
 GRAM_ENTRIES = 1 << 22  # of the two T x T tables of a chunk of samples
 SAMPLED = 2  # products of a gradient's excluded entries take so many times as long as those of whole gradients
-LEFT = 1 / 16  # where less of a squared norm is left than this, it is not found by subtraction: digits are lost
+# Where less than this of a squared norm is left, it is not found by subtraction, in which digits are lost.
+LEFT = 1 / 16
+LEFT_IN_DOUBLE = 1e-8  # of float32's digits
 
 
 def per_sample_grad_norms(
@@ -47,7 +49,10 @@ def per_sample_grad_norms(
     _checks.same_device(inputs.device, grad_outputs=grad_outputs)
     dtype = torch.float64 if inputs.dtype == torch.float64 else torch.float32
     a, d = inputs.detach().to(dtype), grad_outputs.detach().to(dtype)
-    excluded = None if exclude is None else _Excluded(exclude, d.shape[-1], a)
+    if exclude is not None:
+        _checks.tensor("exclude", exclude, dtypes=(torch.int64,), ndim=(1,))
+        _checks.same_device(inputs.device, exclude=exclude)
+    excluded = None if exclude is None or not len(exclude) else _Excluded(exclude, d.shape[-1], a.shape[-1])
     if cu_seqlens is not None:
         (a, d), offsets = _rows(a, d, cu_seqlens)
         ends = offsets.tolist()
@@ -63,19 +68,16 @@ class _Excluded:
 
     Args:
         indices: as ``exclude``.
-        height: O.
-        a: has I columns; lies where the indices must lie.
+        height, width: O and I.
     """
 
-    def __init__(self, indices: Tensor, height: int, a: Tensor) -> None:
-        _checks.tensor("exclude", indices, dtypes=(torch.int64,), ndim=(1,))
-        _checks.same_device(a.device, exclude=indices)
-        width, self.count = a.shape[-1], len(indices)
-        ends = indices[[0, -1]].tolist() if self.count else []
-        if not all(0 <= end < height * width for end in ends) or not bool((indices.diff() > 0).all()):
+    def __init__(self, indices: Tensor, height: int, width: int) -> None:
+        first, last = indices[[0, -1]].tolist()
+        rising = bool((indices.diff() > 0).all())
+        if not (rising and first >= 0 and last < height * width):
             raise ValueError(
-                f"exclude must be ascending flat indices of [{height}, {width}]; got {self.count} from "
-                f"{' to '.join(map(str, ends))}, ascending or not"
+                f"exclude must be ascending flat indices of [{height}, {width}], each once; got {len(indices)} from "
+                f"{first} to {last}, {'' if rising else 'not '}ascending"
             )
         self.indices, self.shape = indices, (height, width)
         self._patterns: dict[torch.dtype, Tensor] = {}
@@ -88,25 +90,23 @@ class _Excluded:
 
     def _pattern(self, dtype: torch.dtype) -> Tensor:
         height, width = self.shape
-        rows = (self.indices // max(1, width)).bincount(minlength=height)
+        rows = (self.indices // width).bincount(minlength=height)
         begin = torch.cat([rows.new_zeros(1), rows.cumsum(0)])
-        ones = torch.ones(self.count, dtype=dtype, device=self.indices.device)
+        ones = torch.ones(len(self.indices), dtype=dtype, device=self.indices.device)
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", "Sparse CSR tensor support is in beta", UserWarning)
-            return torch.sparse_csr_tensor(
-                begin, self.indices % max(1, width), ones, self.shape, check_invariants=False
-            )
+            return torch.sparse_csr_tensor(begin, self.indices % width, ones, self.shape, check_invariants=False)
 
 
 def _single(a: Tensor, d: Tensor, excluded: _Excluded | None) -> Tensor:
     """Of outer products, ``T = 1``: the excluded entries' squares are ``d^2 P a^2``, P their pattern."""
-    if excluded is None or not excluded.count:
+    if excluded is None:
         return a.square().sum(dim=1).mul_(d.square().sum(dim=1))
-    squares_a, squares_d = a.double().square_(), d.double().square_()
+    squares_a, squares_d = a.double().square(), d.double().square()
     whole = squares_a.sum(dim=1) * squares_d.sum(dim=1)
-    # In float64 the difference keeps float32's digits down to 1e-9 of the whole.
-    share = (excluded.pattern(torch.float64) @ squares_a.T).mul_(squares_d.T).sum(dim=0)
-    return whole.sub_(share).clamp_(min=0).to(a.dtype)
+    share = ((excluded.pattern(torch.float64) @ squares_a.T) * squares_d.T).sum(dim=0)
+    least = LEFT if a.dtype == torch.float64 else LEFT_IN_DOUBLE
+    return _left(whole, share, least, a[:, None], d[:, None], excluded).to(a.dtype)
 
 
 def _squares(a: Tensor, d: Tensor, excluded: _Excluded | None) -> Tensor:
@@ -114,13 +114,10 @@ def _squares(a: Tensor, d: Tensor, excluded: _Excluded | None) -> Tensor:
     height = d.shape[2]
     if steps == 1:
         return _single(a[:, 0], d[:, 0], excluded)
-    if excluded is not None and not excluded.count:
-        excluded = None
-    sampled = 0 if excluded is None else SAMPLED * excluded.count
+    sampled = 0 if excluded is None else SAMPLED * len(excluded.indices)
     gram = steps * (width + height) + sampled <= width * height
     each = max(1, 2 * steps * steps if gram else width * height)
     chunk = max(1, GRAM_ENTRIES // each)
-    pattern = excluded.pattern(a.dtype) if gram and excluded is not None else None
     found = a.new_empty(samples)
     for start in range(0, samples, chunk):
         part = slice(start, start + chunk)
@@ -129,13 +126,20 @@ def _squares(a: Tensor, d: Tensor, excluded: _Excluded | None) -> Tensor:
             found[part] = product.sum(dim=(1, 2)).clamp_(min=0)  # rounding may fall below
         else:
             found[part] = _direct(a[part], d[part], excluded)
-    if pattern is not None:
-        for sample in range(samples):
-            one = slice(sample, sample + 1)
-            entries = torch.sparse.sampled_addmm(pattern, d[sample].T, a[sample], beta=0).values()
-            left = found[sample] - entries.square_().sum()
-            found[one] = left if left >= LEFT * found[sample] else _direct(a[one], d[one], excluded)
+    if gram and excluded is not None:
+        pattern, share = excluded.pattern(a.dtype), torch.empty_like(found)
+        for b in range(samples):
+            share[b] = torch.sparse.sampled_addmm(pattern, d[b].T, a[b], beta=0).values().square_().sum()
+        found = _left(found, share, LEFT, a, d, excluded)
     return found
+
+
+def _left(whole: Tensor, share: Tensor, least: float, a: Tensor, d: Tensor, excluded: _Excluded) -> Tensor:
+    """``whole - share``; where too little is left, or it is no number, found without subtraction."""
+    left = whole - share
+    for b in (~(left >= least * whole)).nonzero()[:, 0].tolist():
+        left[b] = _direct(a[b : b + 1], d[b : b + 1], excluded)[0]
+    return left
 
 
 def _direct(a: Tensor, d: Tensor, excluded: _Excluded | None) -> Tensor:
