@@ -12,11 +12,14 @@ from cwfast._parameters import Initial, check_apart
 from cwfast._scopes import Scope
 from cwfast.data import Batches, check_reiterable
 from cwfast.defense.criteria import CRITERIA, Batch, Estimate, critical_masks, critical_scores
+from cwfast.defense.dp import DPSGD
 from cwfast.defense.tuning import Tuning, fine_tune
 from cwfast.defense.variants import Variant, find_masks
 from cwfast.masks import MaskSet
 from cwfast.scoring import CRITERIA as TAYLOR_CRITERIA
 from cwfast.training import Defense, Fitted, Loss, Task, cross_entropy, fit_from_scratch
+
+STARTS = ("members", "reference")
 
 __all__ = ["CRITERIA", "CWRF", "CWRFResult", "critical_masks", "critical_scores", "cwrf_", "fine_tune"]
 
@@ -122,6 +125,13 @@ class CWRF(Defense):
         epochs: of fine-tuning; None: half of the recipe's, rounded up; 0: rewinding alone.
         criterion, granularity, lam, steps, update, points: see ``cwrf_``, as for the next.
         scope, exclude, rounds, value, train, recalibrate: see ``cwrf_``.
+        private: fine-tuning is DP-SGD, with noise and clipping for the weights that are not frozen; each
+            ``Fitted.notes["privacy"]`` tells epsilon, and that it covers fine-tuning only.
+        start: "members": the model is trained and scored on the samples that it is fine-tuned on. "reference": on half
+            of the reference samples, with the other half as its reference: then epsilon covers the released model.
+
+    Raises:
+        ValueError: an option is none of those that there are.
     """
 
     def __init__(
@@ -142,7 +152,12 @@ class CWRF(Defense):
         train: str = "rest",
         recalibrate: bool = True,
         epochs: int | None = None,
+        private: DPSGD | None = None,
+        start: str = "members",
     ) -> None:
+        if start not in STARTS:
+            raise ValueError(f"start must be one of {STARTS}; got {start!r}")
+        self.private, self.start = private, start
         self.variant = Variant(rate, criterion, scope, exclude, rounds, value, train, recalibrate)
         self.rate, self.loss, self.criterion, self.epochs = rate, loss or cross_entropy, criterion, epochs
         self._estimate = {"granularity": granularity, "lam": lam, "steps": steps, "update": update, "points": points}
@@ -184,10 +199,20 @@ class CWRF(Defense):
         scores: Sequence[Mapping[str, Tensor]] | None = None,
         masks: Sequence[MaskSet] | None = None,
     ) -> list[Fitted]:
-        """As ``Defense.fit_many``; ``scores`` (of ``score``, shared over rates) or ``masks`` skip those steps."""
-        trained = trained or fit_from_scratch(task, train_ids, seeds)
+        """As ``Defense.fit_many``; ``scores`` (of ``score``, shared over rates) or ``masks`` skip those steps.
+
+        Raises:
+            ValueError: start is "reference", and anything computed elsewhere is given, or a member is among them.
+        """
+        given = [name for name, x in (("trained", trained), ("scores", scores), ("masks", masks)) if x is not None]
+        if given and self.start == "reference":
+            raise ValueError(f'with start="reference" all is computed here; {", ".join(given)} must not be given')
+        if self.private is not None:  # before anything is trained
+            self.private.check(task.initial_model(seeds[0]), len(train_ids[0]))
+        start_ids, reference_ids = self._start(train_ids, reference_ids)
+        trained = trained or fit_from_scratch(task, start_ids, seeds)
         models, found = [], []
-        for k, (fitted, ids, seed) in enumerate(zip(trained, train_ids, seeds, strict=True)):
+        for k, (fitted, ids, seed) in enumerate(zip(trained, start_ids, seeds, strict=True)):
             (members, reference), estimate = self._inputs(task, ids, reference_ids, seed)
             if masks is None:
                 first = None if scores is None else scores[k]
@@ -198,7 +223,21 @@ class CWRF(Defense):
             models.append(self.variant.put_(copy.deepcopy(fitted.model), found[k], fitted.initial, members))
         frozen = [self.variant.frozen(one) for one in found]
         options: Any = {"loss": self.loss, "epochs": self.epochs, "masks": found, "frozen": frozen}
+        if self.private is not None:
+            covers = "model" if self.start == "reference" else "fine-tuning"
+            return self.private.fine_tune(task, models, trained, train_ids, seeds, covers=covers, **options)
         return fine_tune(task, models, trained, train_ids, seeds, **options)
+
+    def _start(self, train_ids: Sequence[Tensor], reference_ids: Tensor) -> tuple[Sequence[Tensor], Tensor]:
+        """For each model the samples that it is first trained and scored on, and what is the reference then."""
+        if self.start == "members":
+            return train_ids, reference_ids
+        if any(bool(torch.isin(ids, reference_ids).any()) for ids in train_ids):
+            raise ValueError('with start="reference" no member may be a reference sample; some are both')
+        half = len(reference_ids) // 2
+        if not half:
+            raise ValueError(f'with start="reference" there must be reference samples for both halves; got {half}')
+        return [reference_ids[:half]] * len(train_ids), reference_ids[half:]
 
     def _inputs(
         self, task: Task, ids: Tensor, reference_ids: Tensor, seed: int
