@@ -80,6 +80,9 @@ def test_by_layer_counts_and_measures_movement():
         assert (row["critical"], row["weights"]) == (int(mask.sum()), len(mask))
         assert row["moved_critical"] == pytest.approx(float(moved[mask].mean()), rel=1e-12)
         assert row["moved_rest"] == pytest.approx(float(moved[~mask].mean()), rel=1e-12)
+        size = torch.cat([initial.get_parameter(n).detach().abs().flatten() for n in names])
+        assert row["size_critical"] == pytest.approx(float(size[mask].mean()), rel=1e-12)
+        assert row["size_rest"] == pytest.approx(float(size[~mask].mean()), rel=1e-12)
     nothing = select({name: torch.zeros_like(p) for name, p in model.named_parameters()}, rate=0)
     assert by_layer(model, initial, nothing)[-1]["moved_critical"] is None
 
@@ -169,7 +172,9 @@ def test_the_tables_for_three_networks_at_tiny_sizes():
     others = [entangled["ResNet18"]["correlation"][group]["mean"] for group in ("conv", "linear")]
     assert (f"ResNet18 norm ({norm:.3f})" in notes[2]) == (norm < min(others))
     whole = entangled["MLP"]["layers"][-1]
-    assert f"MLP {whole['moved_critical'] / whole['moved_rest']:.1f}, ResNet18 " in notes[4]
+    times = whole["moved_critical"] / whole["moved_rest"]
+    relative = times * whole["size_rest"] / whole["size_critical"]
+    assert f": MLP {times:.1f} ({relative:.1f}), ResNet18 " in notes[4]
     notes = ablation_notes(ablated)
     assert "0.50 for A2, 0.36 for A3." in notes[1]
     rows = {row["id"]: row for row in ablated["ViT"]["rows"]}

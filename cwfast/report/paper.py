@@ -43,11 +43,13 @@ def entanglement_notes(results: Mapping[str, Mapping[str, Any]]) -> list[str]:
     for network, result in results.items():
         whole = result["layers"][-1]
         if whole["moved_critical"] is not None and whole["moved_rest"]:
-            times.append(f"{network} {whole['moved_critical'] / whole['moved_rest']:.1f}")
+            absolute = whole["moved_critical"] / whole["moved_rest"]
+            sizes = whole["size_critical"] / whole["size_rest"]
+            times.append(f"{network} {absolute:.1f} ({absolute / sizes:.1f})" if sizes else f"{network} {absolute:.1f}")
     if times:
         found.append(
             "The paper finds vulnerable weights to be the least updated. Here critical weights moved, in multiples of "
-            f"what the others did on average: {', '.join(times)}."
+            "what the others did on average (in brackets: of their initial size, likewise): " + ", ".join(times) + "."
         )
     return found
 
