@@ -55,7 +55,7 @@ def architectures(dataset: Dataset, *, epochs: int = 30, width: int = 16) -> dic
         "ViT": Task(
             lambda: networks.vit(size, channels, classes, patch=patch, dim=64, depth=4, heads=4),
             images,
-            replace(sgd, optimizer="adamw", lr=2e-3),
+            replace(sgd, optimizer="adamw", lr=1e-3, batch_size=16),
         ),
     }
 
