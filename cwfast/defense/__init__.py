@@ -6,7 +6,7 @@ from cwfast.defense.baselines import EarlyStopping, PlainTraining, WeightDecay
 from cwfast.defense.clipping import ClippedGradients
 from cwfast.defense.criteria import CRITERIA, Estimate, criterion, critical_masks, critical_scores
 from cwfast.defense.crl import CRL
-from cwfast.defense.cwrf import CWRF, CWRFResult, critical_masks, critical_scores, cwrf_
+from cwfast.defense.cwrf import CWRF, CWRFResult, cwrf_
 from cwfast.defense.dp import DPSGD
 from cwfast.defense.gap import gap_shares
 from cwfast.defense.hamp import HAMPOutputs
