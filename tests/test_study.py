@@ -106,7 +106,7 @@ def test_kill_9_and_resume_gives_the_same_files_and_repeats_no_cell(run, tmp_pat
 
 
 def test_a_changed_setting_is_not_mistaken_for_the_old_one(run, tmp_path):
-    from cwfast.study.running import Study
+    from cwfast.study.jobs import Study
 
     setting = presets.PRESETS["tiny"].settings["digits"]
     study = Study("tiny", ("digits",), (0,), (), tmp_path)
@@ -120,7 +120,7 @@ def test_a_changed_setting_is_not_mistaken_for_the_old_one(run, tmp_path):
 
 
 def test_a_rate_beyond_the_positive_shares_is_told_and_not_a_failure(tmp_path):
-    from cwfast.study.running import Job, Study, _do
+    from cwfast.study.jobs import Job, Study, _do
 
     study = Study("tiny", ("digits",), (0,), (), tmp_path)
     subject = study.subject("digits", 0)

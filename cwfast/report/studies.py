@@ -153,7 +153,7 @@ def tradeoff_figure(part: Mapping[str, Any]) -> "Figure":
     columns = min(2, len(bases))
     lines = -(-len(bases) // columns)
     figure = Figure(figsize=(10, 1.6 + 4.1 * lines))
-    panels = figure.subplots(lines, columns, sharex=True, sharey=True, squeeze=False).ravel()
+    panels = list(figure.subplots(lines, columns, sharex=True, sharey=True, squeeze=False).ravel())
     legend: dict[str, Any] = {}
     for axes, base in zip(panels, bases, strict=False):
         for curve, look in {**COMMON, **_looks(part["rows"])}.items():
