@@ -44,7 +44,7 @@ def test_the_functions_own_defense_is_the_default(capsys, tmp_path):
 
 @pytest.mark.slow
 def test_audits_before_and_after(capsys, tmp_path):
-    more = ["--defense", "relaxloss:alpha=0.9", "--audit", "--models", "6", "--bootstrap", "10"]
+    more = ["--defense", "relaxloss:alpha=3", "--audit", "--models", "6", "--bootstrap", "10"]
     code, found = defend(capsys, tmp_path, *more)
     assert code == 0, found.err
     audits = json.loads(found.out)["audit"]

@@ -27,6 +27,7 @@ OWN = {  # curves of one base
     "fine-tuning stopped by the reference set": ("#4D4D4D", "d", "none"),
     "random": ("#6E6E6E", ".", ":"),
 }
+OTHER = ("#A6A6A6", "h", "none")  # weight decay, mixup...
 NAMES = {"random": "random weights"}
 Rows = Sequence[Mapping[str, Any]]
 
@@ -152,13 +153,16 @@ def tradeoff_figure(part: Mapping[str, Any]) -> "Figure":
     columns = min(2, len(bases))
     lines = -(-len(bases) // columns)
     figure = Figure(figsize=(10, 1.6 + 4.1 * lines))
-    panels = figure.subplots(lines, columns, sharex=True, sharey=True, squeeze=False).ravel()
+    panels = list(figure.subplots(lines, columns, sharex=True, sharey=True, squeeze=False).ravel())
     legend: dict[str, Any] = {}
     for axes, base in zip(panels, bases, strict=False):
         for curve, look in {**COMMON, **_looks(part["rows"])}.items():
             rows = [row for row in part["rows"] if row["curve"] == curve and (curve in COMMON or row["base"] == base)]
             if rows:
                 legend.setdefault(NAMES.get(curve, curve), _curve(axes, rows, look))
+        others = [row for row in part["rows"] if row["base"] == "other"]
+        if others:
+            legend.setdefault("other defenses", _curve(axes, others, OTHER))
         axes.axvline(0.5, **plots.GUIDE)
         axes.grid(True)
         axes.set_title(_base(base))

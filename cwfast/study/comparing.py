@@ -103,7 +103,7 @@ def at_equal_utility(cells: Sequence[Measured], base: str) -> list[dict[str, Any
     curves: dict[str, list[Measured]] = {}
     for cell in cells:
         curve = cell.row["curve"]
-        shared = curve in SHARED
+        shared = curve in SHARED or cell.row["base"] == "other"
         if (cell.row["base"] == base or shared) and not curve.startswith("ablation"):
             curves.setdefault(curve, []).append(cell)
     own = undefended.accuracy.mean(axis=1)

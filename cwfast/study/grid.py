@@ -8,6 +8,7 @@ from importlib.util import find_spec
 from cwfast.study.presets import DEFENSES, Setting
 
 USE = {"taylor": "inputs", "taylor_delta": "inputs", "gap": "inputs and labels"}  # of the reference set
+USE_OF_DEFENSES = {"past": "inputs and labels", "hamp": "inputs"}
 
 
 @dataclass(frozen=True)
@@ -17,7 +18,7 @@ class Cell:
     Attributes:
         key: its name, and that of its files.
         label: its name in a report.
-        base: the defense by which it is trained or fine-tuned, a key of ``presets.DEFENSES`` or another's name.
+        base: the defense by which it is trained or fine-tuned, a key of ``presets.DEFENSES``, or "other".
         curve: what it is a point of: cells of one base and curve differ in their rate or strength alone.
         how: "trained", "stopped", "interpolated", "defense" (by ``spec``), "random", "private",
             "private random" or "halted" (see ``Subject.fit``); "table": no models but a table of ``tables``.
@@ -94,7 +95,9 @@ def _scratch(spec: str) -> Cell:
     label = f"{DEFENSES.get(name, name.replace('-', ' '))} from scratch{', ' + options if options else ''}"
     whole = f"{name}:{options}" if options else name
     strength = float(first) if first else None
-    return Cell(_safe(f"scratch-{spec}"), label, name, "from scratch", "defense", whole, strength=strength)
+    base, curve = (name, "from scratch") if name in DEFENSES else ("other", name.replace("-", " "))
+    return Cell(_safe(f"scratch-{spec}"), label, base, curve, "defense", whole, strength=strength,
+                reference=USE_OF_DEFENSES.get(name, "nothing"))  # fmt: skip
 
 
 def _tuned(setting: Setting, base: str, loss: str, lams: Sequence[float]) -> list[Cell]:
@@ -105,6 +108,7 @@ def _tuned(setting: Setting, base: str, loss: str, lams: Sequence[float]) -> lis
     plain = Cell(
         f"{base}-tuned", f"Fine-tuned without rewinding, {name}", base, "fine-tuning without rewinding", "defense",
         f"cwrf:rate=0,criterion={setting.criteria[0]},loss={loss}", setting.criteria[0], 0.0,
+        reference=USE_OF_DEFENSES.get(base, "nothing"),
     )  # fmt: skip
     halted = replace(
         plain, key=f"{base}-halted", label=f"Fine-tuned, stopped by the reference set, {name}",

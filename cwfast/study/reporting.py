@@ -13,7 +13,7 @@ from cwfast.study.grid import bases as available
 from cwfast.study.presets import DEFENSES
 
 if TYPE_CHECKING:
-    from cwfast.study.running import Study
+    from cwfast.study.jobs import Study
 
 SCHEMA = "cwfast-study/1"
 MAIN = "lira_shrinkage"

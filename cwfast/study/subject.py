@@ -8,19 +8,19 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn import functional
 
 from cwfast.defense.baselines import PlainTraining, interpolated
 from cwfast.defense.cwrf import CWRF
-from cwfast.defense.specs import parse, parse_loss
+from cwfast.defense.specs import parse
 from cwfast.masks import MaskSet, rewind_
 from cwfast.shadow import Plan, Training
 from cwfast.shadow.describing import describe, digest
 from cwfast.shadow.work import versions
 from cwfast.study.folder import Folder
 from cwfast.study.grid import Cell
+from cwfast.study.halting import Best, halted
 from cwfast.study.presets import Preset, Setting
-from cwfast.training import Fitted, fit_from_scratch, train_many
+from cwfast.training import Fitted, fit_from_scratch
 
 BEST = "best"  # the epoch with the lowest loss on the reference set
 
@@ -60,7 +60,9 @@ class Subject:
     def made_of(self, cell: Cell) -> str:
         """What tells a cell's files from those of another that has its name."""
         parsed = cell.how in ("defense", "random", "private", "private random")
-        defense = describe(parse(cell.spec)) if parsed else cell.spec
+        defense: Any = describe(parse(cell.spec)) if parsed else cell.spec
+        if cell.how == "halted":
+            defense = describe(halted(cell.spec))
         return digest([cell.how, defense, cell.criterion, cell.rate, cell.strength])
 
     def fit(self, cell: Cell, group: int) -> list[Fitted]:
@@ -82,7 +84,8 @@ class Subject:
             tau = cell.strength
             return [Fitted(interpolated(one, tau), one.initial) for one in self.trained(group)]
         if cell.how == "halted":
-            return self._halted(cell.spec, group)
+            ids, seeds = self._of(group)
+            return halted(cell.spec).fit_many(self.task, ids, self.plan.reference, seeds, trained=self.trained(group))
         if cell.how.startswith("private"):
             return self._private(cell, group)
         defense: Any = parse(cell.spec)
@@ -115,7 +118,8 @@ class Subject:
 
     def scores(self, criterion: str, lam: float | None, group: int) -> list[dict[str, Tensor]]:
         """Each model's scores, computed once."""
-        cwrf = CWRF(0.0, criterion=criterion, **({} if lam is None else {"lam": lam}))
+        options: dict[str, Any] = {} if lam is None else {"lam": lam}
+        cwrf = CWRF(0.0, criterion=criterion, **options)
         ids, seeds = self._of(group)
 
         def make() -> dict[str, Tensor]:
@@ -158,11 +162,11 @@ class Subject:
         def make() -> dict[str, Tensor]:
             kept: dict[str, list[dict[str, Tensor]]] = {}
             ids, seeds = self._of(group)
-            best = _Best(self, seeds)
+            best = Best(self.task, self.plan.reference, seeds)
 
             def on_epoch(done: int, weights: Any) -> None:
                 state = weights()
-                best.see(done, state)
+                best.see(state)
                 if done in self.setting.stops:
                     kept[str(done)] = state
 
@@ -177,42 +181,6 @@ class Subject:
 
     def _kept(self, name: str, make: Callable[[], Mapping[str, Tensor]], more: str = "") -> dict[str, Tensor]:
         return {key: value.to(self.device) for key, value in self.folder.tensors(name, make, more).items()}
-
-    def _halted(self, spec: str, group: int) -> list[Fitted]:
-        trained = self.trained(group)
-        ids, seeds = self._of(group)
-        models = [copy.deepcopy(one.model) for one in trained]
-        best = _Best(self, seeds)
-        best.see(0, [dict(model.state_dict()) for model in models])
-        options: dict[str, Any] = {"loss": parse_loss(spec), "epochs": -(-self.task.recipe.epochs // 2)}
-        train_many(
-            models, self.task.dataset, ids, seeds, self.task.recipe,
-            on_epoch=lambda done, weights: best.see(done, weights()), **options,
-        )  # fmt: skip
-        for model, state in zip(models, best.states, strict=True):
-            model.load_state_dict(state)
-        return [Fitted(model, before.initial) for model, before in zip(models, trained, strict=True)]
-
-
-class _Best:
-    """Of each model, the weights at the lowest cross-entropy on the reference set so far."""
-
-    def __init__(self, subject: Subject, seeds: Sequence[int]) -> None:
-        data = subject.task.dataset
-        self._inputs, self._targets = data.inputs[data.reference], data.targets[data.reference]
-        self._model = subject.task.initial_model(seeds[0]).eval()
-        self._lowest = [float("inf")] * len(seeds)
-        self.states: list[dict[str, Tensor]] = [{} for _ in seeds]
-
-    @torch.no_grad()
-    def see(self, epoch: int, states: Sequence[Mapping[str, Tensor]]) -> None:
-        """The weights after an epoch."""
-        for k, state in enumerate(states):
-            logits = torch.func.functional_call(self._model, dict(state), (self._inputs,))
-            loss = float(functional.cross_entropy(logits, self._targets))
-            if loss < self._lowest[k] or not self.states[k]:  # a loss may be NaN throughout
-                self._lowest[k] = loss
-                self.states[k] = {name: value.clone() for name, value in state.items()}
 
 
 def _stacked(states: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
