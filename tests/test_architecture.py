@@ -21,7 +21,7 @@ LEVELS = [
     {"defense", "mia"},
     {"integrations", "shadow"},
     {"report"},
-    {"demo", "examples"},
+    {"demo", "examples", "study"},
     {"commands"},
     {"cli"},
 ]

@@ -123,28 +123,35 @@ def by_layer(model: nn.Module, initial: Initial, masks: MaskSet) -> list[dict[st
 
     Returns:
         Per layer, in the model's order, and last for "all": ``{"layer", "weights", "critical", "moved_critical",
-        "moved_rest"}``, the last two being means of ``|w - w0|``; None where there is no such weight.
+        "moved_rest", "size_critical", "size_rest"}``: how many, and the means of ``|w - w0|`` and of ``|w0|`` over the
+        critical weights and over the others; None where there is no such weight.
     """
     parameters = matching(model, masks)
     start = initial_values(initial, parameters)
     sums: dict[str, list[float]] = {}
     for name, parameter in parameters.items():
-        moved = (parameter.detach().double() - start[name].to(parameter).double()).abs()
-        mask = masks[name]
-        part = [masks.counts[name], float(moved[mask].sum()), moved.numel(), float(moved.sum())]
+        before = start[name].to(parameter).double()
+        moved, size, mask = (parameter.detach().double() - before).abs(), before.abs(), masks[name]
+        part: list[float] = [masks.counts[name], moved.numel()]
+        part += [float(x) for x in (moved[mask].sum(), moved.sum(), size[mask].sum(), size.sum())]
         for key in (layer_of(name), "all"):
-            sums[key] = [before + more for before, more in zip(sums.get(key, [0, 0, 0, 0]), part, strict=True)]
+            sums[key] = [x + y for x, y in zip(sums.get(key, [0] * 6), part, strict=True)]
     sums["all"] = sums.pop("all")  # last
-    return [
-        {
-            "layer": key,
-            "weights": weights,
-            "critical": critical,
-            "moved_critical": inside / critical if critical else None,
-            "moved_rest": (whole - inside) / (weights - critical) if weights > critical else None,
-        }
-        for key, (critical, inside, weights, whole) in sums.items()
-    ]
+    rows = []
+    for key, (critical, weights, moved_in, moved_all, size_in, size_all) in sums.items():
+        rest = weights - critical
+        rows.append(
+            {
+                "layer": key,
+                "weights": weights,
+                "critical": critical,
+                "moved_critical": moved_in / critical if critical else None,
+                "moved_rest": (moved_all - moved_in) / rest if rest else None,
+                "size_critical": size_in / critical if critical else None,
+                "size_rest": (size_all - size_in) / rest if rest else None,
+            }
+        )
+    return rows
 
 
 def overlap(masks: Mapping[str, MaskSet]) -> dict[str, Any]:

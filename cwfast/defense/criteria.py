@@ -22,8 +22,13 @@ class Estimate:
     """How a criterion is computed; each reads what concerns it.
 
     Attributes:
-        lam, steps, granularity, update, lr, backend: of ``vulnerability``.
-        points: of ``gap_shares``.
+        lam: see ``vulnerability``, as for all but the last two.
+        steps: T; None: one pass over the members.
+        granularity: "sample" or "batch".
+        update: train the copy meanwhile.
+        lr: of these steps.
+        backend: of the sums.
+        points: see ``gap_shares``.
         seed: of "random".
     """
 

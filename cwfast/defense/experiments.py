@@ -48,14 +48,14 @@ def architectures(dataset: Dataset, *, epochs: int = 30, width: int = 16) -> dic
     images = replace(dataset, inputs=dataset.inputs.reshape(-1, *shape))
     channels, classes = shape[0], int(dataset.targets.max()) + 1
     patch = max(2, size // 8)
-    sgd = Recipe(lr=0.1, epochs=epochs, batch_size=64)
+    sgd = Recipe(lr=0.05, epochs=epochs, batch_size=64)
     return {
-        "MLP": Task(lambda: networks.mlp(channels * size * size, classes), images, sgd),
-        "ResNet18": Task(lambda: networks.resnet18(channels, classes, width=width), images, replace(sgd, lr=0.05)),
+        "MLP": Task(lambda: networks.mlp(channels * size * size, classes), images, replace(sgd, lr=0.2, batch_size=32)),
+        "ResNet18": Task(lambda: networks.resnet18(channels, classes, width=width), images, sgd),
         "ViT": Task(
             lambda: networks.vit(size, channels, classes, patch=patch, dim=64, depth=4, heads=4),
             images,
-            replace(sgd, optimizer="adamw", lr=2e-3),
+            replace(sgd, optimizer="adamw", lr=1e-3, batch_size=16),
         ),
     }
 
