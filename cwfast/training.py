@@ -68,6 +68,37 @@ def cross_entropy(logits: Tensor, targets: Tensor, *, epoch: int = 0) -> Tensor:
     return functional.cross_entropy(logits, targets)
 
 
+class Objective:
+    """What the steps of one fleet minimise: a loss of each model's logits. Subclasses may minimise more than that.
+
+    Args:
+        fleet: holds the parameters.
+        models: which of all models it holds.
+        loss: of one model's batch.
+    """
+
+    def __init__(self, fleet: Fleet, models: range, loss: Loss = cross_entropy) -> None:
+        self.fleet, self.models, self.loss = fleet, models, loss
+
+    def start(self, epoch: int) -> None:
+        """Before the first step of an epoch."""
+
+    def losses(self, inputs: Tensor, targets: Tensor, epoch: int) -> Tensor:
+        """``[models]``, of batches ``[models, batch, ...]``; the sum is what backward starts from."""
+        return self.fleet.losses(self.loss, inputs, targets, epoch)
+
+    def outputs(self, inputs: Tensor) -> Tensor:
+        """``[models, batch, ...]``: what the models return, as they are: in training mode."""
+        return self.fleet.losses(_outputs, inputs, inputs, 0)
+
+    def stepped(self) -> None:
+        """After each step of the optimizer."""
+
+
+def _outputs(outputs: Tensor, targets: Tensor, *, epoch: int) -> Tensor:
+    return outputs
+
+
 @contextmanager
 def seeded(seed: int) -> Iterator[None]:
     """torch's generators begin at a seed; afterwards they are as they were, CUDA's too where CUDA is initialized.
@@ -103,12 +134,14 @@ class Fitted:
         initial: its ``state_dict`` before training.
         masks: the weights that were rewound and frozen, or None.
         predict: inputs ``[N, ...]`` -> logits ``[N, C]``: all that an attacker may query. None: the model's own output.
+        notes: what else its defense has to say, by name: "privacy" (``DPSGD``).
     """
 
     model: nn.Module
     initial: dict[str, Tensor]
     masks: MaskSet | None = None
     predict: Callable[[Tensor], Tensor] = field(default=None)  # type: ignore[assignment]
+    notes: dict[str, object] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         self.model.eval()
@@ -161,6 +194,7 @@ def train_many(
     recipe: Recipe,
     *,
     loss: Loss = cross_entropy,
+    objective: Callable[[Fleet, range], Objective] | None = None,
     epochs: int | None = None,
     masks: Sequence[MaskSet] | None = None,
     on_epoch: Callable[[int, Callable[[], list[dict[str, Tensor]]]], None] | None = None,
@@ -180,6 +214,7 @@ def train_many(
         seeds: of each model's order of samples, and of its random numbers.
         recipe: optimizer, schedule, batch size, whether to stack.
         loss: applied to each model's batch.
+        objective: instead of ``loss``: given a fleet and which of the models it holds, makes what it minimises.
         epochs: instead of ``recipe.epochs``.
         masks: for each model, weights that stay as they are.
         on_epoch: called after each epoch with the number of epochs done and a function that gives the present
@@ -202,7 +237,9 @@ def train_many(
         for fleet, g in zip(fleets, groups, strict=True):
             stack.callback(fleet.finish)
             frozen = None if masks is None else masks[g]
-            runs.append(_run(fleet, dataset, ids[g], seeds[g], recipe, loss, epochs, frozen))
+            rows = range(len(models))[g]
+            goal = Objective(fleet, rows, loss) if objective is None else objective(fleet, rows)
+            runs.append(_run(fleet, dataset, ids[g], seeds[g], recipe, goal, epochs, frozen))
             stack.callback(runs[-1].close)
         for epoch in range(epochs):
             for run in runs:
@@ -217,7 +254,7 @@ def _run(
     ids: Sequence[Tensor],
     seeds: Sequence[int],
     recipe: Recipe,
-    loss: Loss,
+    goal: Objective,
     epochs: int,
     masks: Sequence[MaskSet] | None,
 ) -> Generator[None, None, None]:
@@ -231,11 +268,13 @@ def _run(
         if masks is not None:
             stack.enter_context(freeze(fleet.module, optimizer, fleet.masks(masks)))
         for epoch in range(epochs):
+            goal.start(epoch)
             order = torch.stack([torch.randperm(samples.shape[1], generator=generator) for generator in generators])
             for batch in samples.gather(1, order).split(recipe.batch_size, dim=1):
                 optimizer.zero_grad()
-                fleet.losses(loss, dataset.inputs[batch], dataset.targets[batch], epoch).sum().backward()
+                goal.losses(dataset.inputs[batch], dataset.targets[batch], epoch).sum().backward()
                 optimizer.step()
+                goal.stepped()
                 schedule.step()
             yield
 
@@ -250,12 +289,13 @@ def fit_from_scratch(
     seeds: Sequence[int],
     *,
     loss: Loss = cross_entropy,
+    objective: Callable[[Fleet, range], Objective] | None = None,
     on_epoch: Callable[[int, Callable[[], list[dict[str, Tensor]]]], None] | None = None,
 ) -> list[Fitted]:
     """Fresh models, trained by the task's recipe."""
     models = [task.initial_model(seed) for seed in seeds]
     initial = [snapshot(model) for model in models]
-    train_many(models, task.dataset, train_ids, seeds, task.recipe, loss=loss, on_epoch=on_epoch)
+    train_many(models, task.dataset, train_ids, seeds, task.recipe, loss=loss, objective=objective, on_epoch=on_epoch)
     return [Fitted(model, before) for model, before in zip(models, initial, strict=True)]
 
 

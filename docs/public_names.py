@@ -17,10 +17,13 @@ ROOMS = (  # every module whose names users import
     *(f"cwfast.{room}" for room in cwfast._ROOMS),
     "cwfast.data.bundled",
     "cwfast.data.local",
+    "cwfast.defense.analysis",
+    "cwfast.defense.experiments",
     "cwfast.examples",
     "cwfast.integrations.prune",
     "cwfast.mia.attacks",
     "cwfast.mia.metrics",
+    "cwfast.networks",
 )
 _LITERAL = re.compile(r"(``.*?``|`[^`]*`)")
 _ARRAY_LIKE = stringify_annotation(numpy.typing.ArrayLike, "smart")  # a union of half a dozen private names

@@ -13,6 +13,7 @@ import torch
 
 from cwfast import layers
 from cwfast.data import loading
+from cwfast.defense import criteria
 
 
 @pytest.fixture(autouse=True)
@@ -32,6 +33,8 @@ def test_every_page_with_a_program_has_a_test():
             "load-data",
             "run-on-a-gpu",
             "score-a-custom-layer",
+            "train-with-dp-sgd",
+            "vary-cwrf",
         )
     }
 
@@ -133,6 +136,41 @@ def test_score_a_custom_layer(capsys, monkeypatch):
     assert found["looped"].keys() == found["by_rule"].keys() == found["by_batch"].keys() == names
     assert found["gate"] in layers._RULES
     assert "'1.weight' is used by gate" in capsys.readouterr().out
+
+
+def test_train_with_dp_sgd(capsys):
+    pytest.importorskip("opacus", reason="pip install opacus")
+    found = snippets.run("how-to/train-with-dp-sgd.md")
+    data, covers = found["data"], [found[name].notes["privacy"] for name in ("fitted", "rewound", "released")]
+    assert [privacy.covers for privacy in covers] == ["model", "fine-tuning", "model"]
+    assert 7.9 < covers[0].epsilon <= 8
+    assert covers[1].noise_multiplier == covers[2].noise_multiplier == 0.9
+    for name in ("fitted", "rewound", "released"):
+        right = found[name].predict(data.inputs[data.test]).argmax(dim=1) == data.targets[data.test]
+        assert right.float().mean() > 0.7, name
+    for name, p in found["model"].named_parameters():
+        same = p == found["before"][name]
+        assert same[found["masks"][name]].all()
+        assert not same.all()
+    assert "no guarantee for the released model" in capsys.readouterr().out
+
+
+def test_vary_cwrf(capsys, monkeypatch):
+    monkeypatch.setattr(criteria, "CRITERIA", dict(criteria.CRITERIA))  # the page registers one
+    found = snippets.run("how-to/vary-cwrf.md")
+    fleets = ("without_norms", "each_layer", "by_hand", "at_once", "in_rounds", "only_rewound", "retrained", "removed")
+    numel = sum(p.numel() for p in found["trained"][0].model.parameters())
+    totals = {name: found[name][0].masks.total for name in fleets}
+    assert totals["at_once"] == totals["in_rounds"] == numel // 10
+    assert totals["only_rewound"] == totals["retrained"] == totals["removed"] == 3 * numel // 100
+    assert found["norms"] == ["1.weight", "1.bias", "5.weight", "5.bias"]
+    assert not any(found["without_norms"][0].masks.counts[name] for name in found["norms"])
+    assert found["by_hand"][0].masks.counts["0.weight"] == 288 // 5
+    assert len(found["scored"]) == 2
+    printed = capsys.readouterr().out
+    assert "overlap with those before None" in printed
+    assert "linear: 85,002 weights, Pearson " in printed
+    assert "A1: critical weights removed" in printed
 
 
 def test_the_notebook_is_kept_without_outputs():

@@ -1,7 +1,8 @@
-"""What CWRF is compared with: plain training, early stopping, interpolation to the initial weights."""
+"""What CWRF is compared with: plain training, early stopping, weight decay, interpolation to the initial weights."""
 
 import copy
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
@@ -45,6 +46,33 @@ class EarlyStopping(Defense):
     ) -> list[Fitted]:
         """``trained`` is not used: training starts from the initial weights."""
         return early_stopping_sweep(task, train_ids, seeds, [self.epochs])[1][self.epochs]
+
+
+class WeightDecay(Defense):
+    """Plain training with the optimizer's weight decay at another strength than the recipe's.
+
+    Args:
+        strength: at least 0.
+        loss: of training.
+    """
+
+    def __init__(self, strength: float = 5e-4, *, loss: Loss = cross_entropy) -> None:
+        if not strength >= 0:
+            raise ValueError(f"strength must be at least 0; got {strength}")
+        self.strength, self.loss = strength, loss
+
+    def fit_many(
+        self,
+        task: Task,
+        train_ids: Sequence[Tensor],
+        reference_ids: Tensor,
+        seeds: Sequence[int],
+        *,
+        trained: Sequence[Fitted] | None = None,
+    ) -> list[Fitted]:
+        """``trained`` is not used: training starts from the initial weights."""
+        decayed = replace(task, recipe=replace(task.recipe, weight_decay=self.strength))
+        return fit_from_scratch(decayed, train_ids, seeds, loss=self.loss)
 
 
 def early_stopping_sweep(
