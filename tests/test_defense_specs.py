@@ -17,9 +17,18 @@ def test_texts_become_defenses():
     assert vars(plain.loss) == {"alpha": 0.5, "upper": 1}
     assert isinstance(plain.loss, RelaxLoss)
     assert vars(parse(" CCL:form=ccql, alpha=0.3 ").loss) == vars(ConvexConcave("ccql", 0.3))
+    assert vars(parse("ccl(form=ccql,alpha=0.3)").loss) == vars(ConvexConcave("ccql", 0.3))
     stopped = parse("early_stopping:epochs=3")
     assert isinstance(stopped, EarlyStopping)
     assert stopped.epochs == 3
+
+
+def test_every_name_with_its_published_settings_can_be_had():
+    needed = {"relaxloss": "alpha=1", "early-stopping": "epochs=3", "dpsgd": "epsilon=8", "cwrf": "rate=0.1"}
+    for name in DEFENSES:
+        if name == "dpsgd":
+            pytest.importorskip("opacus")
+        assert parse(f"{name}:{needed.get(name, '')}").fit_many
 
 
 def test_losses_in_parentheses_have_their_own_options():
@@ -52,6 +61,14 @@ def test_hamp_modifies_outputs_wherever_it_is_used():
         ("relaxloss:alpha=1,alpha=2", "given once; got alpha twice"),
         ("relaxloss:alpha=-1", "relaxloss: alpha must be at least 0"),
         ("relaxloss:alpha=much", "relaxloss's alpha must be a number; got 'much'"),
+        ("relaxloss:alpha=true", "relaxloss's alpha must be a number; got 'true'"),
+        ("relaxloss:alpha=none", "relaxloss's alpha must be a number; got 'none'"),
+        ("early-stopping:epochs=2.5", r"early-stopping's epochs must be a whole number; got 2\.5"),
+        ("relaxloss(alpha=1", r"must be written name, name:option=value,\.\.\. or .*; got 'relaxloss\(alpha=1'"),
+        ("relaxloss alpha=1", "must be written name, "),
+        ("cwrf:rate=0.1,loss=relaxloss(alpha=1", "parentheses must be closed"),
+        ("cwrf:rate=0.1,loss=relaxloss)", "parentheses must be closed"),
+        ("cwrf:rate=0.1,loss=relaxloss", "must be given alpha"),
         ("hamp:outputs=3", "outputs must be true or false; got 3"),
         ("cwrf:rate=0.1,loss=cwrf(rate=1)", "must be one of relaxloss, hamp, .*; got 'cwrf'"),
         ("cwrf:rate=0.1,loss=relaxloss(alpha=-1)", "relaxloss: alpha must be at least 0"),

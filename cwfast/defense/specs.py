@@ -2,11 +2,12 @@
 
 import importlib
 import inspect
+import re
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
 from cwfast.defense.hamp import HAMPOutputs
-from cwfast.training import Defense, Loss
+from cwfast.training import Defense, Loss, cross_entropy
 
 
 class Entry(NamedTuple):
@@ -45,34 +46,36 @@ DEFENSES: dict[str, Entry] = {
 
 
 def parse(text: str) -> Defense:
-    """The defense that a text names: ``name`` or ``name:option=value,option=value``.
+    """The defense that a text names: ``name``, ``name:option=value,...`` or ``name(option=value,...)``.
 
     Names are the keys of ``DEFENSES``, options the arguments of what they stand for. Values are numbers, ``true``,
-    ``false``, ``none`` or words; a value that is a loss has its own options in parentheses. ``hamp`` as a defense or as
-    a loss modifies outputs too, unless it has ``outputs=false``.
+    ``false``, ``none`` or words, several of which have ``+`` between them. A value that is a loss or a defense has its
+    own options in parentheses: ``loss=relaxloss(alpha=0.5)``, ``private=dpsgd(epsilon=8)``. ``hamp``, as a defense or
+    as a loss, modifies outputs too, unless it has ``outputs=false``.
 
     Raises:
         ValueError: no such name or option, a missing option, or a value that is refused; the message says what there
             is.
         ImportError: a package that the defense needs is not installed.
     """
-    name, _, rest = text.strip().partition(":")
-    name, options = _known(name, DEFENSES), _options(rest, text)
-    entry = DEFENSES[name]
-    modify = _outputs(name, options)
-    if entry.loss:
+    name, options = _read(text, DEFENSES)
+    if DEFENSES[name].loss:
         from cwfast.defense.baselines import PlainTraining
 
-        defense: Defense = PlainTraining(_make(name, options))
+        loss, modify = _loss(text)
+        defense: Defense = PlainTraining(loss)
     else:
+        modify = False
         if isinstance(options.get("loss"), str):
             options["loss"], modify = _loss(options["loss"])
+        if isinstance(options.get("private"), str):
+            options["private"] = parse(options["private"])
         defense = _make(name, options)
     return HAMPOutputs(defense) if modify else defense
 
 
 def parse_loss(text: str) -> Loss:
-    """The training loss that a text names: ``name``, ``name(option=value,...)`` or as for ``parse``.
+    """The training loss that a text names, as for ``parse``; ``ce`` is the cross-entropy.
 
     Raises:
         ValueError: as ``parse``; a name is not that of a loss.
@@ -92,32 +95,26 @@ def table() -> list[tuple[str, str, str]]:
 
 
 def _loss(text: str) -> tuple[Loss, bool]:
-    name, _, rest = text.strip().removesuffix(")").replace(":", "(", 1).partition("(")
-    if name.strip() in ("ce", "cross-entropy"):
-        from cwfast.training import cross_entropy
-
+    """And whether outputs are modified with it, as by HAMP."""
+    if text.strip() == "ce":
         return cross_entropy, False
-    name = _known(name, {name: entry for name, entry in DEFENSES.items() if entry.loss})
-    options = _options(rest, text)
-    modify = _outputs(name, options)
+    name, options = _read(text, {name: entry for name, entry in DEFENSES.items() if entry.loss})
+    modify = options.pop("outputs", True) if name == "hamp" else False
+    if not isinstance(modify, bool):
+        raise ValueError(f"hamp's outputs must be true or false; got {modify!r}")
     return _make(name, options), modify
 
 
-def _outputs(name: str, options: dict[str, Any]) -> bool:
-    """Whether the defense answers as HAMP does."""
-    if name != "hamp":
-        return False
-    wanted = options.pop("outputs", True)
-    if not isinstance(wanted, bool):
-        raise ValueError(f"hamp's outputs must be true or false; got {wanted!r}")
-    return wanted
-
-
-def _known(name: str, names: dict[str, Entry]) -> str:
-    plain = name.strip().lower().replace("_", "-")
-    if plain not in names:
-        raise ValueError(f"a defense must be one of {', '.join(names)}; got {name.strip()!r}")
-    return plain
+def _read(text: str, names: dict[str, Entry]) -> tuple[str, dict[str, Any]]:
+    found = re.fullmatch(r"\s*([\w-]*)\s*(?::(.*)|\((.*)\))?\s*", text, re.DOTALL)
+    if found is None:
+        raise ValueError(
+            f"a defense must be written name, name:option=value,... or name(option=value,...); got {text!r}"
+        )
+    name = found[1].lower().replace("_", "-")
+    if name not in names:
+        raise ValueError(f"a defense must be one of {', '.join(names)}; got {found[1]!r}")
+    return name, _options(found[2] or found[3] or "", text)
 
 
 def _signature(name: str) -> tuple[Callable[..., Any], dict[str, inspect.Parameter]]:
@@ -135,13 +132,25 @@ def _make(name: str, options: dict[str, Any]) -> Any:
         if parameter.default is parameter.empty and option not in options:
             raise ValueError(f"{name} must be given {option}, as in {name}:{option}=...; its options: {_listed(name)}")
     for option, value in options.items():
-        wanted = str(parameters[option].annotation)
-        if isinstance(value, str) and ("int" in wanted or "float" in wanted) and "str" not in wanted:
-            raise ValueError(f"{name}'s {option} must be a number; got {value!r}")
+        options[option] = _typed(f"{name}'s {option}", value, str(parameters[option].annotation))
     try:
         return build(**options)
     except (TypeError, ValueError) as error:
         raise ValueError(f"{name}: {error}") from error
+
+
+def _typed(what: str, value: Any, wanted: str) -> Any:
+    """``value``, if an argument with the annotation ``wanted`` may have it."""
+    if "Sequence[str]" in wanted and isinstance(value, str):
+        return value.split("+")
+    number = ("int" in wanted or "float" in wanted) and "str" not in wanted
+    if number and value is not None and (isinstance(value, bool) or not isinstance(value, int | float)):
+        raise ValueError(f"{what} must be a number; got {_shown(value)!r}")
+    if number and isinstance(value, float) and "float" not in wanted:
+        raise ValueError(f"{what} must be a whole number; got {value}")
+    if value is None and number and "None" not in wanted:
+        raise ValueError(f"{what} must be a number; got 'none'")
+    return value
 
 
 def _listed(name: str) -> str:
@@ -179,6 +188,10 @@ def _split(text: str) -> list[str]:
             parts.append("")
         else:
             parts[-1] += letter
+        if depth < 0:
+            break
+    if depth:
+        raise ValueError(f"parentheses must be closed, and opened before that; got {text!r}")
     return parts if text.strip() else []
 
 
