@@ -23,7 +23,7 @@ def counts_by(group: str, counts: Mapping[str, int], numel: Mapping[str, int]) -
         raise ValueError(f"group must be 'layer' or 'kind'; got {group!r}")
     found: dict[str, Count] = {}
     for name, entries in numel.items():
-        key = _layer_of(name) if group == "layer" else _kind_of(name)
+        key = layer_of(name) if group == "layer" else _kind_of(name)
         before = found.get(key, Count(0, 0))
         found[key] = Count(before.selected + counts[name], before.numel + entries)
     return found
@@ -82,7 +82,7 @@ def _share(count: Count) -> float:
     return count.selected / count.numel if count.numel else 0.0
 
 
-def _layer_of(name: str) -> str:
+def layer_of(name: str) -> str:
     parts = name.split(".")
     numbers = [i for i, part in enumerate(parts) if part.isdecimal()]
     return ".".join(parts[: numbers[0] + 1] if numbers else parts[:-1]) or name

@@ -85,6 +85,25 @@ def _parser() -> argparse.ArgumentParser:
         )
     )
 
+    _defend_arguments(
+        commands.add_parser(
+            "defend",
+            parents=[common],
+            help="train a model, defend it, save its weights and masks; with --audit, attack before and after",
+            description="The model is trained on the whole pool of the data. With --audit, two fleets are trained on "
+            "halves of the pool in the same way, without and with the defense, and attacked.",
+        )
+    )
+    _study_arguments(
+        commands.add_parser(
+            "study",
+            parents=[common],
+            help="a grid of defenses, each with and without CWRF, attacked and compared: curves with intervals",
+            description="Train, defend, attack and compare fleets of models. A run that was interrupted goes on in the "
+            "same folder; seeds and data sets can be added to it.",
+        )
+    )
+
     bench = commands.add_parser(
         "bench", parents=[common], help="time the kernels against their peers and this machine's limits"
     )
@@ -104,6 +123,39 @@ def _parser() -> argparse.ArgumentParser:
     )
     env.set_defaults(run=_env)
     return parser
+
+
+def _defend_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.set_defaults(run=_defend, usage=parser.error)
+    parser.add_argument("--train", metavar="MODULE:FUNCTION", help="a function that returns (task, defense)")
+    parser.add_argument("--data", metavar="NAME", help="or a task of cwfast.examples: digits, mnist_5k, adult")
+    parser.add_argument("--defense", metavar="SPEC", help="such as relaxloss:alpha=0.5 or cwrf:rate=0.1,criterion=gap,"
+                        "loss=relaxloss(alpha=0.5); default: what the function returns")  # fmt: skip
+    parser.add_argument("--out", type=Path, required=True, help="folder of weights, masks and report")
+    parser.add_argument("--seed", type=int, default=0, help="of everything random (default: %(default)s)")
+    parser.add_argument("--audit", action="store_true", help="also attack fleets trained without and with the defense")
+    parser.add_argument("--models", type=int, default=16, help="of each of these fleets (default: %(default)s)")
+    parser.add_argument("--bootstrap", type=int, default=1000, help="replicates for intervals (default: %(default)s)")
+
+
+def _study_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.set_defaults(run=_study, usage=parser.error)
+    parser.add_argument("--preset", choices=("tiny", "small", "paper"), default="small", help="tiny: seconds, to see "
+                        "that it runs; small: about an hour on 2 cores; paper: CIFAR files and GPUs "
+                        "(default: %(default)s)")  # fmt: skip
+    parser.add_argument("--data", nargs="+", metavar="NAME", help="digits, mnist_5k, adult, heritage; paper: cifar10, "
+                        "cifar100, cinic10, each also as NAME-vit (default: the preset's)")  # fmt: skip
+    parser.add_argument("--seeds", nargs="+", type=int, help="of everything random (default: the preset's)")
+    parser.add_argument("--seed", type=int, help="the same as --seeds with one")
+    parser.add_argument("--lam", nargs="+", type=float, default=[], help="further values of CWRF's lambda")
+    parser.add_argument("--models", type=int, help="of each fleet, an even number (default: the preset's)")
+    parser.add_argument("--path", type=Path, help="folder of data that are in no package")
+    parser.add_argument("--out", type=Path, default=Path("cwfast-study"), help="folder of the run and its report "
+                        "(default: %(default)s)")  # fmt: skip
+    parser.add_argument("--engine", choices=("local", "ray"), default="local", help="default: %(default)s")
+    parser.add_argument("--workers", type=int, help="jobs at a time (default: one per core)")
+    parser.add_argument("--threads", type=int, default=1, help="of each job (default: %(default)s)")
+    parser.add_argument("--report-only", action="store_true", help="train nothing: report what is done")
 
 
 def _audit_arguments(parser: argparse.ArgumentParser) -> None:
@@ -207,6 +259,20 @@ def _audit(options: argparse.Namespace) -> tuple[dict[str, Any], str]:
     from cwfast.commands import audit
 
     return audit.run(options)
+
+
+def _defend(options: argparse.Namespace) -> tuple[dict[str, Any], str]:
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    from cwfast.commands import defend
+
+    return defend.run(options)
+
+
+def _study(options: argparse.Namespace) -> tuple[dict[str, Any], str]:
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    from cwfast.commands import study
+
+    return study.run(options)
 
 
 def _env(options: argparse.Namespace) -> tuple[dict[str, Any], str]:

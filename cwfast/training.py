@@ -134,12 +134,14 @@ class Fitted:
         initial: its ``state_dict`` before training.
         masks: the weights that were rewound and frozen, or None.
         predict: inputs ``[N, ...]`` -> logits ``[N, C]``: all that an attacker may query. None: the model's own output.
+        notes: what else its defense has to say, by name: "privacy" (``DPSGD``).
     """
 
     model: nn.Module
     initial: dict[str, Tensor]
     masks: MaskSet | None = None
     predict: Callable[[Tensor], Tensor] = field(default=None)  # type: ignore[assignment]
+    notes: dict[str, object] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         self.model.eval()

@@ -13,7 +13,7 @@ ROOT = Path(__file__).resolve().parent.parent
 SOURCE = ROOT / "cwfast"
 # Lowest first; a module may import from its own level and from those before it.
 LEVELS = [
-    {"errors", "_checks", "_backends", "_parameters", "_scopes", "reference", "testing", "checkpoint"},
+    {"errors", "networks", "_checks", "_backends", "_parameters", "_scopes", "reference", "testing", "checkpoint"},
     {"ops"},
     {"layers", "_picks", "_radix", "_streaming", "_mask_files", "_mask_view"},
     {"masks", "_selecting", "_tracking", "scoring", "freezing", "optim", "distributed", "data"},
@@ -21,7 +21,7 @@ LEVELS = [
     {"defense", "mia"},
     {"integrations", "shadow"},
     {"report"},
-    {"demo", "examples"},
+    {"demo", "examples", "study"},
     {"commands"},
     {"cli"},
 ]

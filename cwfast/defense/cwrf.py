@@ -1,75 +1,42 @@
 """CWRF: critical weights rewinding and fine-tuning."""
 
 import copy
-import math
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from cwfast._parameters import Initial, check_apart
-from cwfast._scopes import count
-from cwfast._selecting import select
+from cwfast._scopes import Scope
 from cwfast.data import Batches, check_reiterable
-from cwfast.defense.gap import gap_shares
-from cwfast.defense.pve import vulnerability
-from cwfast.freezing import freeze
-from cwfast.masks import MaskSet, rewind_
+from cwfast.defense.criteria import CRITERIA, Batch, Estimate, critical_masks, critical_scores
+from cwfast.defense.dp import DPSGD
+from cwfast.defense.tuning import Tuning, fine_tune
+from cwfast.defense.variants import Variant, find_masks
+from cwfast.masks import MaskSet
 from cwfast.scoring import CRITERIA as TAYLOR_CRITERIA
-from cwfast.training import Defense, Fitted, Loss, Task, cosine, cross_entropy, fit_from_scratch, train_many
+from cwfast.training import Defense, Fitted, Loss, Task, cross_entropy, fit_from_scratch
 
-CRITERIA = (*TAYLOR_CRITERIA, "gap")
-Batch = tuple[Tensor, Tensor]
+STARTS = ("members", "reference")
+
+__all__ = ["CRITERIA", "CWRF", "CWRFResult", "critical_masks", "critical_scores", "cwrf_", "fine_tune"]
 
 
 @dataclass(eq=False)
 class CWRFResult:
-    """What ``cwrf_`` found: the rewound weights, their scores, and the mean loss of each fine-tuning epoch."""
+    """What ``cwrf_`` found.
+
+    Attributes:
+        masks: the critical weights.
+        scores: of the trained model, which they are the largest of (with several rounds: the first of them are).
+        history: the mean loss of each fine-tuning epoch.
+    """
 
     masks: MaskSet
-    scores: dict[str, Tensor]
+    scores: Mapping[str, Tensor]
     history: list[float]
-
-
-def critical_scores(
-    model: nn.Module,
-    initial: Initial,
-    members: Iterable[Batch],
-    reference: Iterable[Batch],
-    *,
-    criterion: str = "taylor",
-    **options: object,
-) -> dict[str, Tensor]:
-    """Scores by any criterion: ``gap_shares`` clamped at 0 for "gap", else ``vulnerability``, which takes ``options``.
-
-    Raises:
-        ValueError: there is no such criterion.
-    """
-    if criterion not in CRITERIA:
-        raise ValueError(f"criterion must be one of {CRITERIA}; got {criterion!r}")
-    if criterion == "gap":
-        return {name: share.clamp_(min=0) for name, share in gap_shares(model, initial, members, reference).items()}
-    return vulnerability(model, initial, members, reference, criterion=criterion, **options)  # type: ignore[arg-type]
-
-
-def critical_masks(scores: Mapping[str, Tensor], rate: float, *, criterion: str = "taylor") -> MaskSet:
-    """The critical weights: the global top ``rate`` of the scores.
-
-    Raises:
-        ValueError: for "gap", more are asked for than have a positive share; the message names the largest rate.
-    """
-    if criterion == "gap":
-        positive = sum(int((score > 0).sum()) for score in scores.values())
-        numel = sum(score.numel() for score in scores.values())
-        if count(rate, numel) > positive:
-            largest = positive * 10**9 // numel / 10**9  # rounded down
-            raise ValueError(
-                f"rate must be at most {largest} here: {positive} of {numel} weights have a positive share of the gap, "
-                f"and rewinding the others would widen it; got {rate}"
-            )
-    return select(scores, rate=rate)
 
 
 def cwrf_(
@@ -78,13 +45,21 @@ def cwrf_(
     members: Iterable[Batch],
     reference: Iterable[Batch],
     *,
-    rate: float,
+    rate: float | None = None,
     loss: Loss | None = None,
     lam: float = 0.5,
     steps: int | None = None,
     criterion: str = "taylor",
     granularity: str = "sample",
     update: bool = True,
+    points: int = 3,
+    seed: int = 0,
+    scope: Scope = "global",
+    exclude: Sequence[str] | None = None,
+    rounds: int = 1,
+    value: str = "initial",
+    train: str = "rest",
+    recalibrate: bool = True,
     lr: float = 0.1,
     optimizer: Callable[[Iterable[nn.Parameter]], torch.optim.Optimizer] | None = None,
     epochs: int = 0,
@@ -96,13 +71,24 @@ def cwrf_(
         initial: its initial weights: module, mapping or safetensors file.
         members: re-iterable batches ``(inputs, targets)`` of its training samples.
         reference: the same of non-members.
-        rate: share of the weights to rewind, 0 .. 1.
+        rate: share of the weights to rewind, 0 .. 1; None where ``scope`` holds the rates.
         loss: of fine-tuning; None: cross-entropy.
-        lam: see ``vulnerability``, as for the next; not used by "gap".
+        lam: see ``vulnerability``, as for the next; used by taylor, taylor_delta, grad and fisher.
         steps: see ``vulnerability``.
-        criterion: one of ``CRITERIA``.
+        criterion: one of ``CRITERIA``: taylor, taylor_delta, grad, fisher (``vulnerability``), gap (``gap_shares``),
+            past (``|g_ref - g_mem|``), delta (``|w - w0|``), magnitude, random, or your own.
         granularity: see ``vulnerability``.
         update: see ``vulnerability``.
+        points: see ``gap_shares``.
+        seed: of "random".
+        scope: see ``cwfast.select``: "global", "layer" or ``{pattern: rate}``.
+        exclude: patterns of parameters of which nothing is rewound; they are fine-tuned.
+        rounds: score again after each of so many parts of the rate has been rewound.
+        value: "initial", or "zero": the critical weights are removed (the paper's ablation A1).
+        train: "rest": the critical weights stay as they are now; "critical": only they are fine-tuned, all other
+            parameters stay as they were trained (A2).
+        recalibrate: measure BatchNorm's running statistics again over ``members`` once the weights are rewound; not
+            where none or all are.
         lr: the initial learning rate of training: estimation takes a tenth of it, fine-tuning starts from it.
         optimizer: parameters -> a fresh optimizer for fine-tuning; None: SGD at ``lr`` with momentum 0.9.
         epochs: of fine-tuning, in training mode, by a cosine schedule over all batches as in ``Recipe``; 0: none, the
@@ -122,84 +108,35 @@ def cwrf_(
         raise TypeError(f"optimizer must be called with parameters and return one; got {type(optimizer).__name__}")
     check_reiterable(members=members, reference=reference)
     check_apart(initial, dict(model.named_parameters()))
-    scores = critical_scores(
-        model,
-        initial,
-        members,
-        reference,
-        criterion=criterion,
-        **(
-            {}
-            if criterion == "gap"
-            else {"lam": lam, "steps": steps, "granularity": granularity, "update": update, "lr": 0.1 * lr}
-        ),
-    )
-    masks = critical_masks(scores, rate, criterion=criterion)
-    if epochs:  # built before the model changes: this may refuse lr
-        parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
-        fresh = optimizer(parameters) if optimizer else torch.optim.SGD(parameters, lr, momentum=0.9)
-        total = epochs * _length(members)
-        schedule = torch.optim.lr_scheduler.LambdaLR(fresh, lambda step: cosine(min(step, total), total))
-    rewind_(model, masks, initial)
-    history = []
-    if epochs:
-        with _training(model), freeze(model, fresh, masks):
-            for epoch in range(epochs):
-                history.append(_train_epoch(model, members, fresh, schedule, loss or cross_entropy, epoch))
-    return CWRFResult(masks, scores, history)
-
-
-@contextmanager
-def _training(model: nn.Module) -> Iterator[None]:
-    """Training mode; each module's own mode comes back afterwards."""
-    modes = [(module, module.training) for module in model.modules()]
-    model.train()
-    try:
-        yield
-    finally:
-        for module, mode in modes:
-            module.training = mode
-
-
-def _length(batches: Iterable[Batch]) -> int:
-    try:
-        return len(batches)  # type: ignore[arg-type]
-    except TypeError:  # no length, as a DataLoader of an IterableDataset
-        return sum(1 for _ in batches)
-
-
-def _train_epoch(
-    model: nn.Module,
-    batches: Iterable[Batch],
-    optimizer: torch.optim.Optimizer,
-    schedule: torch.optim.lr_scheduler.LRScheduler,
-    loss: Loss,
-    epoch: int,
-) -> float:
-    total, samples = 0.0, 0
-    for inputs, targets in batches:
-        optimizer.zero_grad()
-        value = loss(model(inputs), targets, epoch=epoch)
-        value.backward()
-        optimizer.step()
-        schedule.step()
-        total, samples = total + float(value.detach()) * len(targets), samples + len(targets)
-    return total / max(1, samples)
+    variant = Variant(rate, criterion, scope, exclude, rounds, value, train, recalibrate)
+    estimate = Estimate(lam, steps, granularity, update, 0.1 * lr, points=points, seed=seed)
+    masks, scores = find_masks(variant, estimate, model, initial, members, reference)
+    tuning = Tuning(model, members, loss, lr, optimizer, epochs)  # before the model changes: this may refuse lr
+    variant.put_(model, masks, initial, members)
+    return CWRFResult(masks, scores, tuning.run(variant.frozen(masks)))
 
 
 class CWRF(Defense):
     """``cwrf_`` for a fleet: undefended training, critical weights rewound and frozen, the rest fine-tuned.
 
     Args:
-        rate: share of the weights to rewind.
+        rate: share of the weights to rewind; None where ``scope`` holds the rates.
         loss: of fine-tuning; None: cross-entropy.
-        criterion, granularity, lam, steps, update: see ``cwrf_``.
-        epochs: of fine-tuning; None: half of the recipe's, rounded up.
+        epochs: of fine-tuning; None: half of the recipe's, rounded up; 0: rewinding alone.
+        criterion, granularity, lam, steps, update, points: see ``cwrf_``, as for the next.
+        scope, exclude, rounds, value, train, recalibrate: see ``cwrf_``.
+        private: fine-tuning is DP-SGD, with noise and clipping for the weights that are not frozen; each
+            ``Fitted.notes["privacy"]`` tells epsilon, and that it covers fine-tuning only.
+        start: "members": the model is trained and scored on the samples that it is fine-tuned on. "reference": on half
+            of the reference samples, with the other half as its reference: then epsilon covers the released model.
+
+    Raises:
+        ValueError: an option is none of those that there are.
     """
 
     def __init__(
         self,
-        rate: float,
+        rate: float | None,
         *,
         loss: Loss | None = None,
         criterion: str = "taylor",
@@ -207,12 +144,23 @@ class CWRF(Defense):
         lam: float = 0.5,
         steps: int | None = None,
         update: bool = True,
+        points: int = 3,
+        scope: Scope = "global",
+        exclude: Sequence[str] | None = None,
+        rounds: int = 1,
+        value: str = "initial",
+        train: str = "rest",
+        recalibrate: bool = True,
         epochs: int | None = None,
+        private: DPSGD | None = None,
+        start: str = "members",
     ) -> None:
-        if criterion not in CRITERIA:
-            raise ValueError(f"criterion must be one of {CRITERIA}; got {criterion!r}")
+        if start not in STARTS:
+            raise ValueError(f"start must be one of {STARTS}; got {start!r}")
+        self.private, self.start = private, start
+        self.variant = Variant(rate, criterion, scope, exclude, rounds, value, train, recalibrate)
         self.rate, self.loss, self.criterion, self.epochs = rate, loss or cross_entropy, criterion, epochs
-        self._options = {"granularity": granularity, "lam": lam, "steps": steps, "update": update}
+        self._estimate = {"granularity": granularity, "lam": lam, "steps": steps, "update": update, "points": points}
 
     def score(
         self,
@@ -223,24 +171,22 @@ class CWRF(Defense):
         trained: Sequence[Fitted],
     ) -> list[dict[str, Tensor]]:
         """Each trained model's scores: what ``fit_many`` selects from. They do not depend on the rate."""
-        size, taylor = task.recipe.batch_size, self.criterion != "gap"
-        options = dict(self._options, lr=0.1 * task.recipe.lr) if taylor else {}
-        return [
-            critical_scores(
-                fitted.model,
-                fitted.initial,
-                # gap counts each sample once; the estimate wants batches of equal size
-                Batches(task.dataset, ids, size, seed, wrap=taylor),
-                Batches(task.dataset, reference_ids, size, seed, wrap=taylor),
-                criterion=self.criterion,
-                **options,
-            )
-            for fitted, ids, seed in zip(trained, train_ids, seeds, strict=True)
-        ]
+        found = []
+        for fitted, ids, seed in zip(trained, train_ids, seeds, strict=True):
+            sets, estimate = self._inputs(task, ids, reference_ids, seed)
+            options = vars(estimate)
+            found.append(critical_scores(fitted.model, fitted.initial, *sets, criterion=self.criterion, **options))
+        return found
 
     def masks(self, scores: Sequence[Mapping[str, Tensor]]) -> list[MaskSet]:
-        """Each model's critical weights at this rate."""
-        return [critical_masks(one, self.rate, criterion=self.criterion) for one in scores]
+        """Each model's critical weights at this rate.
+
+        Raises:
+            ValueError: there are several rounds, in which the model is scored again: ``fit_many`` does that.
+        """
+        if self.variant.rounds > 1:
+            raise ValueError(f"scores alone give masks where rounds is 1; got {self.variant.rounds}")
+        return [self.variant.select(one) for one in scores]
 
     def fit_many(
         self,
@@ -253,32 +199,53 @@ class CWRF(Defense):
         scores: Sequence[Mapping[str, Tensor]] | None = None,
         masks: Sequence[MaskSet] | None = None,
     ) -> list[Fitted]:
-        """As ``Defense.fit_many``; ``scores`` (of ``score``, shared over rates) or ``masks`` skip those steps."""
-        trained = trained or fit_from_scratch(task, train_ids, seeds)
-        if masks is None:
-            masks = self.masks(scores or self.score(task, train_ids, reference_ids, seeds, trained))
-        models = [copy.deepcopy(fitted.model) for fitted in trained]
-        for model, one, fitted in zip(models, masks, trained, strict=True):
-            rewind_(model, one, fitted.initial)
-        return fine_tune(task, models, trained, train_ids, seeds, loss=self.loss, epochs=self.epochs, masks=masks)
+        """As ``Defense.fit_many``; ``scores`` (of ``score``, shared over rates) or ``masks`` skip those steps.
 
+        Raises:
+            ValueError: start is "reference", and anything computed elsewhere is given, or a member is among them.
+        """
+        given = [name for name, x in (("trained", trained), ("scores", scores), ("masks", masks)) if x is not None]
+        if given and self.start == "reference":
+            raise ValueError(f'with start="reference" all is computed here; {", ".join(given)} must not be given')
+        if self.private is not None:  # before anything is trained
+            self.private.check(task.initial_model(seeds[0]), len(train_ids[0]))
+        start_ids, reference_ids = self._start(train_ids, reference_ids)
+        trained = trained or fit_from_scratch(task, start_ids, seeds)
+        models, found = [], []
+        for k, (fitted, ids, seed) in enumerate(zip(trained, start_ids, seeds, strict=True)):
+            (members, reference), estimate = self._inputs(task, ids, reference_ids, seed)
+            if masks is None:
+                first = None if scores is None else scores[k]
+                start: Any = (fitted.model, fitted.initial, members, reference)
+                found.append(find_masks(self.variant, estimate, *start, first=first)[0])
+            else:
+                found.append(masks[k])
+            models.append(self.variant.put_(copy.deepcopy(fitted.model), found[k], fitted.initial, members))
+        frozen = [self.variant.frozen(one) for one in found]
+        options: Any = {"loss": self.loss, "epochs": self.epochs, "masks": found, "frozen": frozen}
+        if self.private is not None:
+            covers = "model" if self.start == "reference" else "fine-tuning"
+            return self.private.fine_tune(task, models, trained, train_ids, seeds, covers=covers, **options)
+        return fine_tune(task, models, trained, train_ids, seeds, **options)
 
-def fine_tune(
-    task: Task,
-    models: Sequence[nn.Module],
-    trained: Sequence[Fitted],
-    train_ids: Sequence[Tensor],
-    seeds: Sequence[int],
-    *,
-    loss: Loss,
-    epochs: int | None = None,
-    masks: Sequence[MaskSet] | None = None,
-) -> list[Fitted]:
-    """Train ``models`` in place, with a fresh optimizer from the initial learning rate; ``trained`` is where they come
-    from."""
-    epochs = math.ceil(task.recipe.epochs / 2) if epochs is None else epochs
-    train_many(models, task.dataset, train_ids, seeds, task.recipe, loss=loss, epochs=epochs, masks=masks)
-    return [
-        Fitted(model, before.initial, masks[k] if masks else None)
-        for k, (model, before) in enumerate(zip(models, trained, strict=True))
-    ]
+    def _start(self, train_ids: Sequence[Tensor], reference_ids: Tensor) -> tuple[Sequence[Tensor], Tensor]:
+        """For each model the samples that it is first trained and scored on, and what is the reference then."""
+        if self.start == "members":
+            return train_ids, reference_ids
+        if any(bool(torch.isin(ids, reference_ids).any()) for ids in train_ids):
+            raise ValueError('with start="reference" no member may be a reference sample; some are both')
+        half = len(reference_ids) // 2
+        if not half:
+            raise ValueError(f'with start="reference" there must be reference samples for both halves; got {half}')
+        return [reference_ids[:half]] * len(train_ids), reference_ids[half:]
+
+    def _inputs(
+        self, task: Task, ids: Tensor, reference_ids: Tensor, seed: int
+    ) -> tuple[tuple[Batches, Batches], Estimate]:
+        """Members and reference samples as the criterion wants them, and how it is computed.
+
+        The estimate of ``vulnerability`` wants batches of equal size; any other criterion counts each sample once.
+        """
+        wrap, size = self.criterion in TAYLOR_CRITERIA, task.recipe.batch_size
+        members, reference = (Batches(task.dataset, x, size, seed, wrap=wrap) for x in (ids, reference_ids))
+        return (members, reference), Estimate(lr=0.1 * task.recipe.lr, seed=seed, **self._estimate)  # type: ignore[arg-type]

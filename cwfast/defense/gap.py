@@ -50,26 +50,58 @@ def gap_shares(
     if points < 1:
         raise ValueError(f"points must be at least 1; got {points}")
     check_reiterable(members=members, reference=reference)
-    loss = loss or cross_entropy
     work = copy.deepcopy(model).eval()
     parameters = trainable(work)
     end = {name: parameter.detach().clone() for name, parameter in parameters.items()}
     start = {name: value.to(end[name]) for name, value in initial_values(initial, parameters).items()}
     delta = {name: end[name] - start[name] for name in parameters}
     shares = {name: torch.zeros_like(value) for name, value in end.items()}
-    sets = [(reference, 1 / _samples("reference", reference)), (members, -1 / _samples("members", members))]
+    weights = _weights(members, reference)
     for point in range(points):
         with torch.no_grad():
             for name, parameter in parameters.items():
                 parameter.copy_(torch.lerp(start[name], end[name], (point + 0.5) / points))
-        work.zero_grad()
-        for batches, weight in sets:  # .grad collects g_ref - g_mem
-            for inputs, targets in batches:
-                (loss(work(inputs), targets) * (weight * len(targets))).backward()
-        for name, parameter in parameters.items():
-            if parameter.grad is not None:
-                shares[name].addcmul_(delta[name], parameter.grad, value=1 / points)
+        for name, gradient in _gradients(work, members, reference, weights, loss or cross_entropy).items():
+            shares[name].addcmul_(delta[name], gradient, value=1 / points)
     return shares
+
+
+def gap_gradients(
+    model: nn.Module, members: Iterable[Batch], reference: Iterable[Batch], *, loss: Loss | None = None
+) -> dict[str, Tensor]:
+    """``g_ref - g_mem`` at the model's weights: gradients of the mean loss over all samples, in evaluation mode.
+
+    Args:
+        model: worked on as a copy.
+        members: re-iterable batches ``(inputs, targets)`` of training samples.
+        reference: the same of non-members.
+        loss: mean over a batch; None: cross-entropy.
+
+    Returns:
+        ``{name: signed gradients}`` of the parameters that require a gradient; zeros where a parameter is not used.
+
+    Raises:
+        TypeError: ``members`` or ``reference`` can be iterated only once.
+        ValueError: a set is empty.
+    """
+    check_reiterable(members=members, reference=reference)
+    weights = _weights(members, reference)
+    return _gradients(copy.deepcopy(model).eval(), members, reference, weights, loss or cross_entropy)
+
+
+def _weights(members: Iterable[Batch], reference: Iterable[Batch]) -> tuple[float, float]:
+    """Of a member's loss and of a reference sample's in ``L_ref - L_mem``."""
+    return -1 / _samples("members", members), 1 / _samples("reference", reference)
+
+
+def _gradients(
+    work: nn.Module, members: Iterable[Batch], reference: Iterable[Batch], weights: tuple[float, float], loss: Loss
+) -> dict[str, Tensor]:
+    work.zero_grad()
+    for batches, weight in ((reference, weights[1]), (members, weights[0])):  # .grad collects g_ref - g_mem
+        for inputs, targets in batches:
+            (loss(work(inputs), targets) * (weight * len(targets))).backward()
+    return {n: torch.zeros_like(p) if p.grad is None else p.grad for n, p in trainable(work).items()}
 
 
 def _samples(name: str, batches: Iterable[Batch]) -> int:

@@ -14,6 +14,7 @@ from torch.nn import functional
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
 
 from cwfast.errors import UnsupportedLayer
+from cwfast.layers.frozen import Frozen
 from cwfast.layers.pieces import Piece, magnitude
 from cwfast.layers.rows import owner_of
 
@@ -321,7 +322,9 @@ class LoopedPiece(Piece):
             total = total * magnitude(factor, out.dtype, power)
         out.add_(total, alpha=abs(scale) ** power)
 
-    def square_norms(self, shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> Tensor:
-        if self.index in self.runs.squares:
+    def square_norms(
+        self, shape: Sequence[int], dtype: torch.dtype, device: torch.device, frozen: Frozen | None = None
+    ) -> Tensor:
+        if frozen is None and self.index in self.runs.squares:
             return self.runs.squares[self.index]
-        return super().square_norms(shape, dtype, device)
+        return super().square_norms(shape, dtype, device, frozen)

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from cwfast import ops
+from cwfast.layers.frozen import Frozen
 from cwfast.layers.pieces import Piece, over
 from cwfast.layers.samples import offsets_of
 
@@ -103,10 +104,12 @@ class Outer(_Rows):
             backend=backend,
         )
 
-    def square_norms(self, shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> Tensor:
-        return ops.per_sample_grad_norms(
-            self.inputs.to(dtype), self.grad_outputs.to(dtype), cu_seqlens=self.offsets
-        ).square_()
+    def square_norms(
+        self, shape: Sequence[int], dtype: torch.dtype, device: torch.device, frozen: Frozen | None = None
+    ) -> Tensor:
+        exclude = None if frozen is None else frozen.indices
+        a, d = self.inputs.to(dtype), self.grad_outputs.to(dtype)
+        return ops.per_sample_grad_norms(a, d, cu_seqlens=self.offsets, exclude=exclude).square_()
 
 
 class Lookup(_Rows):
@@ -157,17 +160,21 @@ class Lookup(_Rows):
             backend=backend,
         )
 
-    def square_norms(self, shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> Tensor:
-        norms = torch.zeros(self.samples, dtype=dtype, device=device)
-        for sample in range(self.samples):
-            indices, grads = self.rows_of(sample)
-            used, place = indices[:, 0].unique(return_inverse=True)
-            sums = torch.zeros((len(used), grads.shape[-1]), dtype=dtype, device=device)
-            sums.index_add_(0, place, grads.to(dtype))
-            norms[sample] = (
-                sums.square().sum(dim=1) * (used != (-1 if self.padding_idx is None else self.padding_idx))
-            ).sum()
-        return norms
+    def square_norms(
+        self, shape: Sequence[int], dtype: torch.dtype, device: torch.device, frozen: Frozen | None = None
+    ) -> Tensor:
+        # One number for each row of the weight that each sample uses. narrowed() has marked some rows by -1.
+        rows = shape[0] + 1
+        pairs, place = (self.owner() * rows + self.inputs.reshape(-1) + 1).unique(return_inverse=True)
+        used, owner = pairs % rows - 1, pairs // rows
+        sums = torch.zeros((len(used), self.grad_outputs.shape[-1]), dtype=dtype, device=device)
+        sums.index_add_(0, place, self.grad_outputs.flatten(0, -2).to(dtype))
+        if frozen is not None:
+            sums[frozen.among(used, sums.shape[1])] = 0
+        squares = sums.square_().sum(dim=1)
+        if self.padding_idx is not None:
+            squares *= used != self.padding_idx
+        return torch.zeros(self.samples, dtype=dtype, device=device).index_add_(0, owner, squares)
 
 
 def _add_rows(out: Tensor, indices: Tensor, grads: Tensor, padding_idx: int | None) -> None:

@@ -5,11 +5,14 @@ sums over rows (outer.py), a convolution's windows (windows.py), several forms o
 """
 
 import copy
+import math
 from collections.abc import Callable, Iterator, Sequence
 from typing import Self
 
 import torch
 from torch import Tensor
+
+from cwfast.layers.frozen import Frozen
 
 
 class Piece:
@@ -55,13 +58,15 @@ class Piece:
                 buffer *= factor
             out.add_(buffer.abs_() if power == 1 else buffer.square_(), alpha=abs(scale) ** power)
 
-    def square_norms(self, shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> Tensor:
-        """``|G_b|^2`` of every sample, ``[B]``."""
+    def square_norms(
+        self, shape: Sequence[int], dtype: torch.dtype, device: torch.device, frozen: Frozen | None = None
+    ) -> Tensor:
+        """``|G_b|^2`` of every sample, ``[B]``: of the entries that are not ``frozen``."""
         buffer = torch.empty(shape, dtype=dtype, device=device)
         norms = torch.zeros(self.samples, dtype=dtype, device=device)
         for sample in range(self.samples):
             self.add_to(buffer.zero_(), sample)
-            norms[sample] = buffer.square().sum()
+            norms[sample] = (buffer if frozen is None else frozen.clear_(buffer)).square().sum()
         return norms
 
 
@@ -97,8 +102,11 @@ class PerSample(Piece):
             total *= magnitude(factor, out.dtype, power)
         out.add_(total, alpha=abs(scale) ** power)
 
-    def square_norms(self, shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> Tensor:
-        return self.gradients.to(dtype).square().reshape(self.samples, -1).sum(dim=1)
+    def square_norms(
+        self, shape: Sequence[int], dtype: torch.dtype, device: torch.device, frozen: Frozen | None = None
+    ) -> Tensor:
+        squares = self.gradients.to(dtype).square().reshape(self.samples, math.prod(shape))
+        return (squares if frozen is None else frozen.clear_(squares)).sum(dim=1)
 
 
 class Computed(Piece):
@@ -172,10 +180,14 @@ class Computed(Piece):
                 total *= factor
             out += total.abs_()
 
-    def square_norms(self, shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> Tensor:
+    def square_norms(
+        self, shape: Sequence[int], dtype: torch.dtype, device: torch.device, frozen: Frozen | None = None
+    ) -> Tensor:
         norms = torch.zeros(self.samples, dtype=dtype, device=device)
         for begin, gradients in self._chunks(dtype):
-            norms[begin : begin + len(gradients)] = gradients.square_().flatten(1).sum(dim=1)
+            squares = gradients.square_().reshape(len(gradients), -1)
+            norms[begin : begin + len(gradients)] = (squares if frozen is None else frozen.clear_(squares)).sum(dim=1)
+            del squares
             del gradients
         return norms
 

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from cwfast import ops
+from cwfast.layers.frozen import Frozen
 from cwfast.layers.pieces import Computed, magnitude, over
 
 TILE = 1 << 22  # entries of the windows, and of the sums, that are in memory at once; a sample's windows may be more
@@ -104,8 +105,11 @@ class Windows(Computed):
         """``[O, K C]``, as windows lie in memory, to ``[O, C, *kernel]``."""
         return rows.view(len(rows), *self.kernel, channels).movedim(-1, 1)
 
-    def square_norms(self, shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> Tensor:
+    def square_norms(
+        self, shape: Sequence[int], dtype: torch.dtype, device: torch.device, frozen: Frozen | None = None
+    ) -> Tensor:
         norms = torch.zeros(self.samples, dtype=dtype, device=device)
+        exclude = None if frozen is None else frozen.as_windows()
         for begin, windows, d in self._rows(dtype):
-            norms[begin : begin + len(d)] = ops.per_sample_grad_norms(windows, d).square_()
+            norms[begin : begin + len(d)] = ops.per_sample_grad_norms(windows, d, exclude=exclude).square_()
         return norms

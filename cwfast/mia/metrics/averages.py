@@ -33,6 +33,7 @@ def summary(
     bootstrap: int = 1000,
     confidence: float = 0.95,
     seed: int = 0,
+    draws: bool = False,
 ) -> dict[str, Any]:
     """Metrics per target, averaged over targets, with percentile intervals from resampled samples.
 
@@ -53,6 +54,8 @@ def summary(
         bootstrap: replicates to draw; 0 gives intervals of None.
         confidence: of the intervals, in (0, 1).
         seed: of the draws; the same seed and shape give the same draws.
+        draws: also return ``auc_draws``, the mean AUC of each replicate: those of two attacks on the same samples, by
+            the same seed, come in pairs, and their differences give an interval of the difference.
 
     Returns:
         ``targets``, ``samples``, ``bootstrap``, ``confidence``, ``auc``, ``auc_low``, ``auc_high``,
@@ -81,9 +84,9 @@ def summary(
     auc_low, auc_high = _interval(area_draws, tails)
     models_low, models_high = _interval(_over_models(areas, bootstrap, seed), tails)
     at_fpr = []
-    for fpr, share, draws in zip(fprs, shares, tpr_draws, strict=True):
+    for fpr, share, replicates in zip(fprs, shares, tpr_draws, strict=True):
         points = [tpr_at(curve, share) for curve in curves]
-        low, high = _interval(draws, tails)
+        low, high = _interval(replicates, tails)
         fewest, most = _interval(_over_models([point.tpr for point in points], bootstrap, seed), tails)
         at_fpr.append(
             {
@@ -112,6 +115,7 @@ def summary(
         "auc_models_high": models_high,
         "balanced_accuracy": float(np.mean([best_accuracy(curve) for curve in curves])),
         "tpr_at_fpr": at_fpr,
+        **({"auc_draws": area_draws.tolist()} if draws else {}),
     }
 
 

@@ -1,0 +1,129 @@
+"""What can be done with the critical weights, in one go or in rounds, and BatchNorm's statistics afterwards."""
+
+import copy
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from cwfast._parameters import Initial
+from cwfast._scopes import Scope
+from cwfast.defense.criteria import Estimate, check_criterion, critical_masks, critical_scores
+from cwfast.masks import MaskSet, matching, rewind_
+
+VALUES = ("initial", "zero")
+TRAIN = ("rest", "critical")
+Batch = tuple[Tensor, Tensor]
+
+
+@dataclass(frozen=True)
+class Variant:
+    """Which weights, and what is done with them: the options of ``cwrf_`` of the same names.
+
+    Raises:
+        ValueError: one is none of those that there are.
+    """
+
+    rate: float | None
+    criterion: str = "taylor"
+    scope: Scope = "global"
+    exclude: Sequence[str] | None = None
+    rounds: int = 1
+    value: str = "initial"
+    train: str = "rest"
+    recalibrate: bool = True
+
+    def __post_init__(self) -> None:
+        check_criterion(self.criterion)
+        if self.value not in VALUES:
+            raise ValueError(f"value must be one of {VALUES}; got {self.value!r}")
+        if self.train not in TRAIN:
+            raise ValueError(f"train must be one of {TRAIN}; got {self.train!r}")
+        if not isinstance(self.rounds, int) or self.rounds < 1:
+            raise ValueError(f"rounds must be a whole number, at least 1; got {self.rounds!r}")
+
+    def select(self, scores: Mapping[str, Tensor], share: float = 1) -> MaskSet:
+        """The critical weights, or those of a share of the rate."""
+        rate, scope = self.rate, self.scope
+        if share != 1:
+            rate = None if rate is None else rate * share
+            scope = scope if isinstance(scope, str) else {pattern: one * share for pattern, one in scope.items()}
+        return critical_masks(scores, rate, criterion=self.criterion, scope=scope, exclude=self.exclude)
+
+    def frozen(self, masks: MaskSet) -> MaskSet:
+        """What fine-tuning must not move: the critical weights, or (train="critical") all others."""
+        if self.train == "rest":
+            return masks
+        return MaskSet.from_masks({name: torch.ones_like(masks[name]) for name in masks.names}) - masks
+
+    def put_(self, model: nn.Module, masks: MaskSet, initial: Initial, members: Iterable[Batch]) -> nn.Module:
+        """The selected weights get their value; then BatchNorm's statistics are measured again, unless the selection
+        is empty or everything."""
+        if self.value == "zero":
+            initial = {name: torch.zeros_like(parameter) for name, parameter in matching(model, masks).items()}
+        rewind_(model, masks, initial)
+        if self.recalibrate and 0 < masks.total < masks.numel:
+            recalibrate_(model, members)
+        return model
+
+
+def find_masks(
+    variant: Variant,
+    estimate: Estimate,
+    model: nn.Module,
+    initial: Initial,
+    members: Iterable[Batch],
+    reference: Iterable[Batch],
+    *,
+    first: Mapping[str, Tensor] | None = None,
+) -> tuple[MaskSet, Mapping[str, Tensor]]:
+    """The critical weights, and the scores of the trained model (``first``, where they are known).
+
+    With several rounds, a part of the rate is selected and put back on a copy, which is then scored again for the next
+    part: weights that share a duty are not all given up at once. Each round's selection holds those before it.
+    """
+
+    def rated(work: nn.Module) -> dict[str, Tensor]:
+        return critical_scores(work, initial, members, reference, criterion=variant.criterion, **vars(estimate))
+
+    scores = rated(model) if first is None else first
+    masks = variant.select(scores, 1 / variant.rounds)
+    for part in range(2, variant.rounds + 1):
+        work = variant.put_(copy.deepcopy(model), masks, initial, members)
+        again = {name: _above(score, masks[name]) for name, score in rated(work).items()}
+        masks = variant.select(again, part / variant.rounds)
+    return masks, scores
+
+
+def _above(scores: Tensor, chosen: Tensor) -> Tensor:
+    """The chosen ones above all others."""
+    return torch.where(chosen, torch.inf, scores.clamp(max=torch.finfo(scores.dtype).max))
+
+
+@torch.no_grad()
+def recalibrate_(model: nn.Module, batches: Iterable[Batch]) -> nn.Module:
+    """Measure the running statistics of every BatchNorm anew, as plain means over one pass of ``batches``.
+
+    Rewound weights change what BatchNorm layers see; the statistics of training are then of another model. All other
+    modules are in evaluation mode meanwhile, and every mode comes back. A model without BatchNorm is not run.
+    """
+    norms = [m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm) and m.track_running_stats]
+    if not norms:
+        return model
+    modes = [(module, module.training) for module in model.modules()]
+    momenta = [(norm, norm.momentum) for norm in norms]
+    model.eval()
+    try:
+        for norm in norms:
+            norm.reset_running_stats()
+            norm.momentum = None  # a plain mean
+            norm.train()
+        for inputs, _ in batches:
+            model(inputs)
+    finally:
+        for norm, momentum in momenta:
+            norm.momentum = momentum
+        for module, mode in modes:
+            module.training = mode
+    return model

@@ -1,0 +1,230 @@
+"""cwfast study: the tiny preset from end to end, killed and resumed, and what its comparisons say."""
+
+import hashlib
+import json
+import math
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from cwfast.cli import main
+from cwfast.mia import Signals, attacks, metrics
+from cwfast.report import studies
+from cwfast.study import comparing, grid, presets
+from cwfast.study.comparing import Measured
+
+pytestmark = pytest.mark.filterwarnings("ignore:.*socket.*:ResourceWarning")
+
+
+def command(out, *more):
+    return [sys.executable, "-P", "-m", "cwfast.cli", "study", "--preset", "tiny", "--out", str(out), *more]
+
+
+def environment():
+    return {**os.environ, "OMP_WAIT_POLICY": "PASSIVE"}
+
+
+def files(out: Path) -> dict[str, str]:
+    """Hashes of all that a run leaves but its log and the report, which says the command."""
+    kept = (path for path in out.rglob("*") if path.is_file() and path.parent.name.startswith("seed-"))
+    return {str(path.relative_to(out)): hashlib.sha256(path.read_bytes()).hexdigest() for path in kept}
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    """A whole run, and its report."""
+    out = tmp_path_factory.mktemp("study")
+    done = subprocess.run(command(out, "--json"), capture_output=True, text=True, env=environment(), check=True)
+    return out, json.loads(done.stdout), done.stderr
+
+
+def test_a_run_does_every_cell_once_and_reports_it(run):
+    out, report, said = run
+    cells = grid.cells(presets.PRESETS["tiny"].settings["digits"])
+    part = report["data"]["digits"]
+    assert [row["key"] for row in part["rows"]] == [cell.key for cell in cells]
+    assert report["trained_models"] == 6 * len(cells)
+    assert part["samples"] == {"pool": 120, "reference": 60, "test": 1617}
+    assert report["missing"] == {"digits": {"0": 0}}
+    assert report == json.loads((out / "report.json").read_text())
+    assert f"{len(cells)} fleets of 6 models, 0 of them done before" in said
+    log = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
+    assert sorted(entry["job"] for entry in log) == sorted(f"digits/seed-0/{cell.key}" for cell in cells)
+    for name in ("report.html", "report.md", "digits-tradeoff.png", "digits-rates.png"):
+        assert (out / name).stat().st_size > 1000
+
+
+def test_figures_follow_from_the_signals_that_are_kept(run):
+    out, report, _ = run
+    row = next(row for row in report["data"]["digits"]["rows"] if row["key"] == "relaxloss-gap-0.1")
+    signals = Signals.load(out / "digits/seed-0/signals-relaxloss-gap-0.1-000.safetensors")
+    scores = attacks.lira(signals["phi"][:, :, 0].double().numpy(), signals.membership.numpy(), variance="shrinkage")
+    found = [metrics.auc(*pair) for pair in zip(scores, signals.membership.numpy(), strict=True)]
+    assert math.isclose(row["attacks"]["lira_shrinkage"]["auc"], np.mean(found), rel_tol=1e-12)
+    weights = 64 * 16 + 16 + 16 * 16 + 16 + 16 * 10 + 10
+    assert row["rewound"] == math.floor(0.1 * weights)
+
+
+def test_random_weights_are_as_many_and_rate_0_rewinds_none(run):
+    rows = {row["key"]: row for row in run[1]["data"]["digits"]["rows"]}
+    assert rows["none-random-0.1"]["rewound"] == rows["none-gap-0.1"]["rewound"] > 0
+    assert rows["none-tuned"]["rewound"] == 0
+    assert rows["none-random-0.1"]["test_loss"] != rows["none-gap-0.1"]["test_loss"]
+
+
+def test_a_second_run_does_nothing(run):
+    out, report, _ = run
+    before, log = files(out), (out / "log.jsonl").read_text()
+    again = subprocess.run(command(out, "--json"), capture_output=True, text=True, env=environment(), check=True)
+    assert json.loads(again.stdout)["data"] == report["data"]
+    assert files(out) == before
+    assert (out / "log.jsonl").read_text() == log
+
+
+@pytest.mark.slow
+def test_kill_9_and_resume_gives_the_same_files_and_repeats_no_cell(run, tmp_path):
+    process = subprocess.Popen(command(tmp_path), stderr=subprocess.DEVNULL, env=environment())
+    log = tmp_path / "log.jsonl"
+    while process.poll() is None and (not log.exists() or log.read_text().count("done") < 4):
+        time.sleep(0.05)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    time.sleep(0.5)  # its workers die with it
+    done = [json.loads(line)["job"] for line in log.read_text().splitlines()]
+    assert 4 <= len(done) < len(grid.cells(presets.PRESETS["tiny"].settings["digits"]))
+    subprocess.run(command(tmp_path), capture_output=True, env=environment(), check=True)
+    assert files(tmp_path) == files(run[0])
+    jobs = [json.loads(line)["job"] for line in log.read_text().splitlines()]
+    assert len(jobs) == len(set(jobs))
+    assert jobs[: len(done)] == done
+
+
+def test_a_changed_setting_is_not_mistaken_for_the_old_one(run, tmp_path):
+    from cwfast.study.jobs import Study
+
+    setting = presets.PRESETS["tiny"].settings["digits"]
+    study = Study("tiny", ("digits",), (0,), (), tmp_path)
+    subject = study.subject("digits", 0)
+    cells = {cell.key: cell for cell in grid.cells(setting)}
+    names = [subject.made_of(cell) for cell in cells.values() if cell.how in ("defense", "random")]
+    assert len(set(names)) == len(names)
+    subject.folder.write("x", {"value": 1}, "one")
+    assert subject.folder.document("x", "one")["value"] == 1
+    assert subject.folder.document("x", "other") is None
+
+
+def test_a_rate_beyond_the_positive_shares_is_told_and_not_a_failure(tmp_path):
+    from cwfast.study.jobs import Job, Study, _do
+
+    study = Study("tiny", ("digits",), (0,), (), tmp_path)
+    subject = study.subject("digits", 0)
+    cells = {cell.key: cell for cell in grid.cells(presets.PRESETS["tiny"].settings["digits"])}
+    from dataclasses import replace
+
+    cell = replace(cells["none-gap-0.1"], key="none-gap-1", spec="cwrf:rate=1,criterion=gap,loss=ce", rate=1.0)
+    assert _do(subject, Job("digits", 0, cell, 0), study.sizes)
+    found = subject.folder.document(cell.key, subject.made_of(cell))
+    assert "rate must be at most" in found["impossible"]
+    assert not _do(subject, Job("digits", 0, cell, 0), study.sizes)
+
+
+# -- comparisons, on made-up numbers
+
+
+def measured(curve, base, rate, accuracy, auc, *, criterion=None, noise=0.001):
+    """[seeds] accuracies and AUCs; replicates around them."""
+    rng = np.random.default_rng(0)
+    row = {"curve": curve, "base": base, "rate": rate, "criterion": criterion, "label": f"{curve} {rate}"}
+    accuracy = np.repeat(np.array(accuracy, dtype=float)[:, None], 4, axis=1)
+    auc = np.array(auc, dtype=float)
+    return Measured(row, accuracy, auc, auc[:, None] + noise * rng.normal(size=(len(auc), 100)))
+
+
+def test_verdicts():
+    base = measured("x", "none", 0.1, [0.8, 0.8], [0.7, 0.7])
+    assert comparing.beside(measured("y", "none", 0.1, [0.8, 0.81], [0.6, 0.6]), base)["verdict"] == "better"
+    assert comparing.beside(measured("y", "none", 0.1, [0.7, 0.7], [0.6, 0.6]), base)["verdict"] == "trade"
+    assert comparing.beside(measured("y", "none", 0.1, [0.7, 0.7], [0.8, 0.8]), base)["verdict"] == "worse"
+    assert comparing.beside(measured("y", "none", 0.1, [0.9, 0.9], [0.8, 0.8]), base)["verdict"] == "trade"
+    far = measured("y", "none", 0.1, [0.9, 0.9], [0.7, 0.7])
+    noisy = Measured(far.row, far.accuracy, far.auc, far.draws[:, ::-1])
+    assert comparing.beside(noisy, base)["verdict"] == "even"
+
+
+def test_the_setting_is_chosen_on_the_other_seeds():
+    lucky = measured("gap", "none", 0.1, [0.8, 0.8], [0.4, 0.9], criterion="gap")
+    steady = measured("gap", "none", 0.2, [0.8, 0.8], [0.6, 0.6], criterion="gap")
+    undefended = measured("undefended", "none", None, [0.8, 0.8], [0.9, 0.9])
+    levels = comparing.at_equal_utility([undefended, lucky, steady], "none")
+    gap = next(curve for curve in levels[1]["curves"] if curve["curve"] == "gap")
+    # seed 0 is measured by what is best on seed 1 (steady, 0.6), seed 1 by what is best on seed 0 (lucky, 0.9)
+    assert gap["settings"] == ["gap 0.2", "gap 0.1"]
+    assert gap["auc"] == pytest.approx(0.75)
+
+
+def test_a_curve_below_the_level_is_left_out_and_the_first_is_behind_by_nothing():
+    undefended = measured("undefended", "none", None, [0.8], [0.9])
+    poor = measured("gap", "none", 0.3, [0.5], [0.5], criterion="gap")
+    good = measured("random", "none", 0.3, [0.81], [0.7])
+    level = comparing.at_equal_utility([undefended, poor, good], "none")[1]
+    assert [curve["curve"] for curve in level["curves"]] == ["random", "undefended"]
+    assert level["curves"][0]["behind"]["auc"] == 0
+    assert level["curves"][1]["behind"]["auc"] == pytest.approx(0.2)
+
+
+def test_other_bases_stay_out_and_early_stopping_stands_beside_all():
+    cells = [
+        measured("undefended", "none", None, [0.8], [0.9]),
+        measured("early stopping", "none", None, [0.8], [0.7]),
+        measured("from scratch", "hamp", None, [0.8], [0.1]),
+        measured("gap", "relaxloss", 0.1, [0.8], [0.6], criterion="gap"),
+    ]
+    names = {curve["curve"] for curve in comparing.at_equal_utility(cells, "relaxloss")[1]["curves"]}
+    assert names == {"undefended", "early stopping", "gap"}
+
+
+def test_every_grid_has_names_of_its_own_that_are_file_names():
+    for preset in presets.PRESETS.values():
+        for setting in preset.settings.values():
+            keys = [cell.key for cell in grid.cells(setting, (0.1, 0.9))]
+            assert all(set(key) <= set(f"{'abcdefghijklmnopqrstuvwxyz'}{'ABCDEFGHIJKLMNOPQRSTUVWXYZ'}0123456789.=-_")
+                       for key in keys)  # fmt: skip
+
+
+def test_lambda_adds_cells_for_the_criteria_that_have_one():
+    setting = presets.PRESETS["tiny"].settings["digits"]
+    plain, more = grid.cells(setting), grid.cells(setting, (0.1,))
+    added = {cell.key for cell in more} - {cell.key for cell in plain}
+    assert added == {f"{base}-taylor-{rate}-lam-0.1" for base in ("none", "relaxloss") for rate in (0.01, 0.1)}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "told"),
+    [
+        (["--data", "nonsense"], "data must be among digits; got 'nonsense'"),
+        (["--lam", "2"], "lam must lie between 0 and 1; got 2.0"),
+        (["--models", "5"], "models must be an even number, at least 6; got 5"),
+    ],
+)
+def test_refusals(arguments, told, tmp_path, capsys):
+    assert main(["study", "--preset", "tiny", "--out", str(tmp_path / "x"), *arguments]) == 1
+    assert capsys.readouterr().err == f"cwfast: error: {told}\n"
+    assert not (tmp_path / "x").exists()
+
+
+def test_the_page_escapes_and_needs_nothing_else(run):
+    report = json.loads(json.dumps(run[1]))
+    report["data"]["digits"]["rows"][1]["label"] = "<b>&|"
+    html = studies.page(report, {"digits-tradeoff": studies.tradeoff_figure(report["data"]["digits"]),
+                                 "digits-rates": studies.rates_figure(report["data"]["digits"])})  # fmt: skip
+    assert "<b>&|" not in html
+    assert "&lt;b&gt;&amp;|" in html
+    assert "http" not in html.replace("http://www.w3.org", "")
+    assert "<script" not in html
+    assert "<b>&/" in studies.markdown(report)
