@@ -3,8 +3,9 @@
 import importlib
 import inspect
 import re
-from collections.abc import Callable
-from typing import Any, NamedTuple
+from collections.abc import Callable, Sequence
+from types import NoneType, UnionType
+from typing import Any, NamedTuple, get_args
 
 from cwfast.defense.hamp import HAMPOutputs
 from cwfast.training import Defense, Loss, cross_entropy
@@ -24,6 +25,8 @@ class Entry(NamedTuple):
     loss: bool = False
 
 
+NESTED = ("loss", "private")  # arguments that a text names, too
+WORDS = Sequence[str]
 _LOSSES = "cwfast.defense.losses:"
 _BASE = "cwfast.defense.baselines:"
 DEFENSES: dict[str, Entry] = {
@@ -69,7 +72,7 @@ def parse(text: str) -> Defense:
         if isinstance(options.get("loss"), str):
             options["loss"], modify = _loss(options["loss"])
         if isinstance(options.get("private"), str):
-            options["private"] = parse(options["private"])
+            options["private"] = _make(*_read(options["private"], {"dpsgd": DEFENSES["dpsgd"]}))
         defense = _make(name, options)
     return HAMPOutputs(defense) if modify else defense
 
@@ -117,48 +120,75 @@ def _read(text: str, names: dict[str, Entry]) -> tuple[str, dict[str, Any]]:
     return name, _options(found[2] or found[3] or "", text)
 
 
-def _signature(name: str) -> tuple[Callable[..., Any], dict[str, inspect.Parameter]]:
+class _Option(NamedTuple):
+    """An argument that a text can give.
+
+    Attributes:
+        kinds: the types that its annotation names.
+        default: ``inspect.Parameter.empty`` where there is none.
+    """
+
+    kinds: frozenset[Any]
+    default: object
+
+    @classmethod
+    def of(cls, parameter: inspect.Parameter) -> "_Option":
+        """From the argument's annotation and default."""
+        given = parameter.annotation
+        return cls(frozenset(get_args(given) if isinstance(given, UnionType) else [given]), parameter.default)
+
+    @property
+    def needed(self) -> bool:
+        """There is no default."""
+        return self.default is inspect.Parameter.empty
+
+    def typed(self, what: str, value: Any) -> Any:
+        """``value``, as an argument of these kinds has it.
+
+        Raises:
+            ValueError: none of them has it.
+        """
+        if isinstance(value, str) and WORDS in self.kinds:
+            return value.split("+")
+        if value is None and NoneType in self.kinds:
+            return None
+        wanted = tuple(self.kinds & {bool, int, str}) + ((int, float) if float in self.kinds else ())
+        if not wanted or (isinstance(value, wanted) and (bool in wanted or not isinstance(value, bool))):
+            return value
+        names = {bool: "true or false", float: "a number", int: "a whole number", str: "a word"}
+        allowed = [names[kind] for kind in names if kind in self.kinds and (kind is not int or float not in self.kinds)]
+        raise ValueError(f"{what} must be {' or '.join(allowed)}; got {_shown(value)}")
+
+
+def _known(name: str) -> tuple[Callable[..., Any], dict[str, _Option]]:
+    """What a name builds, and the options that a text can give."""
     module, _, attribute = DEFENSES[name].target.partition(":")
     build = getattr(importlib.import_module(module), attribute)
-    return build, dict(inspect.signature(build).parameters)
+    every = {option: _Option.of(given) for option, given in inspect.signature(build).parameters.items()}
+    spoken = {bool, int, float, str, WORDS}
+    return build, {option: one for option, one in every.items() if one.kinds & spoken or option in NESTED}
 
 
 def _make(name: str, options: dict[str, Any]) -> Any:
-    build, parameters = _signature(name)
+    build, known = _known(name)
     for option in options:
-        if option not in parameters:
-            raise ValueError(f"{name} has the options {_listed(name) or 'none at all'}; got {option!r}")
-    for option, parameter in parameters.items():
-        if parameter.default is parameter.empty and option not in options:
+        if option not in known:
+            raise ValueError(f"{name} has the options {_listed(name)}; got {option!r}")
+    for option, one in known.items():
+        if one.needed and option not in options:
             raise ValueError(f"{name} must be given {option}, as in {name}:{option}=...; its options: {_listed(name)}")
-    for option, value in options.items():
-        options[option] = _typed(f"{name}'s {option}", value, str(parameters[option].annotation))
+    options = {option: known[option].typed(f"{name}'s {option}", value) for option, value in options.items()}
     try:
         return build(**options)
     except (TypeError, ValueError) as error:
         raise ValueError(f"{name}: {error}") from error
 
 
-def _typed(what: str, value: Any, wanted: str) -> Any:
-    """``value``, if an argument with the annotation ``wanted`` may have it."""
-    if "Sequence[str]" in wanted and isinstance(value, str):
-        return value.split("+")
-    number = ("int" in wanted or "float" in wanted) and "str" not in wanted
-    if number and value is not None and (isinstance(value, bool) or not isinstance(value, int | float)):
-        raise ValueError(f"{what} must be a number; got {_shown(value)!r}")
-    if number and isinstance(value, float) and "float" not in wanted:
-        raise ValueError(f"{what} must be a whole number; got {value}")
-    if value is None and number and "None" not in wanted:
-        raise ValueError(f"{what} must be a number; got 'none'")
-    return value
-
-
 def _listed(name: str) -> str:
-    shown = []
-    for option, parameter in _signature(name)[1].items():
-        value = parameter.default
-        plain = value is None or isinstance(value, bool | int | float | str)
-        shown.append(option if value is parameter.empty or not plain else f"{option}={_shown(value)}")
+    shown = [
+        option if one.needed or callable(one.default) else f"{option}={_shown(one.default)}"
+        for option, one in _known(name)[1].items()
+    ]
     return ", ".join([*shown, *(["outputs=true"] if name == "hamp" else [])])
 
 
