@@ -15,7 +15,7 @@ from cwfast import defense as room
 from cwfast.data import Dataset, load
 from cwfast.defense import CRL, CWRF, HAMP, PAST, SELENA, AdvReg, HAMPOutputs, Mixup, PlainTraining, WeightDecay, parse
 from cwfast.defense import selena as selena_room
-from cwfast.defense.advreg import Attack
+from cwfast.defense.advreg import Attack, AttackNetwork
 from cwfast.defense.crl import WithFeatures, bounded
 from cwfast.defense.hamp import random_inputs, ranked_values
 from cwfast.defense.mixup import mixed_loss
@@ -27,7 +27,7 @@ SEEDS = [5, 6]
 ALL = [
     Mixup(),
     PAST(1e-2, epochs=2),
-    AdvReg(attack_steps=2),
+    AdvReg(attack_steps=2, attack_lr=1e-2, width=64, initial_std=None),
     CRL(lr_centers=0.05),
     SELENA(4, 2),
     WeightDecay(0.1),
@@ -223,7 +223,7 @@ def test_past_is_tuning_with_that_penalty():
 
 def test_the_attack_learns_to_tell_members_and_is_frozen_in_the_classifiers_loss():
     generator = torch.Generator().manual_seed(0)
-    attack = Attack(3, [1, 2], 1e-3, like=torch.zeros(1))
+    attack = Attack(3, [1, 2], AdvReg(attack_lr=1e-3, width=256, initial_std=None), like=torch.zeros(1))
     labels = torch.randint(3, (2, 64), generator=generator)
     sharp = 4 * functional.one_hot(labels, 3) + torch.randn(2, 64, 3, generator=generator)
     logits = torch.cat([sharp[:, :32], sharp[:, 32:] * 0.1], dim=1)  # members are predicted with confidence
@@ -240,16 +240,32 @@ def test_the_attack_learns_to_tell_members_and_is_frozen_in_the_classifiers_loss
     assert all(parameter.grad is None for parameter in attack.parameters.values())
 
 
+def test_the_attack_network_is_the_authors():
+    torch.manual_seed(0)
+    network = AttackNetwork(100)
+    shapes = [tuple(module.weight.shape) for module in network.modules() if isinstance(module, nn.Linear)]
+    assert shapes[:3] == [(1024, 100), (512, 1024), (64, 512)]
+    assert shapes[3:5] == [(128, 100), (64, 128)]
+    assert shapes[5:] == [(512, 128), (256, 512), (128, 256), (64, 128), (1, 64)]
+    assert float(network.outputs[2].weight.detach().std()) == pytest.approx(0.01, rel=0.01)
+    assert not network.outputs[2].bias.any()
+    logits, labels = torch.randn(7, 100), torch.randint(100, (7,))
+    hot = functional.one_hot(labels, 100).float()
+    both = torch.cat([network.outputs(logits), network.labels(hot)], dim=1)
+    assert torch.equal(network(logits, labels), network.both(both)[:, 0].sigmoid())
+
+
 def test_advreg_by_a_plain_loop():
     """One model: warm-up, head start of the attack, then steps in turn; all random numbers as documented."""
     job, ids = task(), ids_of(1)[0]
-    fitted = AdvReg(2.0, attack_steps=3, attack_lr=1e-2).fit(job, ids, job.dataset.reference, 5)
+    defense = AdvReg(2.0, attack_steps=3, attack_lr=1e-2, width=64, initial_std=None)
+    fitted = defense.fit(job, ids, job.dataset.reference, 5)
     x, y, reference = job.dataset.inputs, job.dataset.targets, job.dataset.reference
     model = job.initial_model(5)
     optimizer = torch.optim.SGD(model.parameters(), 0.05, momentum=0.9)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, 3 * 4)
     order, draws = torch.Generator().manual_seed(5), torch.Generator().manual_seed(5)
-    attack = Attack(3, [5], 1e-2, like=x)
+    attack = Attack(3, [5], defense, like=x)
 
     def train_attack(steps):
         members = ids[torch.randint(30, (steps * 8,), generator=draws)].split(8)
@@ -275,6 +291,8 @@ def test_advreg_by_a_plain_loop():
             schedule.step()
     for a, b in zip(fitted.model.parameters(), model.parameters(), strict=True):
         torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-12)
+    plain = PlainTraining().fit(job, ids, reference, 5)
+    assert (plain.model[2].weight - fitted.model[2].weight).abs().max() > 1e-3  # the attack had a say
 
 
 # -- CRL
@@ -422,6 +440,7 @@ def test_defenses_that_need_reference_samples_say_so(defense):
         (lambda: PAST(-1), "lam and alpha must be at least 0"),
         (lambda: AdvReg(-1), "alpha and warmup must be at least 0"),
         (lambda: AdvReg(attack_steps=0), "attack_steps 1"),
+        (lambda: AdvReg(width=40), "width must be a multiple of 16, at least 16; got 40"),
         (lambda: CRL(-1), "alpha, alpha_c and lam must be at least 0"),
         (lambda: CRL(upper=0), "upper and upper_c must be in"),
         (lambda: CRL(t=0), "t, t_c and lr_centers must be above 0"),
@@ -472,7 +491,7 @@ def on_digits():
         "mixup",
         "past:lam=1e-3",
         "crl",
-        "advreg:alpha=6,attack_lr=1e-3",
+        pytest.param("advreg:alpha=1,attack_lr=1e-3,width=64,initial_std=none", marks=pytest.mark.slow),
         "selena:sub_models=5,left_out=2",
     ],
 )

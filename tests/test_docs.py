@@ -14,6 +14,7 @@ import torch
 from cwfast import layers
 from cwfast.data import loading
 from cwfast.defense import criteria
+from cwfast.defense.specs import DEFENSES, table
 
 
 @pytest.fixture(autouse=True)
@@ -29,6 +30,7 @@ def test_every_page_with_a_program_has_a_test():
         for name in (
             "audit-a-classifier",
             "audit-from-logits",
+            "choose-a-defense",
             "fine-tune-a-transformer",
             "load-data",
             "run-on-a-gpu",
@@ -61,6 +63,22 @@ def test_getting_started_has_the_set_up_commands_of_the_readme():
     readme = (snippets.DOCS.parent / "README.md").read_text(encoding="utf-8")
     part = readme.partition("## Two commands")[2].partition("## What the demo finds")[0]
     assert part.count("pip install -c constraints.txt") == 2  # what the page includes
+
+
+def test_choose_a_defense():
+    found = snippets.run("how-to/choose-a-defense.md")
+    accuracies = [
+        (found[name].predict(found["samples"].inputs).argmax(1) == found["samples"].targets).double().mean()
+        for name in ("fitted", "distilled", "rewound")
+    ]
+    assert min(accuracies) > 0.6
+    assert found["rewound"].masks.total == found["rewound"].masks.numel // 100
+    page = (snippets.DOCS / "how-to/choose-a-defense.md").read_text(encoding="utf-8")
+    names = dict(re.findall(r"^\| `([\w-]+)` \| (.*?) \|", page, re.MULTILINE))
+    assert list(names) == list(DEFENSES)
+    for name, options, _ in table():
+        if name not in ("dpsgd", "cwrf"):
+            assert names[name] == f"`{options}`"
 
 
 @pytest.mark.slow

@@ -2,11 +2,13 @@
 
 import importlib
 import inspect
-from collections.abc import Callable
-from typing import Any, NamedTuple
+import re
+from collections.abc import Callable, Sequence
+from types import NoneType, UnionType
+from typing import Any, NamedTuple, get_args
 
 from cwfast.defense.hamp import HAMPOutputs
-from cwfast.training import Defense, Loss
+from cwfast.training import Defense, Loss, cross_entropy
 
 
 class Entry(NamedTuple):
@@ -23,6 +25,8 @@ class Entry(NamedTuple):
     loss: bool = False
 
 
+NESTED = ("loss", "private")  # arguments that a text names, too
+WORDS = Sequence[str]
 _LOSSES = "cwfast.defense.losses:"
 _BASE = "cwfast.defense.baselines:"
 DEFENSES: dict[str, Entry] = {
@@ -45,34 +49,36 @@ DEFENSES: dict[str, Entry] = {
 
 
 def parse(text: str) -> Defense:
-    """The defense that a text names: ``name`` or ``name:option=value,option=value``.
+    """The defense that a text names: ``name``, ``name:option=value,...`` or ``name(option=value,...)``.
 
     Names are the keys of ``DEFENSES``, options the arguments of what they stand for. Values are numbers, ``true``,
-    ``false``, ``none`` or words; a value that is a loss has its own options in parentheses. ``hamp`` as a defense or as
-    a loss modifies outputs too, unless it has ``outputs=false``.
+    ``false``, ``none`` or words, several of which have ``+`` between them. A value that is a loss or a defense has its
+    own options in parentheses: ``loss=relaxloss(alpha=0.5)``, ``private=dpsgd(epsilon=8)``. ``hamp``, as a defense or
+    as a loss, modifies outputs too, unless it has ``outputs=false``.
 
     Raises:
         ValueError: no such name or option, a missing option, or a value that is refused; the message says what there
             is.
         ImportError: a package that the defense needs is not installed.
     """
-    name, _, rest = text.strip().partition(":")
-    name, options = _known(name, DEFENSES), _options(rest, text)
-    entry = DEFENSES[name]
-    modify = _outputs(name, options)
-    if entry.loss:
+    name, options = _read(text, DEFENSES)
+    if DEFENSES[name].loss:
         from cwfast.defense.baselines import PlainTraining
 
-        defense: Defense = PlainTraining(_make(name, options))
+        loss, modify = _loss(text)
+        defense: Defense = PlainTraining(loss)
     else:
+        modify = False
         if isinstance(options.get("loss"), str):
             options["loss"], modify = _loss(options["loss"])
+        if isinstance(options.get("private"), str):
+            options["private"] = _make(*_read(options["private"], {"dpsgd": DEFENSES["dpsgd"]}))
         defense = _make(name, options)
     return HAMPOutputs(defense) if modify else defense
 
 
 def parse_loss(text: str) -> Loss:
-    """The training loss that a text names: ``name``, ``name(option=value,...)`` or as for ``parse``.
+    """The training loss that a text names, as for ``parse``; ``ce`` is the cross-entropy.
 
     Raises:
         ValueError: as ``parse``; a name is not that of a loss.
@@ -92,52 +98,86 @@ def table() -> list[tuple[str, str, str]]:
 
 
 def _loss(text: str) -> tuple[Loss, bool]:
-    name, _, rest = text.strip().removesuffix(")").replace(":", "(", 1).partition("(")
-    if name.strip() in ("ce", "cross-entropy"):
-        from cwfast.training import cross_entropy
-
+    """And whether outputs are modified with it, as by HAMP."""
+    if text.strip() == "ce":
         return cross_entropy, False
-    name = _known(name, {name: entry for name, entry in DEFENSES.items() if entry.loss})
-    options = _options(rest, text)
-    modify = _outputs(name, options)
+    name, options = _read(text, {name: entry for name, entry in DEFENSES.items() if entry.loss})
+    modify = options.pop("outputs", True) if name == "hamp" else False
+    if not isinstance(modify, bool):
+        raise ValueError(f"hamp's outputs must be true or false; got {modify!r}")
     return _make(name, options), modify
 
 
-def _outputs(name: str, options: dict[str, Any]) -> bool:
-    """Whether the defense answers as HAMP does."""
-    if name != "hamp":
-        return False
-    wanted = options.pop("outputs", True)
-    if not isinstance(wanted, bool):
-        raise ValueError(f"hamp's outputs must be true or false; got {wanted!r}")
-    return wanted
+def _read(text: str, names: dict[str, Entry]) -> tuple[str, dict[str, Any]]:
+    found = re.fullmatch(r"\s*([\w-]*)\s*(?::(.*)|\((.*)\))?\s*", text, re.DOTALL)
+    if found is None:
+        raise ValueError(
+            f"a defense must be written name, name:option=value,... or name(option=value,...); got {text!r}"
+        )
+    name = found[1].lower().replace("_", "-")
+    if name not in names:
+        raise ValueError(f"a defense must be one of {', '.join(names)}; got {found[1]!r}")
+    return name, _options(found[2] or found[3] or "", text)
 
 
-def _known(name: str, names: dict[str, Entry]) -> str:
-    plain = name.strip().lower().replace("_", "-")
-    if plain not in names:
-        raise ValueError(f"a defense must be one of {', '.join(names)}; got {name.strip()!r}")
-    return plain
+class _Option(NamedTuple):
+    """An argument that a text can give.
+
+    Attributes:
+        kinds: the types that its annotation names.
+        default: ``inspect.Parameter.empty`` where there is none.
+    """
+
+    kinds: frozenset[Any]
+    default: object
+
+    @classmethod
+    def of(cls, parameter: inspect.Parameter) -> "_Option":
+        """From the argument's annotation and default."""
+        given = parameter.annotation
+        return cls(frozenset(get_args(given) if isinstance(given, UnionType) else [given]), parameter.default)
+
+    @property
+    def needed(self) -> bool:
+        """There is no default."""
+        return self.default is inspect.Parameter.empty
+
+    def typed(self, what: str, value: Any) -> Any:
+        """``value``, as an argument of these kinds has it.
+
+        Raises:
+            ValueError: none of them has it.
+        """
+        if isinstance(value, str) and WORDS in self.kinds:
+            return value.split("+")
+        if value is None and NoneType in self.kinds:
+            return None
+        wanted = tuple(self.kinds & {bool, int, str}) + ((int, float) if float in self.kinds else ())
+        if not wanted or (isinstance(value, wanted) and (bool in wanted or not isinstance(value, bool))):
+            return value
+        names = {bool: "true or false", float: "a number", int: "a whole number", str: "a word"}
+        allowed = [names[kind] for kind in names if kind in self.kinds and (kind is not int or float not in self.kinds)]
+        raise ValueError(f"{what} must be {' or '.join(allowed)}; got {_shown(value)}")
 
 
-def _signature(name: str) -> tuple[Callable[..., Any], dict[str, inspect.Parameter]]:
+def _known(name: str) -> tuple[Callable[..., Any], dict[str, _Option]]:
+    """What a name builds, and the options that a text can give."""
     module, _, attribute = DEFENSES[name].target.partition(":")
     build = getattr(importlib.import_module(module), attribute)
-    return build, dict(inspect.signature(build).parameters)
+    every = {option: _Option.of(given) for option, given in inspect.signature(build).parameters.items()}
+    spoken = {bool, int, float, str, WORDS}
+    return build, {option: one for option, one in every.items() if one.kinds & spoken or option in NESTED}
 
 
 def _make(name: str, options: dict[str, Any]) -> Any:
-    build, parameters = _signature(name)
+    build, known = _known(name)
     for option in options:
-        if option not in parameters:
-            raise ValueError(f"{name} has the options {_listed(name) or 'none at all'}; got {option!r}")
-    for option, parameter in parameters.items():
-        if parameter.default is parameter.empty and option not in options:
+        if option not in known:
+            raise ValueError(f"{name} has the options {_listed(name)}; got {option!r}")
+    for option, one in known.items():
+        if one.needed and option not in options:
             raise ValueError(f"{name} must be given {option}, as in {name}:{option}=...; its options: {_listed(name)}")
-    for option, value in options.items():
-        wanted = str(parameters[option].annotation)
-        if isinstance(value, str) and ("int" in wanted or "float" in wanted) and "str" not in wanted:
-            raise ValueError(f"{name}'s {option} must be a number; got {value!r}")
+    options = {option: known[option].typed(f"{name}'s {option}", value) for option, value in options.items()}
     try:
         return build(**options)
     except (TypeError, ValueError) as error:
@@ -145,11 +185,10 @@ def _make(name: str, options: dict[str, Any]) -> Any:
 
 
 def _listed(name: str) -> str:
-    shown = []
-    for option, parameter in _signature(name)[1].items():
-        value = parameter.default
-        plain = value is None or isinstance(value, bool | int | float | str)
-        shown.append(option if value is parameter.empty or not plain else f"{option}={_shown(value)}")
+    shown = [
+        option if one.needed or callable(one.default) else f"{option}={_shown(one.default)}"
+        for option, one in _known(name)[1].items()
+    ]
     return ", ".join([*shown, *(["outputs=true"] if name == "hamp" else [])])
 
 
@@ -179,6 +218,10 @@ def _split(text: str) -> list[str]:
             parts.append("")
         else:
             parts[-1] += letter
+        if depth < 0:
+            break
+    if depth:
+        raise ValueError(f"parentheses must be closed, and opened before that; got {text!r}")
     return parts if text.strip() else []
 
 
