@@ -16,6 +16,7 @@ from cwfast.data import Dataset
 from cwfast.defense import CWRF, PlainTraining, RelaxLoss
 from cwfast.defense.analysis import by_layer, concentration, correlation, kinds, learnability, overlap
 from cwfast.defense.experiments import ablation, architectures, entanglement, onion
+from cwfast.report import study_tables
 from cwfast.report.paper import SMALL, ablation_notes, entanglement_notes
 from cwfast.training import Recipe, Task
 
@@ -181,6 +182,8 @@ def test_the_tables_for_three_networks_at_tiny_sizes():
     gap = {key: row["test_loss"] - row["train_loss"] for key, row in rows.items()}
     assert f"{gap['A2']:.3f} for A2, {gap['A3']:.3f} for A3" in notes[4]
     assert (gap["A3"] < gap["A2"]) == ("A3's is below A2's" in notes[4])
+    part = {"tables": [{"network": name, **one} for found in (entangled, ablated) for name, one in found.items()]}
+    assert study_tables.notes(part) == [" ".join(notes), " ".join(entanglement_notes(entangled))]
 
 
 def test_the_ablation_does_what_its_rows_say():
