@@ -161,9 +161,10 @@ def _lead(levels_of: Mapping[str, Sequence[Mapping[str, Any]]]) -> list[str]:
         near.update(one["curve"] for one in level["curves"] if one["behind"]["auc_low"] <= 0)
     told = "; ".join(f"{_named(curve)} {first[curve]} ({n})" for curve, n in near.most_common(6))
     where = f"{len(levels_of)} base defense{'s' * (len(levels_of) > 1)}, {len(levels) // len(levels_of)} levels each"
+    comparisons = f"{len(levels)} comparisons: {where}"
     return [
-        f"At equal utility ({len(levels)} comparisons: {where}), how often the lowest LiRA AUC was that of a curve, in "
-        f"brackets how often that or not told apart from it: {told}."
+        f"At equal utility ({comparisons}), how often the lowest LiRA AUC was that of a curve, in brackets how often "
+        f"that or not told apart from it: {told}."
     ]
 
 
