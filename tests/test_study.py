@@ -144,6 +144,28 @@ def test_a_rate_beyond_the_positive_shares_is_told_and_not_a_failure(tmp_path):
     assert not _do(subject, Job("digits", 0, cell, 0), study.sizes)
 
 
+@pytest.mark.parametrize("network", ["MLP", pytest.param("ResNet18", marks=pytest.mark.slow),
+                                     pytest.param("ViT", marks=pytest.mark.slow)])  # fmt: skip
+def test_the_papers_tables_are_made_and_shown(network, run, tmp_path, monkeypatch):
+    from cwfast.report import study_tables
+    from cwfast.study import tables
+    from cwfast.study.jobs import Study
+
+    monkeypatch.setattr(tables, "EPOCHS", 1)
+    subject = Study("tiny", ("digits",), (0,), (), tmp_path).subject("digits", 0)
+    made = [tables.table(subject, f"{kind}:{network}") for kind in ("ablation", "entanglement")]
+    json.dumps(made, allow_nan=False)
+    part = {**run[1]["data"]["digits"], "tables": made}
+    shown = study_tables.tables(part)
+    ablation, correlations = shown[0], shown[1]
+    assert [row[0].partition(":")[0] for row in ablation.rows][-4:-1] == ["A1", "A2", "A3"]
+    assert correlations.rows[-1][:2] == ["all", "100%"]
+    assert all(len(row) == len(table.head) for table in shown for row in table.rows)
+    assert len(study_tables.notes(part)) == 2
+    whole = {**run[1], "data": {"digits": part}}
+    assert all(table.title in studies.markdown(whole) for table in shown)
+
+
 # -- comparisons, on made-up numbers
 
 

@@ -72,6 +72,7 @@ def page(report: Mapping[str, Any], pictures: Mapping[str, "Figure"]) -> str:
         pictures={name: plots.data_uri(figure) for name, figure in pictures.items()},
         head=head(report),
         cells=cells,
+        missing=missing,
         tables=study_tables.tables,
         notes=study_tables.notes,
         main=MAIN_ATTACK,
@@ -111,12 +112,13 @@ def counts(report: Mapping[str, Any]) -> str:
         f"{part['samples']['reference']} for reference, {part['samples']['test']} for accuracy"
         for name, part in report["data"].items()
     ]
-    return "; ".join(parts) + f". {report['trained_models']} models in all."
+    return "; ".join([*parts, f"{report['trained_models']} models in all."])
 
 
 def markdown(report: Mapping[str, Any]) -> str:
     """Return what was found and all rows as Markdown."""
     lines = [f"# {report['title']}", "", f"`{report['command']}`", "", f"{report['note']} {counts(report)}", ""]
+    lines += [line for sentence in missing(report) for line in (sentence, "")]
     for name, part in report["data"].items():
         lines += [f"## {name}", "", f"{part['network']}; {part['recipe']}. {part['note']}.", ""]
         lines += [f"- {sentence}" for sentence in part["reading"]]
@@ -137,11 +139,18 @@ def text(report: Mapping[str, Any]) -> str:
     lines = [counts(report), report["note"]]
     for name, part in report["data"].items():
         lines += ["", name, *(f"  {sentence}" for sentence in part["reading"])]
-    left = {f"{name}, seed {seed}": n for name, seeds in report["missing"].items() for seed, n in seeds.items() if n}
-    lines += [f"Left out of {name}: {base} ({why})" for name, part in report["data"].items()
-              for base, why in part["left_out"].items()]  # fmt: skip
-    lines += [f"Not done: {n} fleets of {where}" for where, n in left.items()]
+    lines += ["", *missing(report)]
     return "\n".join(lines)
+
+
+def missing(report: Mapping[str, Any]) -> list[str]:
+    """What was left out, and what is not done: the rows are then of fewer seeds, or of a part of one."""
+    out = [
+        f"Left out of {name}: {base} ({why})." for name, part in report["data"].items()
+        for base, why in part["left_out"].items()
+    ]  # fmt: skip
+    left = {f"{name}, seed {seed}": n for name, seeds in report["missing"].items() for seed, n in seeds.items() if n}
+    return out + [f"Not done: {n} fleets of {where}." for where, n in left.items()]
 
 
 @plots.styled
@@ -204,7 +213,7 @@ def rates_figure(part: Mapping[str, Any]) -> "Figure":
                 panels[0, column].axhline(row["attacks"][MAIN_ATTACK]["auc"], color="#4D4D4D", linestyle="--")
                 drawn = panels[1, column].axhline(row["test_accuracy"], color="#4D4D4D", linestyle="--")
                 legend.setdefault("fine-tuned without rewinding", drawn)
-        panels[0, column].set_title(_base(base))
+        panels[0, column].set_title(_base(base).removeprefix("fine-tuned by ") if len(bases) > 2 else _base(base))
         panels[0, column].set_xscale("log")
         for axes in panels[:, column]:
             axes.grid(True)

@@ -1,10 +1,12 @@
 """From the files of a study to its report, in JSON: rows over seeds, comparisons, and what they say in sentences."""
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from cwfast.defense import CRITERIA
 from cwfast.report.provenance import backends, machine, versions
 from cwfast.study import comparing
 from cwfast.study.comparing import Measured
@@ -139,7 +141,7 @@ def _measured(row: Mapping[str, Any], documents: Sequence[Mapping[str, Any]]) ->
 
 def reading(part: Mapping[str, Any]) -> list[str]:
     """What was found on one data set, in sentences made from the figures."""
-    said = []
+    said = _lead(part["levels"])
     for base, levels in part["levels"].items():
         for level in levels:
             if level["curves"]:
@@ -148,18 +150,41 @@ def reading(part: Mapping[str, Any]) -> list[str]:
     return said
 
 
+def _lead(levels_of: Mapping[str, Sequence[Mapping[str, Any]]]) -> list[str]:
+    """How often each curve is the first, or not told apart from it."""
+    levels = [level for levels in levels_of.values() for level in levels if level["curves"]]
+    if not levels:
+        return []
+    first, near = Counter[str](), Counter[str]()
+    for level in levels:
+        first[level["curves"][0]["curve"]] += 1
+        near.update(one["curve"] for one in level["curves"] if one["behind"]["auc_low"] <= 0)
+    told = "; ".join(f"{_named(curve)} {first[curve]} ({n})" for curve, n in near.most_common(6))
+    where = f"{len(levels_of)} base defense{'s' * (len(levels_of) > 1)}, {len(levels) // len(levels_of)} levels each"
+    comparisons = f"{len(levels)} comparisons: {where}"
+    return [
+        f"At equal utility ({comparisons}), how often the lowest LiRA AUC was that of a curve, in brackets how often "
+        f"that or not told apart from it: {told}."
+    ]
+
+
+def _named(curve: str) -> str:
+    own = {"from scratch": "the base defense from scratch", "random": "random weights"}
+    return own.get(curve, f"CWRF by {curve}" if curve in CRITERIA else curve)
+
+
 def _at_level(base: str, level: Mapping[str, Any]) -> str:
     first, *rest = level["curves"]
-    close = [one["curve"] for one in rest if one["behind"]["auc_low"] <= 0]
+    close = [_named(one["curve"]) for one in rest if one["behind"]["auc_low"] <= 0]
     behind = [one for one in rest if one["behind"]["auc_low"] > 0]
     text = (
-        f"{base}, at no less than {level['level']} ({level['accuracy']:.3f}): lowest LiRA AUC by {first['curve']}, "
+        f"{base}, at no less than {level['level']} ({level['accuracy']:.3f}): lowest LiRA AUC: {_named(first['curve'])}, "
         f"{first['auc']:.3f} [{first['auc_low']:.3f}, {first['auc_high']:.3f}] at accuracy {first['accuracy']:.3f}"
     )
     if close:
         text += f"; not told apart from it: {', '.join(close)}"
     if behind:
-        text += "; behind by " + ", ".join(f"{one['behind']['auc']:.3f} {one['curve']}" for one in behind)
+        text += "; behind by " + ", ".join(f"{one['behind']['auc']:.3f} {_named(one['curve'])}" for one in behind)
     return text + "."
 
 
