@@ -230,9 +230,13 @@ def lm_token_stats(
     )
     no_softmax = ~z.amax(dim=1).isfinite()
     blank = dict.fromkeys(TokenStats._fields, torch.nan) | {"correct": False, "rank": -1}
-    values = {name: value.masked_fill(no_softmax, blank[name]) for name, value in stats._asdict().items() if name != "topk"}
+    values = {
+        name: value.masked_fill(no_softmax, blank[name]) for name, value in stats._asdict().items() if name != "topk"
+    }
     lost = no_softmax[:, None]
-    return TokenStats(**values, topk=TopK(stats.topk[0].masked_fill(lost, torch.nan), stats.topk[1].masked_fill(lost, -1)))
+    return TokenStats(
+        **values, topk=TopK(stats.topk[0].masked_fill(lost, torch.nan), stats.topk[1].masked_fill(lost, -1))
+    )
 
 
 def lm_token_kl(

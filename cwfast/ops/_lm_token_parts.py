@@ -73,7 +73,9 @@ def merge(a: Parts, b: Parts) -> Parts:
     first = (a.peak > b.peak) | ((a.peak == b.peak) & (a.top < b.top))
     values, indices = torch.cat([a.values, b.values], dim=1), torch.cat([a.indices, b.indices], dim=1)
     order = indices.argsort(dim=1)
-    order = order.gather(1, values.gather(1, order).argsort(dim=1, descending=True, stable=True))[:, : a.values.shape[1]]
+    order = order.gather(1, values.gather(1, order).argsort(dim=1, descending=True, stable=True))[
+        :, : a.values.shape[1]
+    ]
     return Parts(
         peak,
         tops,

@@ -191,7 +191,9 @@ def kl(
         totals, gap = torch.zeros_like(peaks), torch.zeros_like(peaks[0])
         for columns in pieces(len(weight), COLUMNS):
             z = logits(h, weight[columns].to(dtype), None if bias is None else bias[columns], softcap, scale)
-            r = logits(k, ref_weight[columns].to(dtype), None if ref_bias is None else ref_bias[columns], softcap, scale)
+            r = logits(
+                k, ref_weight[columns].to(dtype), None if ref_bias is None else ref_bias[columns], softcap, scale
+            )
             new = torch.maximum(peaks, torch.stack([z.amax(dim=1), r.amax(dim=1)]).double())
             old = torch.where(peaks == -torch.inf, 0, (peaks - new).exp())
             safe = torch.where(new == -torch.inf, 0, new)
@@ -230,9 +232,7 @@ def kl_backward(
     def grad_logits(z: Tensor, rows: slice, columns: slice) -> Tensor:
         k, v = ref_hidden[rows].to(z.dtype), ref_weight[columns].to(z.dtype)
         r = logits(k, v, None if ref_bias is None else ref_bias[columns], softcap, scale)
-        p, q = (
-            ((x - sums[rows, :1]) - sums[rows, 1:]).exp_() for x, sums in ((z, logsumexp), (r, ref_logsumexp))
-        )
+        p, q = (((x - sums[rows, :1]) - sums[rows, 1:]).exp_() for x, sums in ((z, logsumexp), (r, ref_logsumexp)))
         return (p - q).mul_(grad[rows, None].to(z.dtype))
 
     return _backward(hidden, weight, bias, softcap, scale, needs, logsumexp.dtype, grad_logits)

@@ -123,7 +123,9 @@ def _run_backward(
 ) -> tuple[Tensor, ...]:
     heads = (ref_hidden, ref_weight, bias, ref_bias, softcap, scale)
     if backend == "cpu":
-        return _lm_token_tiles.kl_backward(grad, hidden, weight, *heads[:2], logsumexp, ref_logsumexp, *heads[2:], needs)
+        return _lm_token_tiles.kl_backward(
+            grad, hidden, weight, *heads[:2], logsumexp, ref_logsumexp, *heads[2:], needs
+        )
     if backend == "reference":
         p = torch.softmax(reference.lm_logits(hidden, weight, bias, softcap, scale), dim=1)
         q = torch.softmax(reference.lm_logits(ref_hidden, ref_weight, ref_bias, softcap, scale), dim=1)

@@ -165,8 +165,12 @@ def _run_backward(
 ) -> tuple[Tensor, ...]:
     if backend == "reference":
         p = torch.softmax(reference.lm_logits(hidden, weight, bias, softcap, scale), dim=1)
-        grad_logits = grad[:, None] * torch.where(torch.arange(len(weight), device=p.device) == targets[:, None], 1 - p, -p)
-        return gradients(reference.lm_logits_backward(grad_logits, hidden, weight, bias, softcap, scale), hidden, weight, bias, needs)
+        grad_logits = grad[:, None] * torch.where(
+            torch.arange(len(weight), device=p.device) == targets[:, None], 1 - p, -p
+        )
+        return gradients(
+            reference.lm_logits_backward(grad_logits, hidden, weight, bias, softcap, scale), hidden, weight, bias, needs
+        )
     if backend == "cpu":
         return _lm_token_tiles.logprob_backward(
             grad, hidden, weight, targets, logsumexp, remainder, bias, softcap, scale, needs
