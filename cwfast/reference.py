@@ -26,6 +26,26 @@ class LogitStats(NamedTuple):
     margin: Tensor
 
 
+class TopK(NamedTuple):
+    """The most likely tokens, most likely first, each ``[N, k]``: log-probabilities and int64 indices."""
+
+    logprob: Tensor
+    index: Tensor
+
+
+class TokenStats(NamedTuple):
+    """Statistics of each token's distribution over the vocabulary, each ``[N]``; see ``cwfast.ops.lm_token_stats``."""
+
+    logprob: Tensor
+    logsumexp: Tensor
+    mean: Tensor
+    variance: Tensor
+    entropy: Tensor
+    rank: Tensor
+    correct: Tensor
+    topk: TopK
+
+
 def accumulate_saliency_(
     out: Tensor,
     inputs: Tensor,
@@ -160,3 +180,77 @@ def logit_stats(logits: Tensor, labels: Tensor) -> LogitStats:
 
 
 CLIP = -69.07755278982137  # log(1e-30): where Song & Mittal's code clips its logarithms
+
+
+def lm_logits(hidden: Tensor, weight: Tensor, bias: Tensor | None, softcap: float | None, scale: float) -> Tensor:
+    """The whole ``[N, V]``, in float32 (float64 for float64)."""
+    dtype = torch.promote_types(hidden.dtype, torch.float32)
+    z = hidden.to(dtype) @ weight.to(dtype).T
+    if bias is not None:
+        z = z + bias.to(dtype)
+    z = z * scale
+    return z if softcap is None else softcap * torch.tanh(z / softcap)
+
+
+def lm_logits_backward(
+    grad: Tensor, hidden: Tensor, weight: Tensor, bias: Tensor | None, softcap: float | None, scale: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Of the gradient ``[N, V]`` at ``lm_logits``: those at hidden, weight and bias, in the dtype of ``lm_logits``."""
+    if softcap is not None:
+        grad = grad * (1 - (lm_logits(hidden, weight, bias, softcap, scale) / softcap).square())
+    grad = grad * scale
+    return grad @ weight.to(grad.dtype), grad.T @ hidden.to(grad.dtype), grad.sum(dim=0)
+
+
+def lm_token_stats(
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    bias: Tensor | None,
+    softcap: float | None,
+    scale: float,
+    topk: int,
+) -> TokenStats:
+    """Formulas and sources: ``cwfast.ops.lm_token_stats``."""
+    z = lm_logits(hidden, weight, bias, softcap, scale)
+    log_p = torch.log_softmax(z, dim=1)
+    p, row = log_p.exp(), targets[:, None]
+    surprise = log_p.masked_fill(p == 0, 0)  # what has no probability has no part in the sums
+    mean = (p * surprise).sum(dim=1)
+    order = z.sort(dim=1, descending=True, stable=True)
+    stats = TokenStats(
+        logprob=log_p.gather(1, row)[:, 0],
+        logsumexp=z.logsumexp(dim=1),
+        mean=mean,
+        variance=(p * (surprise - mean[:, None]).square()).sum(dim=1),
+        entropy=-mean,
+        rank=(z > z.gather(1, row)).sum(dim=1),
+        correct=order.indices[:, 0] == targets,
+        topk=TopK(log_p.gather(1, order.indices[:, :topk]), order.indices[:, :topk]),
+    )
+    no_softmax = ~z.amax(dim=1).isfinite()
+    blank = dict.fromkeys(TokenStats._fields, torch.nan) | {"correct": False, "rank": -1}
+    values = {
+        name: value.masked_fill(no_softmax, blank[name]) for name, value in stats._asdict().items() if name != "topk"
+    }
+    lost = no_softmax[:, None]
+    return TokenStats(
+        **values, topk=TopK(stats.topk[0].masked_fill(lost, torch.nan), stats.topk[1].masked_fill(lost, -1))
+    )
+
+
+def lm_token_kl(
+    hidden: Tensor,
+    weight: Tensor,
+    ref_hidden: Tensor,
+    ref_weight: Tensor,
+    bias: Tensor | None,
+    ref_bias: Tensor | None,
+    softcap: float | None,
+    scale: float,
+) -> Tensor:
+    """Formula: ``cwfast.ops.lm_token_kl``."""
+    log_p = torch.log_softmax(lm_logits(hidden, weight, bias, softcap, scale), dim=1)
+    log_q = torch.log_softmax(lm_logits(ref_hidden, ref_weight, ref_bias, softcap, scale), dim=1)
+    q = log_q.exp()
+    return (q * (log_q - log_p).masked_fill(q == 0, 0)).sum(dim=1)
