@@ -324,6 +324,37 @@ void cuda_embedding_saliency(const CudaMatrix& out, const CudaMatrix& grad, cons
   check_cuda(error, "accumulate_embedding_saliency_");
 }
 
+using CudaHead = std::tuple<uintptr_t, uintptr_t, uintptr_t, int64_t, int64_t, int64_t>;  // as of CwfastLmHead
+
+void cuda_lm_tokens(int what, const CudaHead& model, const CudaHead& reference, int64_t tokens, int64_t words,
+                    int64_t dtype, double scale, double softcap, uintptr_t targets, uintptr_t logit, int64_t chunks,
+                    int64_t chunk, uintptr_t partial, uintptr_t counts, uintptr_t out, uintptr_t grad,
+                    uintptr_t logsumexp, uintptr_t ref_logsumexp, int device, uintptr_t stream) {
+  const auto head = [](const CudaHead& x) {
+    const auto& [hidden, weight, bias, hidden_stride, weight_stride, width] = x;
+    return CwfastLmHead{pointer<const void>(hidden), pointer<const void>(weight), pointer<const float>(bias),
+                        hidden_stride, weight_stride, width};
+  };
+  const CwfastLmTokens all{head(model),
+                           head(reference),
+                           tokens,
+                           words,
+                           dtype,
+                           scale,
+                           softcap,
+                           pointer<const int64_t>(targets),
+                           pointer<float>(logit),
+                           chunks,
+                           chunk,
+                           pointer<float>(partial),
+                           pointer<int>(counts),
+                           pointer<void>(out),
+                           pointer<const float>(grad),
+                           pointer<const float>(logsumexp),
+                           pointer<const float>(ref_logsumexp)};
+  check_cuda(cwfast_cuda_lm_tokens(what, &all, device, pointer<void>(stream)), "lm_token_stats or lm_token_kl");
+}
+
 void bind_cuda(py::module_& m) {
   m.def("cuda_unavailable", cuda_unavailable, "Why no CUDA device can be used; empty where one can.");
   m.def("cuda_saliency", cuda_saliency);
@@ -331,6 +362,7 @@ void bind_cuda(py::module_& m) {
   m.def("cuda_rewind_survey", cuda_rewind_survey);
   m.def("cuda_rewind_move", cuda_rewind_move);
   m.def("cuda_embedding_saliency", cuda_embedding_saliency);
+  m.def("cuda_lm_tokens", cuda_lm_tokens);
 }
 #endif
 

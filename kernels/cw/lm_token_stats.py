@@ -1,10 +1,9 @@
-"""Statistics of p = softmax(z), z = softcap(scale * (hidden weight^T + bias)), per token; KL(p_ref || p); their dz.
+"""What a chunk of the vocabulary knows of p = softmax(z), z = softcap(scale * (hidden weight^T + bias)); KL(q || p); dz.
 
 Reference: ``cwfast.reference.lm_token_stats``. Called by ``cwfast.ops._lm_token_stats_device`` (backend "triton").
-Moves hidden and weight from memory once per group of GROUP blocks of tokens; [tokens, vocabulary] never exists. A
-program goes through a chunk of the vocabulary in tiles of a matrix product; each tile is folded into a handful of
-numbers per token while it lies in registers. Chunks go to a small workspace and are merged in order: no atomics, the
-same bits on every run. Not yet run on a GPU.
+Moves weight from memory once per GROUP blocks of tokens and hidden once; [tokens, vocabulary] never exists. A program
+goes through a chunk of words in tiles of a matrix product, each of which is folded into a few numbers per token while
+it lies in registers. No atomics: the same bits on every run. Not yet run on a GPU.
 """
 
 import torch
@@ -12,9 +11,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-GROUP = tl.constexpr(16)  # blocks of tokens that share a chunk's words in the cache; 16 MB of hidden at width 4096
-SAVED = 7  # numbers per token and chunk: top, sum, mean, moment; above, ties, logit of the target
-SAVED_KL = 5  # top and sum of either model, mean of their difference
+from cwfast.kernels._tl import quarters
+
+GROUP = tl.constexpr(16)  # blocks of tokens that share a tile of words in the cache; 16 MB of hidden at width 4096
 
 
 @triton.jit
@@ -28,25 +27,20 @@ def _tanh(x):
 
 
 @triton.jit
-def _logits(
-    hidden,
-    weight,
-    bias,
+def _product(
+    hidden,  # [tokens, width], entries of a row are adjacent
+    weight,  # [words, width], likewise
     n,
     v,
     width,
-    hidden_row,
+    hidden_row,  # strides, in entries
     weight_row,
-    scale,
-    softcap,
-    HAS_BIAS: tl.constexpr,
-    HAS_CAP: tl.constexpr,
-    EVEN: tl.constexpr,
+    EVEN: tl.constexpr,  # width is a multiple of BK
     BN: tl.constexpr,
     BV: tl.constexpr,
     BK: tl.constexpr,
 ):
-    """z of the tokens n and the words v, which must exist."""
+    """hidden weight^T of the tokens n and the words v, all of which must exist."""
     k = tl.arange(0, BK)
     h = hidden + n[:, None] * hidden_row + k[None, :]
     w = weight + v[None, :] * weight_row + k[:, None]  # its transpose: a transposed load would go through registers
@@ -60,51 +54,39 @@ def _logits(
             acc = tl.dot(left, right, acc, input_precision="ieee")
         h += BK
         w += BK
+    return acc
+
+
+@triton.jit
+def _logits(z, bias, v, scale, softcap, HAS_BIAS: tl.constexpr, HAS_CAP: tl.constexpr):
+    """z of a strip of the product and its words v, which must exist; bias [words], adjacent."""
     if HAS_BIAS:
-        acc += tl.load(bias + v).to(tl.float32)[None, :]
-    z = acc * scale
+        z += tl.load(bias + v).to(tl.float32)[None, :]
+    z *= scale
     if HAS_CAP:
         z = softcap * _tanh(z / softcap)
     return z
 
 
 @triton.jit
-def _place(tokens, chunks, BN: tl.constexpr):
-    """The block of tokens and the chunk of this program: groups of GROUP blocks go through the chunks together."""
-    blocks = tl.cdiv(tokens, BN)
+def _place(tokens, parts, BN: tl.constexpr):
+    """The block of tokens and the part of the words of this program: GROUP blocks go through the parts together."""
     program = tl.program_id(0)
-    first = program // (GROUP * chunks) * GROUP
-    height = tl.minimum(blocks - first, GROUP)
-    inside = program % (GROUP * chunks)
-    return first + inside % height, inside // height
-
-
-@triton.jit
-def _shifted(top, peak):
-    """What becomes of sums and means relative to ``top`` when they shall be relative to ``peak``: factor, addend."""
-    step = tl.where(peak > float("-inf"), top - peak, 0.0)
-    return tl.exp(step), tl.where(step > float("-inf"), step, 0.0)
-
-
-@triton.jit
-def _joined(total, mean, moment, total_2, mean_2, moment_2):
-    """Two sets of words with the same top. A total that is NaN stays NaN; the rest is void then."""
-    total_1 = total
-    total += total_2
-    share = tl.where(total > 0, total_2 / tl.where(total > 0, total, 1.0), 0.0)
-    d = tl.where((total_1 > 0) & (total_2 > 0), mean_2 - mean, 0.0)  # else one of them may be infinite
-    mean = tl.where(total_1 > 0, mean, mean_2) + share * d
-    return total, mean, moment + moment_2 + d * d * total_1 * share
+    first = program // (GROUP * parts) * GROUP
+    height = tl.minimum(tl.cdiv(tokens, BN) - first, GROUP)
+    inside = program % (GROUP * parts)
+    return (first + inside % height).to(tl.int64), (inside // height).to(tl.int64)
 
 
 @triton.jit
 def _target_kernel(
-    logit,  # [tokens] float32, written: z of the target, with the bits that its tile has
+    logit,  # [tokens] float32, written where a target is one of the words
     hidden,
     weight,
     bias,
-    targets,  # [tokens] int64
+    targets,  # [tokens] int64, relative to the first word
     tokens,
+    words,
     width,
     hidden_row,
     weight_row,
@@ -117,34 +99,40 @@ def _target_kernel(
     BV: tl.constexpr,
     BK: tl.constexpr,
 ):
-    """A tile of which the diagonal is wanted, BN / vocabulary of the work: so that equal logits compare equal."""
+    """A tile of words of which the diagonal is wanted: the sums of the tiles, so that equal logits compare equal."""
     i = tl.arange(0, BN)
     n = tl.program_id(0).to(tl.int64) * BN + i
-    inside = n < tokens
-    n = tl.minimum(n, tokens - 1)
+    y = tl.load(targets + tl.minimum(n, tokens - 1))
+    inside = (n < tokens) & (y >= 0) & (y < words)
     j = tl.arange(0, BV)
     v = tl.load(targets + tl.minimum(tl.program_id(0).to(tl.int64) * BN + j, tokens - 1))
-    z = _logits(
-        hidden, weight, bias, n, v, width, hidden_row, weight_row, scale, softcap, HAS_BIAS, HAS_CAP, EVEN, BN, BV, BK
-    )
-    tl.store(logit + n, tl.sum(tl.where(i[:, None] == j[None, :], z, 0.0), 1), inside)
+    v = tl.minimum(tl.maximum(v, 0), words - 1)
+    h = tl.minimum(n, tokens - 1)
+    product = _product(hidden, weight, h, v, width, hidden_row, weight_row, EVEN, BN, BV, BK)
+    z = tl.sum(tl.where(i[:, None] == j[None, :], product, 0.0), 1)
+    if HAS_BIAS:
+        z += tl.load(bias + tl.minimum(tl.maximum(y, 0), words - 1)).to(tl.float32)
+    z *= scale
+    if HAS_CAP:
+        z = softcap * _tanh(z / softcap)
+    tl.store(logit + n, z, inside)
 
 
 @triton.jit
 def _stats_kernel(
-    partial,  # [4, chunks, tokens] float32, written: top, sum, mean, moment
-    counts,  # [2, chunks, tokens] int32, written: logits above the target's; equal ones before it
-    hidden,  # [tokens, width], entries of a row are adjacent
-    weight,  # [vocabulary, width], likewise
-    bias,  # [vocabulary], adjacent; not read without HAS_BIAS
-    targets,  # [tokens] int64
-    logit,  # [tokens] float32: of the targets
+    partial,  # [5, chunks, tokens] float32, written: peak, tops, rest, mean, spread; see Parts, whose slope / sum is mean
+    counts,  # [2, chunks, tokens] int32, written: logits above the target's; the lowest index of the largest logit
+    hidden,
+    weight,
+    bias,
+    targets,
+    logit,  # [tokens] float32: of the targets, which stand for those of the tiles
     tokens,
-    vocabulary,
+    words,
     chunks,
     chunk,  # words of a chunk, a multiple of BV
     width,
-    hidden_row,  # strides, in entries
+    hidden_row,
     weight_row,
     scale,
     softcap,
@@ -155,119 +143,215 @@ def _stats_kernel(
     BV: tl.constexpr,
     BK: tl.constexpr,
 ):
-    """Of each token and chunk: top = max z, sum = sum e^u with u = z - top, mean of u under e^u, moment = sum e^u (u - mean)^2."""
     block, part = _place(tokens, chunks, BN)
-    n = block.to(tl.int64) * BN + tl.arange(0, BN)
+    n = block * BN + tl.arange(0, BN)
     inside = n < tokens
     n = tl.minimum(n, tokens - 1)
-    y = tl.load(targets + n)
     own = tl.load(logit + n)
     top = tl.full((BN,), float("-inf"), tl.float32)
-    total = tl.zeros((BN,), tl.float32)
+    tops = tl.zeros((BN,), tl.float32)
+    rest = tl.zeros((BN,), tl.float32)
     mean = tl.zeros((BN,), tl.float32)
-    moment = tl.zeros((BN,), tl.float32)
+    spread = tl.zeros((BN,), tl.float32)
     above = tl.zeros((BN,), tl.int32)
-    ties = tl.zeros((BN,), tl.int32)
-    begin = part.to(tl.int64) * chunk
-    for first in range(begin, tl.minimum(begin + chunk, vocabulary), BV):
-        v = first + tl.arange(0, BV)
-        z = _logits(
-            hidden,
-            weight,
-            bias,
-            n,
-            tl.minimum(v, vocabulary - 1),
-            width,
-            hidden_row,
-            weight_row,
-            scale,
-            softcap,
-            HAS_BIAS,
-            HAS_CAP,
-            EVEN,
-            BN,
-            BV,
-            BK,
-        )
-        z = tl.where((v < vocabulary)[None, :], z, float("-inf"))
-        above += tl.sum((z > own[:, None]).to(tl.int32), 1)
-        ties += tl.sum(((z == own[:, None]) & (v[None, :] < y[:, None])).to(tl.int32), 1)
+    where = tl.zeros((BN,), tl.int32)
+    begin = part * chunk
+    y = tl.load(targets + n) - begin
+    for first in range(0, tl.minimum(chunk, words - begin).to(tl.int32), BV):
+        v = tl.minimum(begin + first + tl.arange(0, BV), words - 1)
+        strips = quarters(_product(hidden, weight, n, v, width, hidden_row, weight_row, EVEN, BN, BV, BK), BN, BV)
+        # By strips, with barriers: or the registers of all steps of all of the tile are wanted at once.
+        for strip in tl.static_range(4):
+            c = first + strip * (BV // 4) + tl.arange(0, BV // 4)
+            v = tl.minimum(begin + c, words - 1)
+            z = _logits(strips[strip], bias, v, scale, softcap, HAS_BIAS, HAS_CAP)
+            z = tl.where(c[None, :] == y[:, None], own[:, None], z)
+            z = tl.where((begin + c < words)[None, :], z, float("-inf"))
+            above += tl.sum((z > own[:, None]).to(tl.int32), 1)
+            peak = tl.max(z, 1)
+            new = peak > top
+            lowest = tl.min(tl.where(z == peak[:, None], c[None, :], 2147483647), 1)
+            where = tl.where(new, lowest, where)
 
-        peak = tl.max(z, 1)
-        new = peak > top
-        peak = tl.where(new, peak, top)
-        factor, step = _shifted(top, peak)
-        top, total, mean, moment = peak, total * factor, mean + step, moment * factor
-        # Moments about a place near the tile's mean, or digits cancel: the largest logit where it is new, for it may
-        # have most of the probability; else the mean so far, whose distance to the tile's is part of the variance.
-        about = tl.where(new, 0.0, mean)
-        u = z - tl.where(top > float("-inf"), top, 0.0)[:, None]
-        w = tl.exp(u)
-        e = tl.maximum(u - about[:, None], -1e10)  # -inf times 0 is not 0
-        sum = tl.sum(w, 1)
-        first_moment = tl.sum(w * e, 1)
-        off = first_moment / tl.where(sum > 0, sum, 1.0)
-        spread = tl.maximum(tl.sum(w * e * e, 1) - first_moment * off, 0.0)
-        total, mean, moment = _joined(total, mean, moment, sum, about + off, spread)
-    at = part.to(tl.int64) * tokens + n
+            # Sums so far, relative to the new peak; (top - peak) is at most 0 and may be -inf.
+            peak = tl.where(new, peak, top)
+            step = tl.where(new, top - peak, 0.0)
+            factor = tl.exp(step)
+            sum = (tops + rest) * factor
+            rest = tl.where(new, sum, rest)
+            tops = tl.where(new, 0.0, tops)
+            mean += tl.where(sum > 0, step, 0.0)
+            top = peak
+            # Moments about a place near the tile's mean, or digits cancel: the largest logit where it is new, for it may
+            # have most of the probability; else the mean so far, whose distance to the tile's is part of the variance.
+            about = tl.where(new, 0.0, mean)
+            u = z - tl.where(top > float("-inf"), top, 0.0)[:, None]
+            w = tl.exp(u)
+            e = tl.maximum(u - about[:, None], -1e10)  # -inf times 0 is not 0
+            more_tops = tl.sum(tl.where(u == 0, 1.0, 0.0), 1)
+            more_rest = tl.sum(tl.where(u == 0, 0.0, w), 1)
+            moment = tl.sum(w * e, 1)
+            more = more_tops + more_rest
+            off = moment / tl.where(more > 0, more, 1.0)
+            share = more / tl.where(sum + more > 0, sum + more, 1.0)
+            d = tl.where(sum > 0, about + off - mean, 0.0)
+            mean = tl.where(sum > 0, mean + share * d, about + off)
+            spread = spread * factor + tl.maximum(tl.sum(w * e * e, 1) - moment * off, 0.0) + d * d * sum * share
+            tops += more_tops
+            rest += more_rest
+            tl.debug_barrier()
+    at = part * tokens + n
     field = chunks.to(tl.int64) * tokens
     tl.store(partial + at, top, inside)
-    tl.store(partial + field + at, total, inside)
-    tl.store(partial + 2 * field + at, mean, inside)
-    tl.store(partial + 3 * field + at, moment, inside)
+    tl.store(partial + field + at, tops, inside)
+    tl.store(partial + 2 * field + at, rest, inside)
+    tl.store(partial + 3 * field + at, mean, inside)
+    tl.store(partial + 4 * field + at, spread, inside)
     tl.store(counts + at, above, inside)
-    tl.store(counts + field + at, ties, inside)
+    tl.store(counts + field + at, where + begin.to(tl.int32), inside)
 
 
 @triton.jit
-def _merge_kernel(
-    logprob,  # [tokens] float32, written, and so the others
-    logsumexp,
-    mean,
-    variance,
-    entropy,
-    correct,  # [tokens] bool
-    rank,  # [tokens] int64
-    partial,  # as of _stats_kernel
-    counts,
-    logit,
+def _kl_kernel(
+    partial,  # [5, chunks, tokens] float32, written: peak and sum of the model; of the reference; mean of r - z under q
+    hidden,
+    weight,
+    bias,
+    ref_hidden,
+    ref_weight,
+    ref_bias,
     tokens,
+    words,
     chunks,
+    chunk,
+    width,
+    ref_width,
+    hidden_row,
+    weight_row,
+    ref_hidden_row,
+    ref_weight_row,
+    scale,
+    softcap,
+    HAS_BIAS: tl.constexpr,
+    HAS_REF_BIAS: tl.constexpr,
+    HAS_CAP: tl.constexpr,
+    EVEN: tl.constexpr,
     BN: tl.constexpr,
+    BV: tl.constexpr,
+    BK: tl.constexpr,
 ):
-    n = tl.program_id(0).to(tl.int64) * BN + tl.arange(0, BN)
+    block, part = _place(tokens, chunks, BN)
+    n = block * BN + tl.arange(0, BN)
     inside = n < tokens
     n = tl.minimum(n, tokens - 1)
-    field = chunks.to(tl.int64) * tokens
-    top = tl.load(partial + n)
-    total = tl.load(partial + field + n)
-    center = tl.load(partial + 2 * field + n)
-    moment = tl.load(partial + 3 * field + n)
-    above = tl.load(counts + n).to(tl.int64)
-    ties = tl.load(counts + field + n)
-    for part in range(1, chunks):
-        at = part.to(tl.int64) * tokens + n
-        top_2 = tl.load(partial + at)
-        peak = tl.where(top_2 > top, top_2, top)
-        factor, step = _shifted(top, peak)
-        factor_2, step_2 = _shifted(top_2, peak)
-        total, center, moment = _joined(
-            total * factor,
-            center + step,
-            moment * factor,
-            tl.load(partial + field + at) * factor_2,
-            tl.load(partial + 2 * field + at) + step_2,
-            tl.load(partial + 3 * field + at) * factor_2,
+    top = tl.full((BN,), float("-inf"), tl.float32)
+    ref_top = tl.full((BN,), float("-inf"), tl.float32)
+    sum = tl.zeros((BN,), tl.float32)
+    ref_sum = tl.zeros((BN,), tl.float32)
+    gap = tl.zeros((BN,), tl.float32)
+    begin = part * chunk
+    for first in range(0, tl.minimum(chunk, words - begin).to(tl.int32), BV):
+        v = tl.minimum(begin + first + tl.arange(0, BV), words - 1)
+        theirs = quarters(
+            _product(ref_hidden, ref_weight, n, v, ref_width, ref_hidden_row, ref_weight_row, EVEN, BN, BV, BK), BN, BV
         )
-        top = peak
-        above += tl.load(counts + at)
-        ties += tl.load(counts + field + at)
-    log_total = tl.log(total)
-    spread = log_total - center
-    tl.store(logprob + n, (tl.load(logit + n) - top) - log_total, inside)
-    tl.store(logsumexp + n, top + log_total, inside)
-    tl.store(mean + n, -spread, inside)
-    tl.store(variance + n, moment / total, inside)
-    tl.store(entropy + n, spread, inside)
-    tl.store(correct + n, (above == 0) & (ties == 0) & (total == total), inside)
-    tl.store(rank + n, above, inside)
+        ours = quarters(_product(hidden, weight, n, v, width, hidden_row, weight_row, EVEN, BN, BV, BK), BN, BV)
+        for strip in tl.static_range(4):
+            c = begin + first + strip * (BV // 4) + tl.arange(0, BV // 4)
+            v = tl.minimum(c, words - 1)
+            z = _logits(ours[strip], bias, v, scale, softcap, HAS_BIAS, HAS_CAP)
+            r = _logits(theirs[strip], ref_bias, v, scale, softcap, HAS_REF_BIAS, HAS_CAP)
+            z = tl.where((c < words)[None, :], z, float("-inf"))
+            r = tl.where((c < words)[None, :], r, float("-inf"))
+            peak = tl.maximum(top, tl.max(z, 1))
+            safe = tl.where(peak > float("-inf"), peak, 0.0)
+            sum = sum * tl.exp(top - safe) + tl.sum(tl.exp(z - safe[:, None]), 1)
+            top = peak
+            peak = tl.maximum(ref_top, tl.max(r, 1))
+            safe = tl.where(peak > float("-inf"), peak, 0.0)
+            ref_sum *= tl.exp(ref_top - safe)
+            ref_top = peak
+            q = tl.exp(r - safe[:, None])
+            more = tl.sum(q, 1)
+            their = tl.sum(tl.where(q > 0, q * (r - z), 0.0), 1) / tl.where(more > 0, more, 1.0)
+            share = more / tl.where(ref_sum + more > 0, ref_sum + more, 1.0)
+            gap = tl.where(ref_sum > 0, gap * (1 - share) + tl.where(more > 0, share * their, 0.0), their)
+            ref_sum += more
+            tl.debug_barrier()
+    at = part * tokens + n
+    field = chunks.to(tl.int64) * tokens
+    tl.store(partial + at, top, inside)
+    tl.store(partial + field + at, sum, inside)
+    tl.store(partial + 2 * field + at, ref_top, inside)
+    tl.store(partial + 3 * field + at, ref_sum, inside)
+    tl.store(partial + 4 * field + at, gap, inside)
+
+
+LOGITS, LOGPROB, KL = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)
+
+
+@triton.jit
+def _tile_kernel(
+    out,  # [tokens, words of the tile], any float, written: z; or the gradient of the loss at hidden weight^T + bias
+    hidden,
+    weight,
+    bias,
+    ref_hidden,  # of KL alone, and so the others of the reference
+    ref_weight,
+    ref_bias,
+    targets,  # [tokens] int64, relative to the first word; not of KL
+    logit,  # [tokens] float32, of LOGITS: those of the targets
+    grad,  # [tokens] float32, of the loss at logprob or KL
+    logsumexp,  # [tokens, 2] float32: rounded, and what rounding lost
+    ref_logsumexp,
+    tokens,
+    words,
+    width,
+    ref_width,
+    hidden_row,
+    weight_row,
+    ref_hidden_row,
+    ref_weight_row,
+    scale,
+    softcap,
+    KIND: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    HAS_REF_BIAS: tl.constexpr,
+    HAS_CAP: tl.constexpr,
+    EVEN: tl.constexpr,
+    BN: tl.constexpr,
+    BV: tl.constexpr,
+    BK: tl.constexpr,
+):
+    block, part = _place(tokens, tl.cdiv(words, BV), BN)
+    n = block * BN + tl.arange(0, BN)
+    inside = n < tokens
+    n = tl.minimum(n, tokens - 1)
+    v = tl.minimum(part * BV + tl.arange(0, BV), words - 1)
+    if KIND == KL:
+        theirs = quarters(
+            _product(ref_hidden, ref_weight, n, v, ref_width, ref_hidden_row, ref_weight_row, EVEN, BN, BV, BK), BN, BV
+        )
+    ours = quarters(_product(hidden, weight, n, v, width, hidden_row, weight_row, EVEN, BN, BV, BK), BN, BV)
+    for strip in tl.static_range(4):
+        c = part * BV + strip * (BV // 4) + tl.arange(0, BV // 4)
+        v = tl.minimum(c, words - 1)
+        z = _logits(ours[strip], bias, v, scale, softcap, HAS_BIAS, HAS_CAP)
+        if KIND == LOGITS:
+            z = tl.where(c[None, :] == tl.load(targets + n)[:, None], tl.load(logit + n)[:, None], z)
+        else:
+            d = tl.exp((z - tl.load(logsumexp + 2 * n)[:, None]) - tl.load(logsumexp + 2 * n + 1)[:, None])
+            if KIND == LOGPROB:
+                d = tl.where(c[None, :] == tl.load(targets + n)[:, None], 1.0, 0.0) - d
+            else:
+                r = _logits(theirs[strip], ref_bias, v, scale, softcap, HAS_REF_BIAS, HAS_CAP)
+                r = (r - tl.load(ref_logsumexp + 2 * n)[:, None]) - tl.load(ref_logsumexp + 2 * n + 1)[:, None]
+                d -= tl.exp(r)
+            d *= (tl.load(grad + n) * scale)[:, None]
+            if HAS_CAP:
+                z /= softcap
+                d *= 1 - z * z
+            z = d
+        at = n[:, None] * words + c[None, :]
+        tl.store(out + at, z.to(out.dtype.element_ty), inside[:, None] & (c < words)[None, :])
+        tl.debug_barrier()
