@@ -287,7 +287,7 @@ def _kl_kernel(
     tl.store(partial + 4 * field + at, gap, inside)
 
 
-LOGITS, LOGPROB, KL = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)
+LOGITS, LOGPROB, KL = tl.constexpr(3), tl.constexpr(4), tl.constexpr(5)  # CwfastLmTask
 
 
 @triton.jit
@@ -355,3 +355,74 @@ def _tile_kernel(
         at = n[:, None] * words + c[None, :]
         tl.store(out + at, z.to(out.dtype.element_ty), inside[:, None] & (c < words)[None, :])
         tl.debug_barrier()
+
+
+TASKS = (_target_kernel, _stats_kernel, _kl_kernel, _tile_kernel, _tile_kernel, _tile_kernel)  # by CwfastLmTask
+
+
+def tiles(dtype: torch.dtype, hip: bool) -> dict[str, int]:
+    """BN, BV, BK, num_warps and num_stages.
+
+    16-bit inputs: 128 x 128 in the registers of 8 warps, on tensor cores; with 128 x 256 the sums spill. float32
+    products without loss of bits run on the ordinary cores, whose operands stay in registers: smaller tiles.
+    """
+    if dtype == torch.float32:
+        return {"BN": 64, "BV": 64, "BK": 16, "num_warps": 8, "num_stages": 3}
+    return {"BN": 128, "BV": 128, "BK": 64, "num_warps": 8, "num_stages": 2 if hip else 4}
+
+
+def launch(
+    task: int,
+    model: tuple[Tensor, Tensor, Tensor | None],
+    reference: tuple[Tensor, Tensor, Tensor | None] | None,
+    scale: float,
+    softcap: float | None,
+    chunks: int,
+    chunk: int,
+    **tensors: Tensor | None,
+) -> None:
+    """One task of ``CwfastLmTask`` in csrc/cuda/launchers.h, and its arguments.
+
+    ``partial`` and ``counts`` have one entry per chunk here. Heads: hidden, weight, bias (float32); rows are adjacent.
+    """
+    hidden, weight, bias = model
+    config = tiles(hidden.dtype, torch.version.hip is not None)
+    tokens, words = len(hidden), len(weight)
+    blocks = triton.cdiv(tokens, config["BN"])
+    parts = [1, chunks, chunks, *[triton.cdiv(words, config["BV"])] * 3][task]
+    widths = [hidden.shape[1]]
+    arguments = {
+        "hidden": hidden,
+        "weight": weight,
+        "bias": weight if bias is None else bias,
+        "tokens": tokens,
+        "words": words,
+        "chunks": chunks,
+        "chunk": chunk,
+        "width": hidden.shape[1],
+        "hidden_row": hidden.stride(0),
+        "weight_row": weight.stride(0),
+        "scale": scale,
+        "softcap": softcap or 1.0,
+        "KIND": task,
+        "HAS_BIAS": bias is not None,
+        "HAS_REF_BIAS": False,
+        "HAS_CAP": softcap is not None,
+    }
+    their_hidden, their_weight, their_bias = reference or (hidden, weight, None)
+    if reference is not None:
+        widths.append(their_hidden.shape[1])
+    arguments |= {
+        "ref_hidden": their_hidden,
+        "ref_weight": their_weight,
+        "ref_bias": their_weight if their_bias is None else their_bias,
+        "ref_width": their_hidden.shape[1],
+        "ref_hidden_row": their_hidden.stride(0),
+        "ref_weight_row": their_weight.stride(0),
+        "HAS_REF_BIAS": their_bias is not None,
+        "EVEN": all(width % config["BK"] == 0 for width in widths),
+    }
+    arguments |= {name: hidden if tensor is None else tensor for name, tensor in tensors.items()}
+    kernel = TASKS[task]
+    wanted = {name: arguments[name] for name in kernel.arg_names if name not in config}
+    kernel[(blocks * parts,)](**wanted, **config)
