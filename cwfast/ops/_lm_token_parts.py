@@ -43,7 +43,10 @@ def no_parts(like: Tensor, vocabulary: int, topk: int) -> Parts:
     counts = like.new_zeros((2, len(like)), dtype=torch.int64)
     counts[1] = vocabulary
     values = like.new_full((len(like), topk), -torch.inf)
-    return Parts(*zeros, *counts, values, torch.full_like(values, vocabulary, dtype=torch.int64))
+    peak, tops, rest, slope, spread = zeros
+    above, top = counts
+    indices = torch.full_like(values, vocabulary, dtype=torch.int64)
+    return Parts(peak, tops, rest, slope, spread, above, top, values, indices)
 
 
 def merge(a: Parts, b: Parts) -> Parts:
@@ -112,5 +115,5 @@ def finish(parts: Parts, target_logit: Tensor, targets: Tensor) -> tuple[Tensor,
         good & (parts.top == targets),
         real((parts.values.double() - parts.peak[:, None]) - log_sum[:, None]),
         torch.where(good[:, None], parts.indices, -1),
-        real((parts.peak - rounded.double()) + log_sum),
+        torch.stack([real(logsumexp), real((parts.peak - rounded.double()) + log_sum)], dim=1),
     )
