@@ -218,6 +218,7 @@ def lm_token_stats(hidden: Tensor, head: LMHead, targets: Tensor, topk: int) -> 
     mean = (p * surprise).sum(dim=1)
     order = z.sort(dim=1, descending=True, stable=True).indices
     no_softmax = ~z.amax(dim=1).isfinite()
+    most = log_p.gather(1, order[:, :topk])
     lost = no_softmax[:, None]
     return TokenStats(
         logprob=log_p.gather(1, row)[:, 0].masked_fill(no_softmax, torch.nan),

@@ -81,7 +81,7 @@ struct Math {
 
   // tanh x by e^|2x| - 1, which keeps the digits of a small x. NaN stays.
   static V tanh(V x) {
-    const I sign = (I)x & (I)all(-(T)0);
+    const I sign = (I)x & ((I)all(1) ^ (I)all(-1));
     const V size = (V)((I)x ^ sign) * 2;
     const Reduced parts = reduced(size > 40 ? all(40) : size);
     const V minus_one = parts.r * taylor<1>(parts.r) * parts.power + (parts.power - 1);
