@@ -1,6 +1,5 @@
 """Divergence of a language model from its reference, per token, from hidden states and LM heads."""
 
-from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -9,7 +8,8 @@ from torch import Tensor
 from cwfast import _backends, _checks, reference
 from cwfast.ops import _lm_token_tiles
 from cwfast.ops._library import register
-from cwfast.ops.lm_token_stats import check_head, check_scaling, gradients
+from cwfast.ops.lm_token_stats import check_head, check_scaling, device, fake_gradients, needed
+from cwfast.reference import LMHead
 
 BACKENDS = ("reference", "cpu", "triton", "cuda")
 
@@ -28,10 +28,10 @@ def lm_token_kl(
 ) -> Tensor:
     """``KL(q || p) = sum_v q_v (log q_v - log p_v)`` per token, q of the reference and p of the model, in nats.
 
-    Both distributions are made as in ``lm_token_stats``, softcap and scale the same for both. Nothing of size ``[N, V]``
-    exists, neither forward nor backward, which computes the tiles again. Differentiable in hidden, weight and bias,
-    once; the reference is a constant. Where a distribution does not exist (see there), the result is NaN; where
-    p_v = 0 < q_v, it is inf. N = 0 gives an empty result.
+    Both distributions are made as in ``lm_token_stats``, softcap and scale the same for both. Nothing of size
+    ``[N, V]`` exists, neither forward nor backward, which computes the tiles again. Differentiable in hidden, weight
+    and bias, once; the reference is a constant. Where a distribution does not exist (see there), the result is NaN;
+    where p_v = 0 < q_v, it is inf. N = 0 gives an empty result.
 
     Args:
         hidden: ``[N, d]`` of the model; float32, bfloat16, float16 (computed in float32) or float64; any strides.
@@ -90,14 +90,13 @@ def _run(
     scale: float,
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
+    head, ref_head = LMHead(weight, bias, softcap, scale), LMHead(ref_weight, ref_bias, softcap, scale)
     if backend == "cpu":
-        return _lm_token_tiles.kl(hidden, weight, ref_hidden, ref_weight, bias, ref_bias, softcap, scale)
+        return _lm_token_tiles.kl(hidden, head, ref_hidden, ref_head)
     if backend == "reference":
-        kl = reference.lm_token_kl(hidden, weight, ref_hidden, ref_weight, bias, ref_bias, softcap, scale)
-        return kl, kl.new_empty((len(hidden), 2)), kl.new_empty((len(hidden), 2))
-    from cwfast.ops import _lm_token_stats_device
-
-    return _lm_token_stats_device.kl(hidden, weight, ref_hidden, ref_weight, bias, ref_bias, softcap, scale, backend)
+        result = reference.lm_token_kl(hidden, head, ref_hidden, ref_head)
+        return result, result.new_zeros((len(hidden), 2)), result.new_zeros((len(hidden), 2))
+    return device().kl(hidden, head, ref_hidden, ref_head, backend)
 
 
 def _fake(hidden: Tensor, *_: Any) -> tuple[Tensor, Tensor, Tensor]:
@@ -108,12 +107,12 @@ def _fake(hidden: Tensor, *_: Any) -> tuple[Tensor, Tensor, Tensor]:
 
 def _run_backward(
     grad: Tensor,
+    sums: Tensor,
+    ref_sums: Tensor,
     hidden: Tensor,
     weight: Tensor,
     ref_hidden: Tensor,
     ref_weight: Tensor,
-    logsumexp: Tensor,
-    ref_logsumexp: Tensor,
     bias: Tensor | None,
     ref_bias: Tensor | None,
     softcap: float | None,
@@ -121,31 +120,24 @@ def _run_backward(
     needs: list[bool],
     backend: str,
 ) -> tuple[Tensor, ...]:
-    heads = (ref_hidden, ref_weight, bias, ref_bias, softcap, scale)
+    head, ref_head = LMHead(weight, bias, softcap, scale), LMHead(ref_weight, ref_bias, softcap, scale)
     if backend == "cpu":
-        return _lm_token_tiles.kl_backward(
-            grad, hidden, weight, *heads[:2], logsumexp, ref_logsumexp, *heads[2:], needs
-        )
+        return _lm_token_tiles.kl_backward(grad, sums, ref_sums, hidden, head, ref_hidden, ref_head, needs)
     if backend == "reference":
-        p = torch.softmax(reference.lm_logits(hidden, weight, bias, softcap, scale), dim=1)
-        q = torch.softmax(reference.lm_logits(ref_hidden, ref_weight, ref_bias, softcap, scale), dim=1)
-        found = reference.lm_logits_backward(grad[:, None] * (p - q), hidden, weight, bias, softcap, scale)
-        return gradients(found, hidden, weight, bias, needs)
-    from cwfast.ops import _lm_token_stats_device
-
-    return _lm_token_stats_device.kl_backward(
-        grad, hidden, weight, *heads[:2], logsumexp, ref_logsumexp, *heads[2:], needs, backend
-    )
+        p = torch.softmax(reference.lm_logits(hidden, head), dim=1)
+        q = torch.softmax(reference.lm_logits(ref_hidden, ref_head), dim=1)
+        return needed(reference.lm_logits_backward(grad[:, None] * (p - q), hidden, head), hidden, head, needs)
+    return device().kl_backward(grad, sums, ref_sums, hidden, head, ref_hidden, ref_head, needs, backend)
 
 
 def _fake_backward(
     grad: Tensor,
+    sums: Tensor,
+    ref_sums: Tensor,
     hidden: Tensor,
     weight: Tensor,
     ref_hidden: Tensor,
     ref_weight: Tensor,
-    logsumexp: Tensor,
-    ref_logsumexp: Tensor,
     bias: Tensor | None,
     ref_bias: Tensor | None,
     softcap: float | None,
@@ -153,54 +145,40 @@ def _fake_backward(
     needs: list[bool],
     backend: str,
 ) -> tuple[Tensor, ...]:
-    return tuple(
-        torch.empty_like(x, memory_format=torch.contiguous_format) if need and x is not None else hidden.new_empty(0)
-        for x, need in zip((hidden, weight, bias), needs, strict=True)
-    )
+    return fake_gradients(hidden, weight, bias, needs)
 
 
 def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     *tensors, softcap, scale, backend = inputs
-    ctx.save_for_backward(*tensors, *output[1:])
-    ctx.options, ctx.backend = (softcap, scale), backend
+    ctx.save_for_backward(*output[1:], *tensors)
+    ctx.options = softcap, scale
+    ctx.backend = backend
     ctx.mark_non_differentiable(*output[1:])
     ctx.set_materialize_grads(False)
 
 
 def _backward(ctx: Any, grad: Tensor | None, *_: Tensor | None) -> tuple[Tensor | None, ...]:
-    hidden, weight, ref_hidden, ref_weight, bias, ref_bias, logsumexp, ref_logsumexp = ctx.saved_tensors
     needs = [ctx.needs_input_grad[i] for i in (0, 1, 4)]
     if grad is None or not any(needs):
         return (None,) * 9
-    found: Sequence[Tensor] = torch.ops.cwfast.lm_token_kl_backward(
-        grad,
-        hidden,
-        weight,
-        ref_hidden,
-        ref_weight,
-        logsumexp,
-        ref_logsumexp,
-        bias,
-        ref_bias,
-        *ctx.options,
-        needs,
-        ctx.backend,
-    )
+    found = torch.ops.cwfast.lm_token_kl_backward(grad, *ctx.saved_tensors, *ctx.options, needs, ctx.backend)
     grad_hidden, grad_weight, grad_bias = (g if need else None for g, need in zip(found, needs, strict=True))
     return grad_hidden, grad_weight, None, None, grad_bias, None, None, None, None
 
 
+_HEADS = (
+    "Tensor hidden, Tensor weight, Tensor ref_hidden, Tensor ref_weight, Tensor? bias, Tensor? ref_bias, "
+    "float? softcap, float scale"
+)
 register(
-    "lm_token_kl(Tensor hidden, Tensor weight, Tensor ref_hidden, Tensor ref_weight, Tensor? bias, Tensor? ref_bias, "
-    "float? softcap, float scale, str backend) -> (Tensor, Tensor, Tensor)",
+    f"lm_token_kl({_HEADS}, str backend) -> (Tensor, Tensor, Tensor)",  # KL; each logsumexp as of lm_token_stats
     _run,
     _fake,
     backward=(_backward, _setup),
 )
 register(
-    "lm_token_kl_backward(Tensor grad, Tensor hidden, Tensor weight, Tensor ref_hidden, Tensor ref_weight, "
-    "Tensor logsumexp, Tensor ref_logsumexp, Tensor? bias, Tensor? ref_bias, float? softcap, float scale, "
-    "bool[] needs, str backend) -> (Tensor, Tensor, Tensor)",
+    f"lm_token_kl_backward(Tensor grad, Tensor sums, Tensor ref_sums, {_HEADS}, bool[] needs, str backend) "
+    "-> (Tensor, Tensor, Tensor)",
     _run_backward,
     _fake_backward,
 )

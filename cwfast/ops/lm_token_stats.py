@@ -1,7 +1,9 @@
 """Statistics of a language model's token distributions from hidden states and LM head: logits never exist."""
 
+import importlib
 import math
 from collections.abc import Sequence
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -10,7 +12,7 @@ from torch import Tensor
 from cwfast import _backends, _checks, reference
 from cwfast.ops import _lm_token_tiles
 from cwfast.ops._library import register
-from cwfast.reference import TokenStats, TopK
+from cwfast.reference import LMHead, TokenStats, TopK
 
 BACKENDS = ("reference", "cpu", "triton", "cuda")
 MOST = 32  # tokens of topk
@@ -29,15 +31,16 @@ def lm_token_stats(
 ) -> TokenStats:
     """What the attacks need to know of ``p = softmax(z)``, ``z = softcap * tanh(scale * (W h + bias) / softcap)``.
 
-    The soft-cap comes last, as in Gemma. Per token with target y: ``logprob = log p_y``; ``logsumexp`` of z; ``mean`` and
-    ``variance`` of ``log p_v`` for v drawn from p (Min-K%++ is ``(logprob - mean) / sqrt(variance)``);
+    The soft-cap comes last, as in Gemma. Per token with target y: ``logprob = log p_y``; ``logsumexp`` of z; ``mean``
+    and ``variance`` of ``log p_v`` for v drawn from p (Min-K%++ is ``(logprob - mean) / sqrt(variance)``);
     ``entropy = -mean``; ``rank``, how many logits are larger than the target's; ``correct``: the target is the first of
     the largest logits; ``topk``: the most likely tokens, ties by index. In nats.
 
-    Nothing of size ``[N, V]`` exists: the vocabulary is taken in tiles, whose sums in float32 are merged in float64. The
-    target's logit is a sum of its own, the same one for all results, so that ``rank == 0`` wherever ``correct``. The same
-    bits for the same batch; other batches differ by rounding. A logit of -inf has probability 0. A token whose largest
-    logit is not finite has no distribution: NaN, rank -1, not correct, topk's indices -1. N = 0 gives empty results.
+    Nothing of size ``[N, V]`` exists: the vocabulary is taken in tiles, whose sums in float32 are merged in float64.
+    The target's logit is a sum of its own, the same one for all results, so that ``rank == 0`` wherever ``correct``.
+    The same bits for the same batch; other batches differ by rounding. A logit of -inf has probability 0. A token whose
+    largest logit is not finite has no distribution: NaN, rank -1, not correct, topk's indices -1. N = 0 gives empty
+    results.
 
     ``logprob`` is differentiable in hidden, weight and bias, once: backward computes the tiles again.
 
@@ -54,7 +57,7 @@ def lm_token_stats(
 
     Returns:
         ``TokenStats`` of tensors ``[N]``: float32 (float64 for float64), ``rank`` int64, ``correct`` bool, and ``topk``
-        with ``.logprob`` and ``.index`` (int64), both ``[N, topk]``.
+        with ``.logprob`` and ``.indices`` (int64), both ``[N, topk]``.
 
     Raises:
         TypeError, ValueError: an argument does not hold what is written above.
@@ -80,10 +83,10 @@ def lm_token_stats(
     if low < 0 or high >= vocabulary:
         raise ValueError(f"targets must lie in 0 .. {vocabulary - 1}; got {low} to {high}")
     resolved = _backends.resolve(backend, hidden.device, BACKENDS)
-    found = torch.ops.cwfast.lm_token_stats(
+    logprob, logsumexp, mean, variance, entropy, rank, correct, *top, _ = torch.ops.cwfast.lm_token_stats(
         hidden, weight, targets, bias, None if softcap is None else float(softcap), float(scale), topk, resolved
     )
-    return TokenStats(*found[:7], topk=TopK(*found[7:9]))
+    return TokenStats(logprob, logsumexp, mean, variance, entropy, rank, correct, TopK(*top))
 
 
 def check_head(prefix: str, hidden: Tensor, weight: Tensor, bias: Tensor | None) -> None:
@@ -109,6 +112,11 @@ def check_scaling(softcap: float | None, scale: float) -> None:
         raise ValueError(f"scale must be a finite number; got {scale!r}")
 
 
+def device() -> ModuleType:
+    """What runs on CUDA tensors; only where there are any."""
+    return importlib.import_module("cwfast.ops._lm_token_stats_device")
+
+
 def _run(
     hidden: Tensor,
     weight: Tensor,
@@ -119,17 +127,13 @@ def _run(
     topk: int,
     backend: str,
 ) -> tuple[Tensor, ...]:
+    head = LMHead(weight, bias, softcap, scale)
     if backend == "cpu":
-        return _lm_token_tiles.stats(hidden, weight, targets, bias, softcap, scale, topk)
+        return _lm_token_tiles.stats(hidden, head, targets, topk)
     if backend == "reference":
-        stats = reference.lm_token_stats(hidden, weight, targets, bias, softcap, scale, topk)
-        z = reference.lm_logits(hidden, weight, bias, softcap, scale)
-        peak = z.amax(dim=1)
-        log_sum = (z - peak[:, None]).exp().sum(dim=1).log()
-        return *stats[:7], *stats.topk, (peak - stats.logsumexp) + log_sum
-    from cwfast.ops import _lm_token_stats_device
-
-    return _lm_token_stats_device.stats(hidden, weight, targets, bias, softcap, scale, topk, backend)
+        stats = reference.lm_token_stats(hidden, head, targets, topk)
+        return *stats[:7], *stats.topk, stats.logsumexp.new_zeros((len(hidden), 2))
+    return device().stats(hidden, head, targets, topk, backend)
 
 
 def _fake(
@@ -144,68 +148,60 @@ def _fake(
 ) -> tuple[Tensor, ...]:
     dtype = torch.promote_types(hidden.dtype, torch.float32)
     tokens = len(hidden)
-    real = [hidden.new_empty(tokens, dtype=dtype) for _ in range(6)]
-    rank, correct = (hidden.new_empty(tokens, dtype=kind) for kind in (torch.int64, torch.bool))
-    logprob = hidden.new_empty((tokens, topk), dtype=dtype)
-    return *real[:5], rank, correct, logprob, torch.empty_like(logprob, dtype=torch.int64), real[5]
+    kinds = [*[dtype] * 5, torch.int64, torch.bool]
+    values = [hidden.new_empty(tokens, dtype=kind) for kind in kinds]
+    pairs = [hidden.new_empty((tokens, n), dtype=kind) for n, kind in ((topk, dtype), (topk, torch.int64), (2, dtype))]
+    return *values, *pairs
 
 
 def _run_backward(
     grad: Tensor,
+    sums: Tensor,
     hidden: Tensor,
     weight: Tensor,
     targets: Tensor,
-    logsumexp: Tensor,
-    remainder: Tensor,
     bias: Tensor | None,
     softcap: float | None,
     scale: float,
     needs: list[bool],
     backend: str,
 ) -> tuple[Tensor, ...]:
-    if backend == "reference":
-        p = torch.softmax(reference.lm_logits(hidden, weight, bias, softcap, scale), dim=1)
-        grad_logits = grad[:, None] * torch.where(
-            torch.arange(len(weight), device=p.device) == targets[:, None], 1 - p, -p
-        )
-        return gradients(
-            reference.lm_logits_backward(grad_logits, hidden, weight, bias, softcap, scale), hidden, weight, bias, needs
-        )
+    head = LMHead(weight, bias, softcap, scale)
     if backend == "cpu":
-        return _lm_token_tiles.logprob_backward(
-            grad, hidden, weight, targets, logsumexp, remainder, bias, softcap, scale, needs
-        )
-    from cwfast.ops import _lm_token_stats_device
+        return _lm_token_tiles.logprob_backward(grad, sums, hidden, head, targets, needs)
+    if backend == "reference":
+        p = torch.softmax(reference.lm_logits(hidden, head), dim=1)
+        is_target = torch.arange(len(weight), device=p.device) == targets[:, None]
+        found = reference.lm_logits_backward(grad[:, None] * torch.where(is_target, 1 - p, -p), hidden, head)
+        return needed(found, hidden, head, needs)
+    return device().logprob_backward(grad, sums, hidden, head, targets, needs, backend)
 
-    return _lm_token_stats_device.logprob_backward(
-        grad, hidden, weight, targets, logsumexp, remainder, bias, softcap, scale, needs, backend
-    )
 
-
-def gradients(
-    found: Sequence[Tensor], hidden: Tensor, weight: Tensor, bias: Tensor | None, needs: Sequence[bool]
-) -> tuple[Tensor, ...]:
-    """In the dtypes of what they belong to; empty where they are not needed."""
-    given = (hidden, weight, bias)
+def needed(found: Sequence[Tensor], hidden: Tensor, head: LMHead, needs: Sequence[bool]) -> tuple[Tensor, ...]:
+    """Gradients at hidden, weight and bias in their dtypes; empty where they are not needed."""
     return tuple(
         g.to(x.dtype) if need and x is not None else hidden.new_empty(0)
-        for g, x, need in zip(found, given, needs, strict=True)
+        for g, x, need in zip(found, (hidden, head.weight, head.bias), needs, strict=True)
     )
 
 
 def _fake_backward(
     grad: Tensor,
+    sums: Tensor,
     hidden: Tensor,
     weight: Tensor,
     targets: Tensor,
-    logsumexp: Tensor,
-    remainder: Tensor,
     bias: Tensor | None,
     softcap: float | None,
     scale: float,
     needs: list[bool],
     backend: str,
 ) -> tuple[Tensor, ...]:
+    return fake_gradients(hidden, weight, bias, needs)
+
+
+def fake_gradients(hidden: Tensor, weight: Tensor, bias: Tensor | None, needs: Sequence[bool]) -> tuple[Tensor, ...]:
+    """As ``needed``, without data."""
     return tuple(
         torch.empty_like(x, memory_format=torch.contiguous_format) if need and x is not None else hidden.new_empty(0)
         for x, need in zip((hidden, weight, bias), needs, strict=True)
@@ -213,35 +209,34 @@ def _fake_backward(
 
 
 def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    hidden, weight, targets, bias, *options, _topk, backend = inputs
-    ctx.save_for_backward(hidden, weight, targets, bias, output[1], output[9])
-    ctx.options, ctx.backend = options, backend
+    *tensors, softcap, scale, _, backend = inputs
+    ctx.save_for_backward(output[9], *tensors)
+    ctx.options = softcap, scale
+    ctx.backend = backend
     ctx.mark_non_differentiable(*output[1:])
     ctx.set_materialize_grads(False)
 
 
 def _backward(ctx: Any, grad: Tensor | None, *_: Tensor | None) -> tuple[Tensor | None, ...]:
-    hidden, weight, targets, bias, logsumexp, remainder = ctx.saved_tensors
     needs = [ctx.needs_input_grad[i] for i in (0, 1, 3)]
     if grad is None or not any(needs):
         return (None,) * 8
-    found = torch.ops.cwfast.lm_logprob_backward(
-        grad, hidden, weight, targets, logsumexp, remainder, bias, *ctx.options, needs, ctx.backend
-    )
+    found = torch.ops.cwfast.lm_logprob_backward(grad, *ctx.saved_tensors, *ctx.options, needs, ctx.backend)
     grad_hidden, grad_weight, grad_bias = (g if need else None for g, need in zip(found, needs, strict=True))
     return grad_hidden, grad_weight, None, grad_bias, None, None, None, None
 
 
+_HEAD = "Tensor? bias, float? softcap, float scale"
 register(
-    "lm_token_stats(Tensor hidden, Tensor weight, Tensor targets, Tensor? bias, float? softcap, float scale, int topk, "
-    f"str backend) -> ({', '.join(['Tensor'] * 10)})",
+    f"lm_token_stats(Tensor hidden, Tensor weight, Tensor targets, {_HEAD}, int topk, str backend) "
+    f"-> ({', '.join(['Tensor'] * 10)})",  # TokenStats, and [N, 2]: logsumexp rounded, and what that lost
     _run,
     _fake,
     backward=(_backward, _setup),
 )
 register(
-    "lm_logprob_backward(Tensor grad, Tensor hidden, Tensor weight, Tensor targets, Tensor logsumexp, "
-    "Tensor remainder, Tensor? bias, float? softcap, float scale, bool[] needs, str backend) -> (Tensor, Tensor, Tensor)",
+    f"lm_logprob_backward(Tensor grad, Tensor sums, Tensor hidden, Tensor weight, Tensor targets, {_HEAD}, "
+    "bool[] needs, str backend) -> (Tensor, Tensor, Tensor)",
     _run_backward,
     _fake_backward,
 )
