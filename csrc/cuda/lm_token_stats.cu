@@ -112,10 +112,9 @@ __device__ __forceinline__ void fold(const Args& args, Sums& s, float* z, int64_
     square += w * e * e;
   }
   const float more = tops + rest, off = more > 0.0f ? moment / more : 0.0f;
-  const float share = sum + more > 0.0f ? more / (sum + more) : 0.0f;
-  const float d = sum > 0.0f ? about + off - s.mean : 0.0f;
-  s.mean = sum > 0.0f ? s.mean + share * d : about + off;
-  s.spread = s.spread * factor + fmaxf(square - moment * off, 0.0f) + d * d * sum * share;
+  const float both = sum + more > 0.0f ? sum + more : 1.0f, d = sum > 0.0f ? about + off - s.mean : 0.0f;
+  s.mean = sum > 0.0f ? (sum * s.mean + more * (about + off)) / both : about + off;
+  s.spread = s.spread * factor + fmaxf(square - moment * off, 0.0f) + d * d * sum * (more / both);
   s.tops += tops;
   s.rest += rest;
 }

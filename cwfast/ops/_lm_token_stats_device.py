@@ -1,8 +1,8 @@
 """lm_token_stats and lm_token_kl on devices: launches for triton and cuda, and what their chunks of the vocabulary say.
 
-A kernel folds the logits of a chunk into a few numbers per token; the chunks are merged here, in float64. The backward
-passes compute tiles of the loss's gradient at the logits into a workspace and let torch multiply; so does topk, a second
-pass over the vocabulary, whose tiles of logits torch searches.
+A kernel folds the logits of a chunk into a few numbers per token; the chunks are merged here, in float64. The
+backward passes compute tiles of the loss's gradient at the logits into a workspace, and torch multiplies them; topk is
+a second pass over the vocabulary, whose tiles of logits torch searches.
 """
 
 from collections.abc import Sequence
@@ -13,8 +13,9 @@ from torch import Tensor
 
 from cwfast import _backends
 from cwfast.errors import BackendUnavailable
-from cwfast.ops._lm_token_parts import Parts, finish, no_parts
+from cwfast.ops._lm_token_parts import Parts, finish, no_parts, split
 from cwfast.ops._lm_token_tiles import pieces
+from cwfast.reference import LMHead
 
 TARGET, STATS, KL, LOGITS, LOGPROB_GRAD, KL_GRAD = range(6)  # CwfastLmTask of csrc/cuda/launchers.h
 TILE = 128  # tokens, words
@@ -24,37 +25,36 @@ SEARCHED = 2 << 20  # logits of which topk sorts keys at once: 24 bytes each
 LAST = 2**31 - 1
 
 
-class Head(NamedTuple):
-    """Hidden states ``[N, d]``, LM head ``[V, d]``, and bias ``[V]`` float32 or None, as the kernels read them."""
+class Heads(NamedTuple):
+    """Hidden states and the LM head above them, as the kernels read them: adjacent entries, bias float32."""
 
     hidden: Tensor
-    weight: Tensor
-    bias: Tensor | None
+    head: LMHead
 
-    def part(self, rows: slice, columns: slice) -> "Head":
-        bias = None if self.bias is None else self.bias[columns]
-        return Head(self.hidden[rows], self.weight[columns], bias)
+    def part(self, rows: slice, columns: slice) -> "Heads":
+        bias = None if self.head.bias is None else self.head.bias[columns]
+        return Heads(self.hidden[rows], self.head._replace(weight=self.head.weight[columns], bias=bias))
 
 
-def _head(hidden: Tensor, weight: Tensor, bias: Tensor | None, backend: str) -> Head:
+def _readable(hidden: Tensor, head: LMHead, backend: str) -> Heads:
     """Rows whose entries are not adjacent are copied."""
-    if hidden.dtype == torch.float64:
+    if hidden.dtype not in _backends.CUDA_DTYPES:
         raise BackendUnavailable(
             f"backend {backend!r} runs lm_token_stats and lm_token_kl in {_backends.CUDA_DTYPES}; got {hidden.dtype}: "
             "use 'reference'"
         )
-    hidden, weight = (x.detach() if x.stride(1) == 1 else x.detach().contiguous() for x in (hidden, weight))
-    return Head(hidden, weight, None if bias is None else bias.detach().float().contiguous())
+    hidden, weight = (x if x.stride(1) == 1 else x.contiguous() for x in (hidden, head.weight))
+    return Heads(
+        hidden, head._replace(weight=weight, bias=None if head.bias is None else head.bias.float().contiguous())
+    )
 
 
 def _launch(
     backend: str,
     task: int,
-    model: Head,
-    scale: float,
-    softcap: float | None,
+    model: Heads,
     *,
-    reference: Head | None = None,
+    reference: Heads | None = None,
     chunks: int = 0,
     chunk: int = 0,
     targets: Tensor | None = None,
@@ -66,31 +66,47 @@ def _launch(
     logsumexp: Tensor | None = None,
     ref_logsumexp: Tensor | None = None,
 ) -> None:
-    tokens, words = len(model.hidden), len(model.weight)
-    if tokens == 0 or words == 0:
+    """One task; the arguments are those of CwfastLmTokens in csrc/cuda/launchers.h."""
+    hidden, head = model
+    if len(hidden) == 0:
         return
     tensors = {"targets": targets, "logit": logit, "partial": partial, "counts": counts, "out": out, "grad": grad}
     tensors |= {"logsumexp": logsumexp, "ref_logsumexp": ref_logsumexp}
     if backend == "triton":
         kernels = _backends.triton_kernels("lm_token_stats")
-        kernels.launch(task, model, reference, scale, softcap, chunks, chunk, **tensors)
+        kernels.launch(task, model, reference, head.scale, head.softcap, chunks, chunk, **tensors)
         return
     address = {name: 0 if x is None else x.data_ptr() for name, x in tensors.items()}
 
-    def head(x: Head | None) -> tuple[int, ...]:
+    def fields(x: Heads | None) -> tuple[int, ...]:
         if x is None:
             return (0,) * 6
-        bias = 0 if x.bias is None else x.bias.data_ptr()
-        strides = x.hidden.stride(0), x.weight.stride(0)
-        return x.hidden.data_ptr(), x.weight.data_ptr(), bias, *strides, x.hidden.shape[1]
+        bias = 0 if x.head.bias is None else x.head.bias.data_ptr()
+        strides = x.hidden.stride(0), x.head.weight.stride(0)
+        return x.hidden.data_ptr(), x.head.weight.data_ptr(), bias, *strides, x.hidden.shape[1]
 
-    device, dtype = model.hidden.device, _backends.cuda_dtype("lm_token_stats", model.hidden.dtype)
     _backends.native().cuda_lm_tokens(
-        task, head(model), head(reference), tokens, words, dtype, scale, softcap or 0.0,
-        address["targets"], address["logit"], chunks, chunk, address["partial"], address["counts"], address["out"],
-        address["grad"], address["logsumexp"], address["ref_logsumexp"],
-        device.index or 0, _backends.cuda_stream(device),
-    )  # fmt: skip
+        task,
+        fields(model),
+        fields(reference),
+        len(hidden),
+        len(head.weight),
+        _backends.cuda_dtype("lm_token_stats", hidden.dtype),
+        head.scale,
+        head.softcap or 0.0,
+        address["targets"],
+        address["logit"],
+        chunks,
+        chunk,
+        address["partial"],
+        address["counts"],
+        address["out"],
+        address["grad"],
+        address["logsumexp"],
+        address["ref_logsumexp"],
+        hidden.device.index or 0,
+        _backends.cuda_stream(hidden.device),
+    )
 
 
 def chunks_of(tokens: int, words: int, device: torch.device) -> tuple[int, int]:
@@ -102,72 +118,63 @@ def chunks_of(tokens: int, words: int, device: torch.device) -> tuple[int, int]:
     return -(-tiles // max(1, each)), each * TILE
 
 
-def stats(
-    hidden: Tensor,
-    weight: Tensor,
-    targets: Tensor,
-    bias: Tensor | None,
-    softcap: float | None,
-    scale: float,
-    topk: int,
-    backend: str,
-) -> tuple[Tensor, ...]:
+def stats(hidden: Tensor, head: LMHead, targets: Tensor, topk: int, backend: str) -> tuple[Tensor, ...]:
     """The results of ``torch.ops.cwfast.lm_token_stats``."""
-    logit = target_logits(hidden, weight, targets, bias, softcap, scale, 0, backend)
-    parts = parts_of(hidden, weight, targets, logit, bias, softcap, scale, topk, 0, len(weight), backend)
-    return finish(parts, logit, targets)
+    logit = target_logits(hidden, head, targets, 0, backend)
+    return finish(parts_of(hidden, head, targets, logit, topk, 0, len(head.weight), backend), logit, targets)
 
 
-def target_logits(
-    hidden: Tensor,
-    weight: Tensor,
-    targets: Tensor,
-    bias: Tensor | None,
-    softcap: float | None,
-    scale: float,
-    first: int,
-    backend: str,
-) -> Tensor:
-    """``[N]`` float32; -inf for targets outside of the rows ``first ...`` of the head that weight has."""
-    head = _head(hidden, weight, bias, backend)
+def target_logits(hidden: Tensor, head: LMHead, targets: Tensor, first: int, backend: str) -> Tensor:
+    """``[N]`` float32; -inf for targets outside of the tokens ``first ...`` that the head has."""
+    model = _readable(hidden, head, backend)
     out = hidden.new_full((len(hidden),), -torch.inf, dtype=torch.float32)
-    _launch(backend, TARGET, head, scale, softcap, targets=(targets - first).contiguous(), logit=out)
+    _launch(backend, TARGET, model, targets=(targets - first).contiguous(), logit=out)
     return out
 
 
 def parts_of(
     hidden: Tensor,
-    weight: Tensor,
+    head: LMHead,
     targets: Tensor,
     target_logit: Tensor,
-    bias: Tensor | None,
-    softcap: float | None,
-    scale: float,
     topk: int,
     first: int,
     vocabulary: int,
     backend: str,
 ) -> Parts:
-    """Of the tokens ``first ...`` that the rows of weight and bias stand for."""
-    head = _head(hidden, weight, bias, backend)
+    """Of the tokens ``first ...`` that the head has, of ``vocabulary`` in all."""
+    model = _readable(hidden, head, backend)
     targets, target_logit = (targets - first).contiguous(), target_logit.contiguous()
-    tokens, words = len(hidden), len(weight)
-    chunks, chunk = chunks_of(tokens, words, hidden.device)
-    entries = chunks * (2 if backend == "cuda" else 1)
-    partial = target_logit.new_empty((5, entries, tokens))
-    counts = targets.new_empty((2, entries, tokens), dtype=torch.int32)
-    _launch(
-        backend, STATS, head, scale, softcap,
-        chunks=chunks, chunk=chunk, targets=targets, logit=target_logit, partial=partial, counts=counts,
-    )  # fmt: skip
+    tokens, words = len(hidden), len(head.weight)
     parts = no_parts(target_logit, vocabulary, topk)
-    if tokens and words:
-        parts = _joined(partial.double(), counts, first, parts)
-    if topk and tokens and words:
-        values, indices = _largest(head, targets, target_logit, scale, softcap, topk, backend)
+    if tokens == 0 or words == 0:
+        return parts
+    chunks, chunk, partial = _workspace(tokens, words, target_logit, backend)
+    counts = torch.empty((2, *partial.shape[1:]), dtype=torch.int32, device=partial.device)
+    _launch(
+        backend,
+        STATS,
+        model,
+        chunks=chunks,
+        chunk=chunk,
+        targets=targets,
+        logit=target_logit,
+        partial=partial,
+        counts=counts,
+    )
+    parts = _joined(partial.double(), counts, first, parts)
+    if topk:
+        values, indices = _largest(model, targets, target_logit, topk, backend)
         count = values.shape[1]
         parts.values[:, :count], parts.indices[:, :count] = values, indices + first
     return parts
+
+
+def _workspace(tokens: int, words: int, like: Tensor, backend: str) -> tuple[int, int, Tensor]:
+    """Chunks, words of one, and what the kernel writes of each: cuda shares a chunk between two threads."""
+    chunks, chunk = chunks_of(tokens, words, like.device)
+    entries = chunks * (2 if backend == "cuda" else 1)
+    return chunks, chunk, torch.empty((5, entries, tokens), dtype=torch.float32, device=like.device)
 
 
 def _joined(partial: Tensor, counts: Tensor, first: int, nothing: Parts) -> Parts:
@@ -193,15 +200,13 @@ def _joined(partial: Tensor, counts: Tensor, first: int, nothing: Parts) -> Part
     )
 
 
-def _largest(
-    head: Head, targets: Tensor, target_logit: Tensor, scale: float, softcap: float | None, topk: int, backend: str
-) -> tuple[Tensor, Tensor]:
+def _largest(model: Heads, targets: Tensor, target_logit: Tensor, topk: int, backend: str) -> tuple[Tensor, Tensor]:
     """The ``topk`` largest logits (or all words, where there are fewer) and their indices, ties by index.
 
     A key is the logit as an integer of the same order, then the index from the end: no two are equal, so that the
     order of the selection does not depend on how torch breaks ties.
     """
-    tokens, words = len(head.hidden), len(head.weight)
+    tokens, words = len(model.hidden), len(model.head.weight)
     tall = min(tokens, 1024)
     wide = SEARCHED // tall
     tile = target_logit.new_empty(tall * min(wide, words))
@@ -209,11 +214,11 @@ def _largest(
     for rows in pieces(tokens, tall):
         best = targets.new_empty((rows.stop - rows.start, 0))
         for columns in pieces(words, wide):
-            part = head.part(rows, columns)
-            shape = len(part.hidden), len(part.weight)
+            part = model.part(rows, columns)
+            shape = len(part.hidden), len(part.head.weight)
             z = tile[: shape[0] * shape[1]].view(shape)
             here, logit = (targets[rows] - columns.start).contiguous(), target_logit[rows]
-            _launch(backend, LOGITS, part, scale, softcap, targets=here, logit=logit, out=z)
+            _launch(backend, LOGITS, part, targets=here, logit=logit, out=z)
             bits = z.add_(0.0).view(torch.int32)  # -0 becomes 0
             order = (bits ^ ((bits >> 31) & LAST)).long()
             indices = torch.arange(columns.start, columns.stop, device=z.device)
@@ -226,44 +231,19 @@ def _largest(
 
 
 def logprob_backward(
-    grad: Tensor,
-    hidden: Tensor,
-    weight: Tensor,
-    targets: Tensor,
-    logsumexp: Tensor,
-    remainder: Tensor,
-    bias: Tensor | None,
-    softcap: float | None,
-    scale: float,
-    needs: Sequence[bool],
-    backend: str,
+    grad: Tensor, sums: Tensor, hidden: Tensor, head: LMHead, targets: Tensor, needs: Sequence[bool], backend: str
 ) -> tuple[Tensor, ...]:
     """The results of ``torch.ops.cwfast.lm_logprob_backward``."""
-    sums = torch.stack([logsumexp, remainder], dim=1)
-    return _backward(grad, (hidden, weight, bias), None, targets, sums, None, softcap, scale, needs, backend)
+    return _backward(grad, sums, None, hidden, head, None, targets, needs, backend)
 
 
 def kl(
-    hidden: Tensor,
-    weight: Tensor,
-    ref_hidden: Tensor,
-    ref_weight: Tensor,
-    bias: Tensor | None,
-    ref_bias: Tensor | None,
-    softcap: float | None,
-    scale: float,
-    backend: str,
+    hidden: Tensor, head: LMHead, ref_hidden: Tensor, ref_head: LMHead, backend: str
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The results of ``torch.ops.cwfast.lm_token_kl``."""
-    model, reference = _head(hidden, weight, bias, backend), _head(ref_hidden, ref_weight, ref_bias, backend)
-    tokens = len(hidden)
-    chunks, chunk = chunks_of(tokens, len(weight), hidden.device)
-    partial = torch.empty(
-        (5, chunks * (2 if backend == "cuda" else 1), tokens), dtype=torch.float32, device=hidden.device
-    )
-    _launch(
-        backend, KL, model, scale, softcap, reference=reference, chunks=chunks, chunk=chunk, partial=partial
-    )
+    model, reference = _readable(hidden, head, backend), _readable(ref_hidden, ref_head, backend)
+    chunks, chunk, partial = _workspace(len(hidden), len(head.weight), hidden, backend)
+    _launch(backend, KL, model, reference=reference, chunks=chunks, chunk=chunk, partial=partial)
     *both, gaps = partial.double()
     log_sums, good = [], []
     for peaks, sums in (both[:2], both[2:]):
@@ -274,43 +254,34 @@ def kl(
         good.append(log_sums[-1].isfinite())
     gap = torch.where(weights > 0, weights * gaps, 0).sum(dim=0) / total
     divergence = (gap - (log_sums[1] - log_sums[0])).clamp(min=0)
-    rounded = [exact.float() for exact in log_sums]
-    model_sums, ref_sums = (
-        torch.stack([near, (exact - near.double()).float()], dim=1)
-        for near, exact in zip(rounded, log_sums, strict=True)
-    )
-    return torch.where(good[0] & good[1], divergence, torch.nan).float(), model_sums, ref_sums
+    divergence = torch.where(good[0] & good[1], divergence, torch.nan).float()
+    return divergence, split(log_sums[0], torch.float32), split(log_sums[1], torch.float32)
 
 
 def kl_backward(
     grad: Tensor,
+    sums: Tensor,
+    ref_sums: Tensor,
     hidden: Tensor,
-    weight: Tensor,
+    head: LMHead,
     ref_hidden: Tensor,
-    ref_weight: Tensor,
-    logsumexp: Tensor,
-    ref_logsumexp: Tensor,
-    bias: Tensor | None,
-    ref_bias: Tensor | None,
-    softcap: float | None,
-    scale: float,
+    ref_head: LMHead,
     needs: Sequence[bool],
     backend: str,
 ) -> tuple[Tensor, ...]:
     """The results of ``torch.ops.cwfast.lm_token_kl_backward``."""
-    model, reference = (hidden, weight, bias), (ref_hidden, ref_weight, ref_bias)
-    return _backward(grad, model, reference, None, logsumexp, ref_logsumexp, softcap, scale, needs, backend)
+    reference = _readable(ref_hidden, ref_head, backend)
+    return _backward(grad, sums, ref_sums, hidden, head, reference, None, needs, backend)
 
 
 def _backward(
     grad: Tensor,
-    model: tuple[Tensor, Tensor, Tensor | None],
-    reference: tuple[Tensor, Tensor, Tensor | None] | None,
-    targets: Tensor | None,
     sums: Tensor,
     ref_sums: Tensor | None,
-    softcap: float | None,
-    scale: float,
+    hidden: Tensor,
+    head: LMHead,
+    reference: Heads | None,
+    targets: Tensor | None,
     needs: Sequence[bool],
     backend: str,
 ) -> tuple[Tensor, ...]:
@@ -319,10 +290,10 @@ def _backward(
     The kernel writes a tile of the loss's gradient at ``hidden weight^T + bias``, of at most WORKSPACE bytes in the
     dtype of hidden; torch multiplies it. The vocabulary is the outer loop; what several tiles add to is float32.
     """
-    hidden, weight, bias = model
-    head = _head(*model, backend)
-    theirs = None if reference is None else _head(*reference, backend)
+    model = _readable(hidden, head, backend)
+    weight, bias = head.weight, head.bias
     grad, sums = grad.float().contiguous(), sums.contiguous()
+    ref_sums = None if ref_sums is None else ref_sums.contiguous()
     nothing = hidden.new_empty(0)
     grad_hidden = torch.zeros(hidden.shape, dtype=torch.float32, device=hidden.device) if needs[0] else nothing
     grad_weight = torch.empty_like(weight, memory_format=torch.contiguous_format) if needs[1] else nothing
@@ -330,22 +301,20 @@ def _backward(
     cells = WORKSPACE // hidden.element_size()
     tall = min(len(hidden), cells // 1024) or 1
     wide = cells // tall
-    tile = head.hidden.new_empty(tall * min(wide, len(weight)))
+    tile = model.hidden.new_empty(tall * min(wide, len(weight)))
     once = tall >= len(hidden)
     for columns in pieces(len(weight), wide):
         words = columns.stop - columns.start
         sum_weight = None if once or not needs[1] else torch.zeros_like(weight[columns], dtype=torch.float32)
         sum_bias = torch.zeros(words, dtype=torch.float32, device=weight.device)
         for rows in pieces(len(hidden), tall):
-            part = head.part(rows, columns)
+            part = model.part(rows, columns)
             dz = tile[: len(part.hidden) * words].view(-1, words)
             _launch(
                 backend,
                 LOGPROB_GRAD if targets is not None else KL_GRAD,
                 part,
-                scale,
-                softcap,
-                reference=None if theirs is None else theirs.part(rows, columns),
+                reference=None if reference is None else reference.part(rows, columns),
                 targets=None if targets is None else (targets[rows] - columns.start).contiguous(),
                 out=dz,
                 grad=grad[rows],
@@ -353,7 +322,7 @@ def _backward(
                 ref_logsumexp=None if ref_sums is None else ref_sums[rows],
             )
             if needs[0]:
-                grad_hidden[rows] += dz @ part.weight
+                grad_hidden[rows] += dz @ part.head.weight
             if needs[1] and once:
                 torch.mm(dz.T, part.hidden, out=grad_weight[columns])
             elif sum_weight is not None:

@@ -1,4 +1,4 @@
-"""What a chunk of the vocabulary knows of p = softmax(z), z = softcap(scale * (hidden weight^T + bias)); KL(q || p); dz.
+"""Of a chunk of the vocabulary: sums of p = softmax(z), z = softcap(scale * (hidden weight^T + bias)); KL(q || p); dz.
 
 Reference: ``cwfast.reference.lm_token_stats``. Called by ``cwfast.ops._lm_token_stats_device`` (backend "triton").
 Moves weight from memory once per GROUP blocks of tokens and hidden once; [tokens, vocabulary] never exists. A program
@@ -6,12 +6,13 @@ goes through a chunk of words in tiles of a matrix product, each of which is fol
 it lies in registers. No atomics: the same bits on every run. Not yet run on a GPU.
 """
 
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
-from torch import Tensor
-
 from cwfast.kernels._tl import quarters
+from torch import Tensor
 
 GROUP = tl.constexpr(16)  # blocks of tokens that share a tile of words in the cache; 16 MB of hidden at width 4096
 
@@ -120,7 +121,7 @@ def _target_kernel(
 
 @triton.jit
 def _stats_kernel(
-    partial,  # [5, chunks, tokens] float32, written: peak, tops, rest, mean, spread; see Parts, whose slope / sum is mean
+    partial,  # [5, chunks, tokens] float32, written: peak, tops, rest, mean, spread; see Parts, whose slope is mean * sum
     counts,  # [2, chunks, tokens] int32, written: logits above the target's; the lowest index of the largest logit
     hidden,
     weight,
@@ -157,6 +158,7 @@ def _stats_kernel(
     where = tl.zeros((BN,), tl.int32)
     begin = part * chunk
     y = tl.load(targets + n) - begin
+    y = tl.where((y >= 0) & (y < chunk), y, -1).to(tl.int32)
     for first in range(0, tl.minimum(chunk, words - begin).to(tl.int32), BV):
         v = tl.minimum(begin + first + tl.arange(0, BV), words - 1)
         strips = quarters(_product(hidden, weight, n, v, width, hidden_row, weight_row, EVEN, BN, BV, BK), BN, BV)
@@ -182,8 +184,8 @@ def _stats_kernel(
             tops = tl.where(new, 0.0, tops)
             mean += tl.where(sum > 0, step, 0.0)
             top = peak
-            # Moments about a place near the tile's mean, or digits cancel: the largest logit where it is new, for it may
-            # have most of the probability; else the mean so far, whose distance to the tile's is part of the variance.
+            # Moments about a place near the strip's mean, or digits cancel: the largest logit where it is new, for it
+            # may have most of the probability; else the mean so far: how far it is off is part of the variance.
             about = tl.where(new, 0.0, mean)
             u = z - tl.where(top > float("-inf"), top, 0.0)[:, None]
             w = tl.exp(u)
@@ -193,10 +195,10 @@ def _stats_kernel(
             moment = tl.sum(w * e, 1)
             more = more_tops + more_rest
             off = moment / tl.where(more > 0, more, 1.0)
-            share = more / tl.where(sum + more > 0, sum + more, 1.0)
             d = tl.where(sum > 0, about + off - mean, 0.0)
-            mean = tl.where(sum > 0, mean + share * d, about + off)
-            spread = spread * factor + tl.maximum(tl.sum(w * e * e, 1) - moment * off, 0.0) + d * d * sum * share
+            both = tl.where(sum + more > 0, sum + more, 1.0)
+            mean = tl.where(sum > 0, (sum * mean + more * (about + off)) / both, about + off)
+            spread = spread * factor + tl.maximum(tl.sum(w * e * e, 1) - moment * off, 0.0) + d * d * sum * (more / both)
             tops += more_tops
             rest += more_rest
             tl.debug_barrier()
@@ -343,7 +345,7 @@ def _tile_kernel(
             d = tl.exp((z - tl.load(logsumexp + 2 * n)[:, None]) - tl.load(logsumexp + 2 * n + 1)[:, None])
             if KIND == LOGPROB:
                 d = tl.where(c[None, :] == tl.load(targets + n)[:, None], 1.0, 0.0) - d
-            else:
+            if KIND == KL:
                 r = _logits(theirs[strip], ref_bias, v, scale, softcap, HAS_REF_BIAS, HAS_CAP)
                 r = (r - tl.load(ref_logsumexp + 2 * n)[:, None]) - tl.load(ref_logsumexp + 2 * n + 1)[:, None]
                 d -= tl.exp(r)
@@ -373,8 +375,8 @@ def tiles(dtype: torch.dtype, hip: bool) -> dict[str, int]:
 
 def launch(
     task: int,
-    model: tuple[Tensor, Tensor, Tensor | None],
-    reference: tuple[Tensor, Tensor, Tensor | None] | None,
+    model: tuple[Tensor, Any],
+    reference: tuple[Tensor, Any] | None,
     scale: float,
     softcap: float | None,
     chunks: int,
@@ -383,9 +385,10 @@ def launch(
 ) -> None:
     """One task of ``CwfastLmTask`` in csrc/cuda/launchers.h, and its arguments.
 
-    ``partial`` and ``counts`` have one entry per chunk here. Heads: hidden, weight, bias (float32); rows are adjacent.
+    ``partial`` and ``counts`` have one entry per chunk here. ``model`` and ``reference``: hidden states, and weight
+    and bias (float32) of the head; entries of a row are adjacent.
     """
-    hidden, weight, bias = model
+    hidden, (weight, bias, *_) = model
     config = tiles(hidden.dtype, torch.version.hip is not None)
     tokens, words = len(hidden), len(weight)
     blocks = triton.cdiv(tokens, config["BN"])
@@ -409,7 +412,7 @@ def launch(
         "HAS_REF_BIAS": False,
         "HAS_CAP": softcap is not None,
     }
-    their_hidden, their_weight, their_bias = reference or (hidden, weight, None)
+    their_hidden, (their_weight, their_bias, *_) = reference or (hidden, (weight, None))
     if reference is not None:
         widths.append(their_hidden.shape[1])
     arguments |= {

@@ -11,9 +11,8 @@ run. A layer with few tiles is shared out by samples too, each share into a work
 import torch
 import triton
 import triton.language as tl
-from torch import Tensor
-
 from cwfast.kernels._tl import quarters
+from torch import Tensor
 
 
 @triton.jit
