@@ -139,7 +139,7 @@ def test_gradients_are_no_worse_than_autograd(library, monkeypatch, shape, what,
     others = (targets,)
     if what == "kl":
         others = integers(tokens, words, width + 3, dtype)[:2]
-    bias, upstream = torch.randn(words), torch.randn(tokens)
+    bias, upstream = torch.randn(words).to(dtype), torch.randn(tokens)
     options = {"softcap": None, "scale": 1.0} | options
 
     def both(cast, backend=None):
