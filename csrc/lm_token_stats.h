@@ -16,6 +16,10 @@ struct LmTile {
   double scale, softcap;  // softcap 0: none
 };
 
+// bias, scale and softcap, in place; the other functions begin with it.
+template <class T>
+void lm_transform(const LmTile<T>& tile);
+
 // Parts of cwfast/ops/_lm_token_parts.py, row r of each at [r].
 template <class T>
 struct LmParts {

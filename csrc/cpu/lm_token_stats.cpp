@@ -118,6 +118,12 @@ double common_peak(double& old, double& found) {
 }  // namespace
 
 template <class T>
+void lm_transform(const LmTile<T>& tile) {
+  const LmRowKernel<T>& rows = kernel<T>();
+  for (int64_t row = 0; row < tile.rows; ++row) ready(tile, row, rows);
+}
+
+template <class T>
 void lm_stats_tile(const LmTile<T>& tile, int64_t first, const int64_t* targets, const T* target_logits,
                    const LmParts<T>& parts) {
   const LmRowKernel<T>& rows = kernel<T>();
@@ -190,6 +196,7 @@ void lm_kl_grad_tile(const LmTile<T>& model, const T* sums, const LmTile<T>& ref
 }
 
 #define CWFAST_INSTANTIATE(T)                                                                          \
+  template void lm_transform(const LmTile<T>&);                                                        \
   template void lm_stats_tile(const LmTile<T>&, int64_t, const int64_t*, const T*, const LmParts<T>&); \
   template void lm_kl_tile(const LmTile<T>&, const LmTile<T>&, const LmDivergence&);                   \
   template void lm_logprob_grad_tile(const LmTile<T>&, const T*, int64_t, const int64_t*, const T*);   \
