@@ -187,7 +187,7 @@ def kl(hidden: Tensor, head: LMHead, ref_hidden: Tensor, ref_head: LMHead) -> tu
             kernel(tile, ref_tile, *mine)
     peak, total, ref_peak, ref_total, gap = found
     logsumexp, ref_logsumexp = peak + total.log(), ref_peak + ref_total.log()
-    divergence = gap / ref_total - ((ref_peak - peak) + (ref_total.log() - total.log()))
+    divergence = gap / ref_total + (total.log() - ref_total.log())
     good = logsumexp.isfinite() & ref_logsumexp.isfinite()
     result = torch.where(good, divergence.clamp(min=0), torch.nan).to(dtype)
     sums, ref_sums = (split(torch.where(good, x, torch.nan), dtype) for x in (logsumexp, ref_logsumexp))
