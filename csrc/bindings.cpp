@@ -251,6 +251,7 @@ LmTile<T> lm_tile(const LmTileItem& item) {
 
 template <class T>
 void bind_lm_tiles(py::module_& m, const std::string& dtype) {
+  m.def(("lm_transform_" + dtype).c_str(), [](const LmTileItem& tile) { lm_transform(lm_tile<T>(tile)); });
   m.def(("lm_stats_tile_" + dtype).c_str(), [](const LmTileItem& tile, int64_t first, uintptr_t targets,
                                                uintptr_t target_logits, uintptr_t peak, uintptr_t tops, uintptr_t rest,
                                                uintptr_t slope, uintptr_t spread, uintptr_t above, uintptr_t top,

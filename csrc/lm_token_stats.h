@@ -16,6 +16,10 @@ struct LmTile {
   double scale, softcap;  // softcap 0: none
 };
 
+// bias, scale and softcap, in place; the other functions begin with it.
+template <class T>
+void lm_transform(const LmTile<T>& tile);
+
 // Parts of cwfast/ops/_lm_token_parts.py, row r of each at [r].
 template <class T>
 struct LmParts {
@@ -35,7 +39,7 @@ void lm_stats_tile(const LmTile<T>& tile, int64_t first, const int64_t* targets,
 struct LmDivergence {
   double *peak, *sum;          // of z; sum of e^(z - peak)
   double *ref_peak, *ref_sum;  // of r
-  double* gap;                 // sum of e^(r - ref_peak) (r - z)
+  double* gap;                 // sum of e^(r - ref_peak) ((r - ref_peak) - (z - peak))
 };
 
 template <class T>

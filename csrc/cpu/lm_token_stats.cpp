@@ -107,15 +107,26 @@ void merge(const RowSums& found, double peak, int64_t row, const LmParts<T>& par
   }
 }
 
-// The new peak; old and found become what the sums that are relative to them are multiplied by.
-double common_peak(double& old, double& found) {
-  const double peak = std::max(old, found);
-  old = old == -kInfinity ? 0 : std::exp(old - peak);
-  found = found == -kInfinity ? 0 : std::exp(found - peak);
-  return peak;
-}
+// A share of LmDivergence: peaks, and sums relative to them.
+struct Share {
+  double peak, sum, ref_peak, ref_sum, gap;
+
+  void move_to(double new_peak, double new_ref_peak) {
+    const double f = sum > 0 ? std::exp(peak - new_peak) : 0, g = ref_sum > 0 ? std::exp(ref_peak - new_ref_peak) : 0;
+    const double up = sum > 0 ? peak - new_peak : 0;  // without such a sum and with ref_sum, the gap is infinite
+    gap = g > 0 ? g * (gap + ref_sum * ((ref_peak - new_ref_peak) - up)) : 0;
+    sum *= f;
+    ref_sum *= g;
+  }
+};
 
 }  // namespace
+
+template <class T>
+void lm_transform(const LmTile<T>& tile) {
+  const LmRowKernel<T>& rows = kernel<T>();
+  for (int64_t row = 0; row < tile.rows; ++row) ready(tile, row, rows);
+}
 
 template <class T>
 void lm_stats_tile(const LmTile<T>& tile, int64_t first, const int64_t* targets, const T* target_logits,
@@ -153,13 +164,16 @@ void lm_kl_tile(const LmTile<T>& model, const LmTile<T>& reference, const LmDive
       return;
     }
     const T lowest = std::numeric_limits<T>::lowest();  // where every logit is -inf: its terms are 0
+    const double top = std::max(sums.peak[row], double{peak}), ref_top = std::max(sums.ref_peak[row], double{ref_peak});
     const CrossSums found = rows.cross(z, r, model.stride, std::max(peak, lowest), std::max(ref_peak, lowest));
-    double old = sums.peak[row], add = peak, ref_old = sums.ref_peak[row], ref_add = ref_peak;
-    sums.peak[row] = common_peak(old, add);
-    sums.ref_peak[row] = common_peak(ref_old, ref_add);
-    sums.sum[row] = old * sums.sum[row] + add * found.sum;
-    sums.ref_sum[row] = ref_old * sums.ref_sum[row] + ref_add * found.ref_sum;
-    sums.gap[row] = (ref_old > 0 ? ref_old * sums.gap[row] : 0) + (ref_add > 0 ? ref_add * found.gap : 0);
+    Share old{sums.peak[row], sums.sum[row], sums.ref_peak[row], sums.ref_sum[row], sums.gap[row]};
+    Share add{peak, found.sum, ref_peak, found.ref_sum, found.gap};
+    old.move_to(top, ref_top);
+    add.move_to(top, ref_top);
+    sums.peak[row] = top, sums.ref_peak[row] = ref_top;
+    sums.sum[row] = old.sum + add.sum;
+    sums.ref_sum[row] = old.ref_sum + add.ref_sum;
+    sums.gap[row] = old.gap + add.gap;
   });
 }
 
@@ -190,6 +204,7 @@ void lm_kl_grad_tile(const LmTile<T>& model, const T* sums, const LmTile<T>& ref
 }
 
 #define CWFAST_INSTANTIATE(T)                                                                          \
+  template void lm_transform(const LmTile<T>&);                                                        \
   template void lm_stats_tile(const LmTile<T>&, int64_t, const int64_t*, const T*, const LmParts<T>&); \
   template void lm_kl_tile(const LmTile<T>&, const LmTile<T>&, const LmDivergence&);                   \
   template void lm_logprob_grad_tile(const LmTile<T>&, const T*, int64_t, const int64_t*, const T*);   \

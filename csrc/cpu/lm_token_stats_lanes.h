@@ -95,10 +95,10 @@ struct LmRows : Math<F> {
     Lanes sum, ref_sum, gap;
     for (int64_t i = 0; i < length / kLanes; i += kVectors)
       for (int j = 0; j < kVectors; ++j) {
-        const V q = power(r[i + j] - ref_peak);
-        sum.v[j] += power(z[i + j] - peak);
+        const V u = z[i + j] - peak, v = r[i + j] - ref_peak, q = power(v);
+        sum.v[j] += power(u);
         ref_sum.v[j] += q;
-        gap.v[j] += q > 0 ? q * (r[i + j] - z[i + j]) : all(0);
+        gap.v[j] += q > 0 ? q * (v - u) : all(0);
       }
     return {sum.sum(), ref_sum.sum(), gap.sum()};
   }

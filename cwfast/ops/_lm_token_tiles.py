@@ -13,6 +13,7 @@ from cwfast.ops._lm_token_parts import Parts, finish, no_parts, split
 from cwfast.reference import LMHead
 
 ROWS, COLUMNS = 2048, 1024  # of a tile at most: the product runs at full speed, and its 8 MB stay in the last cache
+FEWEST = 16  # rows of a product: MKL adds up fewer than 8 in another order, and a token must not depend on its batch
 OPERAND = 16 << 20  # bytes of either factor of a tile's product, at most
 
 
@@ -30,17 +31,19 @@ def pieces(count: int, size: int) -> Iterator[slice]:
 
 
 def target_logits(hidden: Tensor, head: LMHead, targets: Tensor, first: int = 0) -> Tensor:
-    """``[N]``, summed in float64; -inf for targets outside of the tokens ``first ...`` that the head has."""
+    """``[N]``, products summed in float64; -inf for targets outside of the tokens ``first ...`` that the head has."""
     out = hidden.new_full((len(hidden),), -torch.inf, dtype=torch.promote_types(hidden.dtype, torch.float32))
     here = ((targets >= first) & (targets < first + len(head.weight))).nonzero()[:, 0]
     for piece in pieces(len(here), 256):
         rows = here[piece]
         tokens = targets[rows] - first
-        z = (hidden[rows].double() * head.weight[tokens].double()).sum(dim=1)
+        z, bias = (torch.zeros(256, dtype=out.dtype) for _ in range(2))
+        z[: len(rows)] = (hidden[rows].double() * head.weight[tokens].double()).sum(dim=1)
         if head.bias is not None:
-            z += head.bias[tokens].double()
-        z *= head.scale
-        out[rows] = (z if head.softcap is None else head.softcap * torch.tanh(z / head.softcap)).to(out.dtype)
+            bias[: len(rows)] = head.bias[tokens]
+        tile = (z.data_ptr(), 1, len(rows), len(z), bias.data_ptr(), head.scale, head.softcap or 0.0)
+        _kernel("lm_transform", out.dtype)(tile)  # as the other logits: what is equal before it stays equal
+        out[rows] = z[: len(rows)]
     return out
 
 
@@ -59,12 +62,13 @@ class Tiles:
         most = max(16, OPERAND // (max(1, widest or hidden.shape[1]) * dtype.itemsize) // 16 * 16)
         self.rows, self.columns = min(ROWS, most), min(COLUMNS, most)
         stride = -(-min(self.columns, len(head.weight)) // 16) * 16
-        rows = min(self.rows, len(hidden))
+        rows = max(FEWEST, min(self.rows, len(hidden)))
         self._logits = torch.empty(rows * stride, dtype=dtype)
         self._hidden, self._weight = (
             None if x.dtype == dtype else torch.empty((n, x.shape[1]), dtype=dtype)
             for x, n in ((hidden, rows), (head.weight, min(self.columns, len(head.weight))))
         )
+        self._few = torch.zeros((FEWEST, hidden.shape[1]), dtype=dtype)
         # Read in whole vectors: a tile of the last tokens reads behind them.
         self._bias = None if head.bias is None else torch.zeros(len(head.bias) + 16, dtype=dtype)
         if self._bias is not None and head.bias is not None:
@@ -73,6 +77,8 @@ class Tiles:
     def hidden_of(self, rows: slice) -> Tensor:
         """In the dtype of the product; valid until the next call."""
         part = self.hidden[rows]
+        if len(part) < FEWEST:
+            return self._few[: len(part)].copy_(part)
         return part if self._hidden is None else self._hidden[: len(part)].copy_(part)
 
     def weight_of(self, columns: slice) -> Tensor:
@@ -83,8 +89,10 @@ class Tiles:
     def product(self, h: Tensor, w: Tensor, columns: slice) -> tuple[Tensor, tuple[object, ...]]:
         """``h w^T`` in the workspace, and the LmTile of csrc/lm_token_stats.h: neither bias, scale nor softcap yet."""
         stride = -(-len(w) // 16) * 16
-        z = self._logits.as_strided((len(h), len(w)), (stride, 1))
-        torch.mm(h, w.T, out=z)
+        few = len(h) < FEWEST
+        whole = self._logits.as_strided((FEWEST if few else len(h), len(w)), (stride, 1))
+        torch.mm(self._few if few else h, w.T, out=whole)
+        z = whole[: len(h)]
         bias = 0 if self._bias is None else self._bias[columns.start :].data_ptr()
         return z, (z.data_ptr(), *z.shape, stride, bias, self.head.scale, self.head.softcap or 0.0)
 
@@ -179,10 +187,11 @@ def kl(hidden: Tensor, head: LMHead, ref_hidden: Tensor, ref_head: LMHead) -> tu
             kernel(tile, ref_tile, *mine)
     peak, total, ref_peak, ref_total, gap = found
     logsumexp, ref_logsumexp = peak + total.log(), ref_peak + ref_total.log()
-    divergence = gap / ref_total - ((ref_peak - peak) + (ref_total.log() - total.log()))
+    divergence = gap / ref_total + (total.log() - ref_total.log())
     good = logsumexp.isfinite() & ref_logsumexp.isfinite()
     result = torch.where(good, divergence.clamp(min=0), torch.nan).to(dtype)
-    return result, *(split(torch.where(good, x, torch.nan), dtype) for x in (logsumexp, ref_logsumexp))
+    sums, ref_sums = (split(torch.where(good, x, torch.nan), dtype) for x in (logsumexp, ref_logsumexp))
+    return result, sums, ref_sums
 
 
 def kl_backward(
