@@ -223,7 +223,7 @@ PLANTED = {  # text in csrc/cuda/lm_token_stats*, replacement; each must be caug
     "moments about the largest": ("record ? 0.0f : s.mean, shift", "0.0f, shift"),
     "no variance between strips": (" + d * d * sum * (more / both)", ""),
     "bias after scale": ("if (bias) z += bias[word];\n  z *= args.scale;", "z *= args.scale;\n  if (bias) z += bias[word];"),
-    "reference of KL not rescaled": ("s.ref_sum *= expf(s.ref_peak - ref_shift);", ""),
+    "reference of KL not rescaled": ("s.ref_sum *= expf(ref_step);", ""),
     "slope of the soft-cap": ("d *= 1.0f - z * z;", "d *= 1.0f - z;"),
     "no target in the gradient": ("(v == args.targets[n] ? 1.0f : 0.0f) - d", "-d"),
 }  # fmt: skip

@@ -155,7 +155,7 @@ __global__ void __launch_bounds__(kThreads, 1) stats_kernel(const Args args) {
   args.counts[field + at] = sums.top;
 }
 
-struct KlSums {  // of the model, of the reference, and the mean of r - z under q
+struct KlSums {  // of the model, of the reference, and the mean of (r - its peak) - (z - its peak) under q
   float peak = -INFINITY, sum = 0.0f, ref_peak = -INFINITY, ref_sum = 0.0f, gap = 0.0f;
 };
 
@@ -168,15 +168,18 @@ __device__ __forceinline__ void fold_kl(const Args& args, KlSums& s, float* z, f
     ref_peak = fmaxf(ref_peak, r[c]);
   }
   const float shift = peak > -INFINITY ? peak : 0.0f, ref_shift = ref_peak > -INFINITY ? ref_peak : 0.0f;
-  s.sum *= expf(s.peak - shift);
-  s.ref_sum *= expf(s.ref_peak - ref_shift);
+  const float step = s.peak > -INFINITY ? s.peak - shift : 0.0f;
+  const float ref_step = s.ref_peak > -INFINITY ? s.ref_peak - ref_shift : 0.0f;
+  s.sum *= expf(step);
+  s.ref_sum *= expf(ref_step);
+  s.gap += ref_step - step;
   s.peak = peak, s.ref_peak = ref_peak;
   float more = 0.0f, gap = 0.0f;
   for (int c = 0; c < count; ++c) {
-    const float q = expf(r[c] - ref_shift);
-    s.sum += expf(z[c] - shift);
+    const float u = z[c] - shift, t = r[c] - ref_shift, q = expf(t);
+    s.sum += expf(u);
     more += q;
-    gap += q > 0.0f ? q * (r[c] - z[c]) : 0.0f;  // -inf times 0 is not 0
+    gap += q > 0.0f ? q * (t - u) : 0.0f;  // -inf times 0 is not 0
   }
   const float theirs = more > 0.0f ? gap / more : 0.0f;
   const float share = s.ref_sum + more > 0.0f ? more / (s.ref_sum + more) : 0.0f;

@@ -18,7 +18,7 @@ from cwfast.ops._lm_token_tiles import pieces
 from cwfast.reference import LMHead
 
 TARGET, STATS, KL, LOGITS, LOGPROB_GRAD, KL_GRAD = range(6)  # CwfastLmTask of csrc/cuda/launchers.h
-TILE = 128  # tokens, words
+TILE = 128  # tokens, words: of a kernel, or a multiple of it
 PROGRAMS = 8  # for each multiprocessor: the last ones to end keep few of them waiting
 WORKSPACE = 64 << 20  # bytes of a tile of gradients
 SEARCHED = 2 << 20  # logits of which topk sorts keys at once: 24 bytes each
@@ -244,18 +244,23 @@ def kl(
     model, reference = _readable(hidden, head, backend), _readable(ref_hidden, ref_head, backend)
     chunks, chunk, partial = _workspace(len(hidden), len(head.weight), hidden, backend)
     _launch(backend, KL, model, reference=reference, chunks=chunks, chunk=chunk, partial=partial)
-    *both, gaps = partial.double()
-    log_sums, good = [], []
-    for peaks, sums in (both[:2], both[2:]):
-        peak = peaks.amax(dim=0)
-        weights = torch.where(peaks == -torch.inf, 0, (peaks - peak).exp() * sums)
-        total = weights.sum(dim=0)
-        log_sums.append(peak + total.log())
-        good.append(log_sums[-1].isfinite())
-    gap = torch.where(weights > 0, weights * gaps, 0).sum(dim=0) / total
-    divergence = (gap - (log_sums[1] - log_sums[0])).clamp(min=0)
-    divergence = torch.where(good[0] & good[1], divergence, torch.nan).float()
+    peaks, sums, ref_peaks, ref_sums, gaps = partial.double()
+    peak, shifts, _, total = _rescaled(peaks, sums)
+    ref_peak, ref_shifts, weights, ref_total = _rescaled(ref_peaks, ref_sums)
+    gap = torch.where(weights > 0, weights * (gaps + (ref_shifts - shifts)), 0).sum(dim=0) / ref_total
+    divergence = gap + (total.log() - ref_total.log())
+    log_sums = peak + total.log(), ref_peak + ref_total.log()
+    good = log_sums[0].isfinite() & log_sums[1].isfinite()
+    divergence = torch.where(good, divergence.clamp(min=0), torch.nan).float()
     return divergence, split(log_sums[0], torch.float32), split(log_sums[1], torch.float32)
+
+
+def _rescaled(peaks: Tensor, sums: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Of chunks: the largest peak, how far below it each lies (0 for none), sums relative to it, and their total."""
+    peak = peaks.amax(dim=0)
+    shifts = torch.where(peaks == -torch.inf, 0, peaks - peak)
+    weights = torch.where(peaks == -torch.inf, 0, shifts.exp() * sums)
+    return peak, shifts, weights, weights.sum(dim=0)
 
 
 def kl_backward(

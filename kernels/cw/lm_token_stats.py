@@ -131,7 +131,7 @@ def _stats_kernel(
     tokens,
     words,
     chunks,
-    chunk,  # words of a chunk, a multiple of BV
+    chunk,  # words of a chunk
     width,
     hidden_row,
     weight_row,
@@ -159,7 +159,8 @@ def _stats_kernel(
     begin = part * chunk
     y = tl.load(targets + n) - begin
     y = tl.where((y >= 0) & (y < chunk), y, -1).to(tl.int32)
-    for first in range(0, tl.minimum(chunk, words - begin).to(tl.int32), BV):
+    count = tl.minimum(chunk, words - begin).to(tl.int32)
+    for first in range(0, count, BV):
         v = tl.minimum(begin + first + tl.arange(0, BV), words - 1)
         strips = quarters(_product(hidden, weight, n, v, width, hidden_row, weight_row, EVEN, BN, BV, BK), BN, BV)
         # By strips, with barriers: or the registers of all steps of all of the tile are wanted at once.
@@ -168,7 +169,7 @@ def _stats_kernel(
             v = tl.minimum(begin + c, words - 1)
             z = _logits(strips[strip], bias, v, scale, softcap, HAS_BIAS, HAS_CAP)
             z = tl.where(c[None, :] == y[:, None], own[:, None], z)
-            z = tl.where((begin + c < words)[None, :], z, float("-inf"))
+            z = tl.where((c < count)[None, :], z, float("-inf"))
             above += tl.sum((z > own[:, None]).to(tl.int32), 1)
             peak = tl.max(z, 1)
             new = peak > top
@@ -215,7 +216,7 @@ def _stats_kernel(
 
 @triton.jit
 def _kl_kernel(
-    partial,  # [5, chunks, tokens] float32, written: peak and sum of the model; of the reference; mean of r - z under q
+    partial,  # [5, chunks, tokens] float32, written: peak, sum of the model; of the reference; mean of their difference under q
     hidden,
     weight,
     bias,
@@ -252,32 +253,37 @@ def _kl_kernel(
     ref_sum = tl.zeros((BN,), tl.float32)
     gap = tl.zeros((BN,), tl.float32)
     begin = part * chunk
-    for first in range(0, tl.minimum(chunk, words - begin).to(tl.int32), BV):
+    count = tl.minimum(chunk, words - begin).to(tl.int32)
+    for first in range(0, count, BV):
         v = tl.minimum(begin + first + tl.arange(0, BV), words - 1)
         theirs = quarters(
             _product(ref_hidden, ref_weight, n, v, ref_width, ref_hidden_row, ref_weight_row, EVEN, BN, BV, BK), BN, BV
         )
         ours = quarters(_product(hidden, weight, n, v, width, hidden_row, weight_row, EVEN, BN, BV, BK), BN, BV)
         for strip in tl.static_range(4):
-            c = begin + first + strip * (BV // 4) + tl.arange(0, BV // 4)
-            v = tl.minimum(c, words - 1)
+            c = first + strip * (BV // 4) + tl.arange(0, BV // 4)
+            v = tl.minimum(begin + c, words - 1)
             z = _logits(ours[strip], bias, v, scale, softcap, HAS_BIAS, HAS_CAP)
             r = _logits(theirs[strip], ref_bias, v, scale, softcap, HAS_REF_BIAS, HAS_CAP)
-            z = tl.where((c < words)[None, :], z, float("-inf"))
-            r = tl.where((c < words)[None, :], r, float("-inf"))
+            z = tl.where((c < count)[None, :], z, float("-inf"))
+            r = tl.where((c < count)[None, :], r, float("-inf"))
             peak = tl.maximum(top, tl.max(z, 1))
             safe = tl.where(peak > float("-inf"), peak, 0.0)
-            sum = sum * tl.exp(top - safe) + tl.sum(tl.exp(z - safe[:, None]), 1)
+            step = tl.where(top > float("-inf"), top - safe, 0.0)
+            sum = sum * tl.exp(step) + tl.sum(tl.exp(z - safe[:, None]), 1)
             top = peak
             peak = tl.maximum(ref_top, tl.max(r, 1))
-            safe = tl.where(peak > float("-inf"), peak, 0.0)
-            ref_sum *= tl.exp(ref_top - safe)
+            ref_safe = tl.where(peak > float("-inf"), peak, 0.0)
+            ref_step = tl.where(ref_top > float("-inf"), ref_top - ref_safe, 0.0)
+            ref_sum *= tl.exp(ref_step)
             ref_top = peak
-            q = tl.exp(r - safe[:, None])
+            u = r - ref_safe[:, None]
+            q = tl.exp(u)
             more = tl.sum(q, 1)
-            their = tl.sum(tl.where(q > 0, q * (r - z), 0.0), 1) / tl.where(more > 0, more, 1.0)
+            theirs_mean = tl.sum(tl.where(q > 0, q * (u - (z - safe[:, None])), 0.0), 1) / tl.where(more > 0, more, 1.0)
             share = more / tl.where(ref_sum + more > 0, ref_sum + more, 1.0)
-            gap = tl.where(ref_sum > 0, gap * (1 - share) + tl.where(more > 0, share * their, 0.0), their)
+            old = tl.where(share < 1, (gap + (ref_step - step)) * (1 - share), 0.0)
+            gap = tl.where(ref_sum > 0, old + tl.where(more > 0, share * theirs_mean, 0.0), theirs_mean)
             ref_sum += more
             tl.debug_barrier()
     at = part * tokens + n
