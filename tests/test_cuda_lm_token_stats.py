@@ -176,7 +176,9 @@ def test_any_strides_and_the_vocabulary_in_parts(library):
     wide[:, 3:27] = weight
     for name, value in flat(ops.lm_token_stats(hidden, wide[:, 3:27], targets, topk=3, backend="cuda")).items():
         assert torch.equal(value, whole[name])  # unaligned rows
-    for name, value in flat(ops.lm_token_stats(hidden.T.contiguous().T, weight, targets, topk=3, backend="cuda")).items():
+    for name, value in flat(
+        ops.lm_token_stats(hidden.T.contiguous().T, weight, targets, topk=3, backend="cuda")
+    ).items():
         assert torch.equal(value, whole[name])
     edges = [0, 1, 130, 130, 500]
     heads = [(LMHead(weight[a:b]), a) for a, b in zip(edges, edges[1:], strict=False)]

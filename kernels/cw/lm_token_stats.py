@@ -199,7 +199,9 @@ def _stats_kernel(
             d = tl.where(sum > 0, about + off - mean, 0.0)
             both = tl.where(sum + more > 0, sum + more, 1.0)
             mean = tl.where(sum > 0, (sum * mean + more * (about + off)) / both, about + off)
-            spread = spread * factor + tl.maximum(tl.sum(w * e * e, 1) - moment * off, 0.0) + d * d * sum * (more / both)
+            spread = (
+                spread * factor + tl.maximum(tl.sum(w * e * e, 1) - moment * off, 0.0) + d * d * sum * (more / both)
+            )
             tops += more_tops
             rest += more_rest
             tl.debug_barrier()
@@ -368,15 +370,27 @@ def _tile_kernel(
 TASKS = (_target_kernel, _stats_kernel, _kl_kernel, _tile_kernel, _tile_kernel, _tile_kernel)  # by CwfastLmTask
 
 
-def tiles(dtype: torch.dtype, hip: bool) -> dict[str, int]:
+def tiles(dtype: torch.dtype, narrow: bool, hip: bool) -> dict[str, int]:
     """BN, BV, BK, num_warps and num_stages.
 
     16-bit inputs: 128 x 128 in the registers of 8 warps, on tensor cores; with 128 x 256 the sums spill. float32
     products without loss of bits run on the ordinary cores, whose operands stay in registers: smaller tiles.
+
+    Args:
+        dtype: of hidden and weight.
+        narrow: half as many words, where registers are short; Hopper's tensor cores read shared memory.
+        hip: AMD's compiler keeps stages in registers, where there is room for 2.
     """
     if dtype == torch.float32:
         return {"BN": 64, "BV": 64, "BK": 16, "num_warps": 8, "num_stages": 3}
-    return {"BN": 128, "BV": 128, "BK": 64, "num_warps": 8, "num_stages": 2 if hip else 4}
+    return {"BN": 128, "BV": 64 if narrow else 128, "BK": 64, "num_warps": 8, "num_stages": 2 if hip else 4}
+
+
+def narrow(task: int, softcap: bool, capability: int) -> bool:
+    """Whether ``tiles`` shall be narrow; ``capability``: of the device, 80 for sm_80, 0 for AMD's."""
+    if capability == 0:
+        return task == 1
+    return capability < 90 and (task == 2 or (task == 1 and softcap))
 
 
 def launch(
@@ -395,7 +409,11 @@ def launch(
     and bias (float32) of the head; entries of a row are adjacent.
     """
     hidden, (weight, bias, *_) = model
-    config = tiles(hidden.dtype, torch.version.hip is not None)
+    hip, capability = torch.version.hip is not None, 0
+    if not hip and hidden.is_cuda:
+        major, minor = torch.cuda.get_device_capability(hidden.device)
+        capability = 10 * major + minor
+    config = tiles(hidden.dtype, narrow(task, softcap is not None, capability), hip)
     tokens, words = len(hidden), len(weight)
     blocks = triton.cdiv(tokens, config["BN"])
     parts = [1, chunks, chunks, *[triton.cdiv(words, config["BV"])] * 3][task]

@@ -169,7 +169,6 @@ class Emulated:
             spans[m.data] = max(spans.get(m.data, 0), entries * SIZE[m.dtype])
         self._call("cwfast_cuda_embedding_saliency", "pip", (ctypes.addressof(x), *args[-2:]), spans)
 
-
     def cuda_lm_tokens(self, task, *args):
         x = CwfastLmTokens(*(CwfastLmHead(*a) if isinstance(a, tuple) else a for a in args[:-2]))
         size, entries = SIZE[x.dtype], 2 * x.chunks * x.tokens
