@@ -270,7 +270,7 @@ def page(table: dict[str, dict[str, Any]]) -> str:
         "instructions of tensor cores and asynchronous copies to shared memory between a backward branch and its",
         "target; AMD's loads go through registers. Spills: to memory. T>1: samples of several rows, T=1: of one;",
         "grad: the gradient sum comes from the same pass; short: samples of at most 32 rows on average; odd: O and I",
-        "are not multiples of 16. Tile: rows of the weight, columns, rows of the operands in one step. Of lm_token_stats",
+        "are not multiples of 16. Tile: rows of the weight, columns, rows of the operands in one step. lm_token_stats",
         "(lm): tokens, words, columns in one step; cap: with soft-cap and biases; odd: the width is no multiple of a",
         "step's; narrow: half as many words, where the registers are short.",
         "",

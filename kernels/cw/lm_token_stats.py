@@ -121,7 +121,7 @@ def _target_kernel(
 
 @triton.jit
 def _stats_kernel(
-    partial,  # [5, chunks, tokens] float32, written: peak, tops, rest, mean, spread; see Parts, whose slope is mean * sum
+    partial,  # [5, chunks, tokens] float32, written: peak, tops, rest, mean (slope / sum), spread: see Parts
     counts,  # [2, chunks, tokens] int32, written: logits above the target's; the lowest index of the largest logit
     hidden,
     weight,
@@ -218,7 +218,7 @@ def _stats_kernel(
 
 @triton.jit
 def _kl_kernel(
-    partial,  # [5, chunks, tokens] float32, written: peak, sum of the model; of the reference; mean of their difference under q
+    partial,  # [5, chunks, tokens] float32, written: peak and sum of both; q's mean of their difference
     hidden,
     weight,
     bias,
