@@ -19,7 +19,7 @@ from pytest_benchmark.fixture import BenchmarkFixture
 from torch import Tensor, nn
 
 from cwfast import SaliencyScorer, _backends, ops, reference
-from cwfast.ops import accumulate_embedding_saliency_, accumulate_saliency_, select_topk
+from cwfast.ops import accumulate_embedding_saliency_, accumulate_saliency_, lm_token_stats, select_topk
 from cwfast.testing import assert_no_worse
 
 DEVICE = _harness.device()
@@ -36,6 +36,7 @@ WORDS = _harness.by_size(tiny=50, full=32_000)
 LOOKUPS = _harness.by_size(tiny=(4, 20), full=(8, 2048))  # samples, steps
 SELECT = _harness.by_size(tiny=[10**5], normal=[10**9], full=[10**9, 4 * 10**9])
 REWIND = _harness.by_size(tiny=10**5, full=10**9)
+TOKENS, VOCABULARY = _harness.by_size(tiny=(40, 300), full=(4096, 131_072))
 
 pytestmark = pytest.mark.skipif(
     DEVICE.type == "cpu" and _harness.size() != "tiny", reason="the other suites measure the CPU"
@@ -243,3 +244,29 @@ def test_rewind(benchmark: BenchmarkFixture) -> None:
     ratios |= {f"times_{n}": _harness.ratio(times, n, "cwfast_list") for n in ("where", "where_out", "index_copy")}
     case = f"device rewind float32 N={REWIND:.0e} k=1.0%".replace("e+0", "e")
     _harness.report(benchmark, case, times, variants["cwfast_list"], ratios=ratios, numel=REWIND, k=len(indices))
+
+
+def test_token_statistics(benchmark: BenchmarkFixture) -> None:
+    """All statistics of bfloat16 hidden states; ``of_gemm_rate``: of the bare product into [N, V] logits."""
+    torch.manual_seed(0)
+    with DEVICE:
+        hidden, weight = torch.randn(TOKENS, WIDTH).bfloat16(), (torch.randn(VOCABULARY, WIDTH) / 32).bfloat16()
+        targets = torch.randint(VOCABULARY, (TOKENS,))
+    rows = slice(0, 32)  # the truth needs logits
+    truth, single = (lm_token_stats(hidden[rows].to(t), weight.to(t), targets[rows], backend="reference")
+                     for t in (torch.float64, torch.float32))  # fmt: skip
+    variants: dict[str, Callable[[], object]] = {}
+    for backend in BACKENDS:
+        found = lm_token_stats(hidden, weight, targets, backend=backend)
+        for name in ("logprob", "mean", "variance"):
+            exact, plain = getattr(truth, name), getattr(single, name)
+            assert_no_worse(getattr(found, name)[rows], exact, plain, factor=4)
+        variants[f"cwfast_{backend}"] = lambda b=backend: lm_token_stats(hidden, weight, targets, backend=b)
+    names = list(variants)
+    product = torch.empty(TOKENS, VOCABULARY, dtype=torch.bfloat16, device=DEVICE)
+    variants["gemm"] = lambda: torch.mm(hidden, weight.T, out=product)
+    times = _harness.interleaved(variants, REPEATS, seconds=SECONDS)
+    ratios = {f"of_gemm_rate_{name}": _harness.ratio(times, "gemm", name) for name in names}
+    rate = 2 * TOKENS * VOCABULARY * WIDTH / _harness.medians(times)["gemm"]
+    case = f"device lm_token_stats bfloat16 N={TOKENS} V={VOCABULARY} d={WIDTH}"
+    _harness.report(benchmark, case, times, variants[names[0]], ratios=ratios, gemm_flops=rate)

@@ -55,7 +55,7 @@ pytest=(python -P -m pytest -q -p no:cacheprovider --benchmark-disable --overrid
   --override-ini=filterwarnings=default)
 stage "tests on the device" 150 "${pytest[@]}" --import-mode=importlib tests/test_gpu.py
 bench=$(python -P -c 'import cwfast.benchmarks as b; print(b.__path__[0])')/bench_device.py
-for test in test_saliency_linear test_embedding test_select test_rewind test_saliency_stack; do # what fails takes no other along
+for test in test_saliency_linear test_token_statistics test_embedding test_select test_rewind test_saliency_stack; do # what fails takes no other along
   stage "$test" 120 env CWFAST_BENCH_SIZE="$size" CWFAST_BENCH_OUT="$out" "${pytest[@]}" "$bench::$test"
 done
 cd "$root" || exit 1

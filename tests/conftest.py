@@ -16,10 +16,14 @@ PATHS = ("reference", *(f"cpu-{isa}" for isa in ISAS), "triton")
 if _backends.interpreted():  # a test process of its own: test_triton.py
     import numpy as np
     import triton_bf16
-    from cwfast.kernels import select
+    from cwfast.kernels import lm_token_stats, select
+
+    from cwfast.ops import _lm_token_stats_device
 
     triton_bf16.patch()
     select.BLOCK = select.CHUNK // 2  # an operation costs the interpreter about the same for any number of entries
+    lm_token_stats.tiles = lambda *_: {"BN": 64, "BV": 512, "BK": 64}
+    _lm_token_stats_device.TILE = 512
     np.seterr(all="ignore")  # the interpreter computes with numpy, which warns of NaN where a kernel does not
 
 settings.register_profile(
@@ -31,6 +35,11 @@ settings.register_profile(
     suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
 )
 settings.load_profile("cwfast")
+
+
+def pytest_configure(config):
+    if _backends.interpreted():
+        config.addinivalue_line("filterwarnings", "ignore:All-NaN slice encountered:RuntimeWarning")
 
 
 def why_not(path: str) -> str:

@@ -95,6 +95,8 @@ def page(kernels: list[Kernel], dynamic_shared: int) -> str:
         "with what the sources compile to. **None of these kernels has run on a GPU yet.** A block of the saliency",
         f"kernels owns 128 x 128 weights, with 256 threads and {dynamic_shared} bytes of dynamic shared memory; their",
         "parameters: the way to multiply, whether every row is a sample (T = 1), whether the gradient sum is wanted.",
+        "The kernels of lm_token_stats own 128 tokens x 128 words, with 256 threads and at most",
+        f"{lm_shared_bytes()} bytes of dynamic shared memory; the number is the task (CwfastLmTask).",
         "Spills: bytes of spill stores, spill loads and stack. Loop: multiply instructions inside loops.",
         "",
         "| sm | kernel | registers | spills | static shared | loop |",
@@ -107,6 +109,11 @@ def page(kernels: list[Kernel], dynamic_shared: int) -> str:
 def saliency_shared_bytes() -> int:
     """kStages * 2 operands * kDepth * kPitch * sizeof(Element), the larger of 16-bit and float32."""
     return max(4 * 2 * (64 // size) * (128 + 16 // size) * size for size in (2, 4))
+
+
+def lm_shared_bytes() -> int:
+    """kStages * 2 operands * 128 rows of 80 bytes, and two strips of 128 x 65 floats (KL)."""
+    return 4 * 2 * 128 * 80 + 2 * 128 * 65 * 4
 
 
 def main() -> None:

@@ -9,7 +9,7 @@ from torch import nn
 from torch.nn import functional
 
 from cwfast import SaliencyScorer, _backends, reference
-from cwfast.ops import accumulate_embedding_saliency_, accumulate_saliency_, select_topk
+from cwfast.ops import accumulate_embedding_saliency_, accumulate_saliency_, lm_token_kl, lm_token_stats, select_topk
 from cwfast.testing import HOSTILE, assert_no_worse, hostile_scores
 
 SHAPES = [(5, 1, 7, 9), (3, 4, 33, 65), (2, 128, 128, 128), (9, 17, 130, 257), (4, 600, 256, 192), (1, 1, 1, 1)]
@@ -125,3 +125,49 @@ def test_selection_of_a_large_tensor(place):
     assert int(mask.sum()) == numel // 100
     assert float(scores[mask].min()) == selection.threshold
     assert float(scores[~mask].max()) <= selection.threshold
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("options", [{}, {"softcap": 20.0, "scale": 0.5}], ids=["plain", "softcap"])
+@pytest.mark.parametrize("shape", [(3, 50, 8), (129, 300, 100), (200, 5000, 256), (33, 1025, 72)], ids=str)
+def test_token_statistics_are_no_worse_than_logits(place, shape, options, dtype):
+    """Also KL and both backwards. Small integers: float32 sums are exact, so that ranks are equal."""
+    backend, device = place
+    tokens, words, width = shape
+    hidden, ref_hidden = (torch.randint(-2, 3, (tokens, width), device=device).to(dtype) for _ in range(2))
+    weight, ref_weight = ((torch.randint(-4, 5, (words, width), device=device) / 16).to(dtype) for _ in range(2))
+    targets, upstream = torch.randint(words, (tokens,), device=device), torch.randn(tokens, device=device)
+
+    def logits(h, w):
+        z = h @ w.T * options.get("scale", 1.0)
+        return z if "softcap" not in options else options["softcap"] * torch.tanh(z / options["softcap"])
+
+    def plain(exact, rounded):
+        h, w, g, r = (x.to(exact).requires_grad_() for x in (hidden, weight, ref_hidden, ref_weight))
+        p, q = torch.log_softmax(logits(h, w), dim=1), torch.log_softmax(logits(g, r), dim=1)
+        mean = (p.exp() * p).sum(dim=1)
+        logprob, kl = p.gather(1, targets[:, None])[:, 0], (q.exp() * (q - p)).sum(dim=1)
+        found = [logprob, mean, (p.exp() * (p - mean[:, None]).square()).sum(dim=1), kl]
+        for value in (logprob, kl):
+            found += [x.to(rounded) for x in torch.autograd.grad(value, (h, w), upstream.to(exact), retain_graph=True)]
+        return [x.detach() for x in found]
+
+    def ours():
+        h, w = hidden.clone().requires_grad_(), weight.clone().requires_grad_()
+        stats = lm_token_stats(h, w, targets, backend=backend, **options)
+        kl = lm_token_kl(h, w, ref_hidden, ref_weight, backend=backend, **options)
+        found = [stats.logprob, stats.mean, stats.variance, kl]
+        for value in (stats.logprob, kl):
+            found += torch.autograd.grad(value, (h, w), upstream)
+        return [x.detach() for x in found], stats.rank
+
+    found, rank = ours()
+    again, _ = ours()
+    truth, single = plain(torch.float64, torch.float64), plain(torch.float32, dtype)
+    for i, (value, exact, by_torch) in enumerate(zip(found, truth, single, strict=True)):
+        # A 16-bit gradient at the logits is rounded before it is multiplied: 2^-8 of what the sums hold.
+        assert_no_worse(value, exact, by_torch, factor=4 if i < 4 or dtype == torch.float32 else 16)
+    assert all(map(torch.equal, found, again))  # same bits on every run
+    if not options:
+        z = hidden.double() @ weight.double().T
+        assert torch.equal(rank, (z > z.gather(1, targets[:, None])).sum(dim=1))

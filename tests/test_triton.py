@@ -50,12 +50,15 @@ assert torch.equal(down, a)
 
 def interpret(stem, which):
     """The tests of a stem in a process whose Triton interprets; what must have run on the path "triton"."""
-    command = [sys.executable, "-P", "-m", "pytest", "-q", f"tests/test_{stem}.py", "-k", f"triton and {which}"]
+    files = [f"tests/test_{name}.py" for name in (stem, *ALSO.get(stem, ()))]
+    command = [sys.executable, "-P", "-m", "pytest", "-q", *files, "-k", f"triton and {which}"]
     env = {**os.environ, "TRITON_INTERPRET": "1"}
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=1800, env=env)
     assert done.returncode == 0, done.stdout[-5000:]
     assert "triton (run)" in done.stdout
 
+
+ALSO = {"lm_token_stats": ["lm_token_kl"]}  # other tests of a kernel file
 
 # By kernel file; what takes minutes in the interpreter, which spends milliseconds on every block of every program.
 LONG = {
@@ -63,6 +66,7 @@ LONG = {
     "select": "stable_sort and float16 or many_chunks or heavy_ties or small_tensors or 30000 or word_and_chunk "
     "or skipped_nan or threads",
     "embedding_saliency": "one_column or many_chunks or two_digits",
+    "lm_token_stats": "5000 or any_scale",
     "logit_stats": None,
     "rewind": None,
 }

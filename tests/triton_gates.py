@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 import torch
 import triton
 import triton.language as tl
-from cwfast.kernels import embedding_saliency, logit_stats, rewind, saliency, select
+from cwfast.kernels import embedding_saliency, lm_token_stats, logit_stats, rewind, saliency, select
 from cwfast.kernels._tl import integer
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
@@ -120,6 +120,32 @@ def logit_stats_entry(classes: int) -> Entry:
     return Entry(f"logit_stats bf16 {classes} classes", logit_stats._logit_stats_kernel, types, constants, options)
 
 
+def lm_entry(arch: str, task: int, element: str, *, cap=False, odd=False) -> Entry:
+    """A task of CwfastLmTask; ``cap``: with a soft-cap and biases; ``odd``: the width is no multiple of a step's."""
+    dtype = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}[element]
+    narrow = lm_token_stats.narrow(task, cap, int(arch.removeprefix("sm_")) if arch.startswith("sm_") else 0)
+    constants = lm_token_stats.tiles(dtype, narrow, arch == "gfx942")
+    options = {name: constants.pop(name) for name in ("num_warps", "num_stages")}
+    constants |= {"HAS_BIAS": cap, "HAS_REF_BIAS": cap, "HAS_CAP": cap, "EVEN": not odd, "KIND": task}
+    types = dict.fromkeys(["hidden", "weight", "ref_hidden", "ref_weight"], f"*{element}")
+    types |= dict.fromkeys(["bias", "ref_bias", "partial", "logit", "grad", "logsumexp", "ref_logsumexp"], "*fp32")
+    types |= {"out": "*fp32" if task == 3 else f"*{element}", "counts": "*i32", "targets": "*i64"}
+    types |= dict.fromkeys(["tokens", "chunks"], "i32") | dict.fromkeys(["scale", "softcap"], "fp32")
+    types |= dict.fromkeys(["words", "chunk", "width", "ref_width"], "i32:16")
+    types |= dict.fromkeys(["hidden_row", "weight_row", "ref_hidden_row", "ref_weight_row"], "i32:16")
+    kernel = lm_token_stats.TASKS[task]
+    types, constants = ({n: x for n, x in given.items() if n in kernel.arg_names} for given in (types, constants))
+    words = ["lm", ("target", "stats", "kl", "logits", "logprob gradient", "kl gradient")[task], element]
+    words += [word for word, given in {"cap": cap, "odd": odd, "narrow": narrow}.items() if given]
+    return Entry(" ".join(words), kernel, types, constants, options, element != "fp32")
+
+
+def lm_entries(arch: str) -> list[Entry]:
+    found = [lm_entry(arch, task, "bf16", cap=cap) for task in range(6) for cap in (False, True)]
+    found += [lm_entry(arch, 1, "fp16"), lm_entry(arch, 1, "bf16", odd=True)]
+    return [*found, *(lm_entry(arch, task, "fp32", cap=True) for task in (0, 1, 2, 5))]
+
+
 def entries(arch: str) -> list[Entry]:
     """Every kernel, as it is launched on this architecture."""
     hip = TARGETS[arch].backend == "hip"
@@ -140,7 +166,7 @@ def entries(arch: str) -> list[Entry]:
     digit = {"histogram": "*i64", "state": "*i64"}
     found.append(Entry("select digit", select._digit_kernel, digit, {"BINS": select.BINS}, {"num_warps": 4}))
     found += [embedding_entry(power, grad) for power in (1, 2) for grad in (False, True)]
-    return [*found, *rewind_entries(), *map(logit_stats_entry, (10, 1000))]
+    return [*found, *rewind_entries(), *map(logit_stats_entry, (10, 1000)), *lm_entries(arch)]
 
 
 def inner_loop(lines: list[tuple[int, str]], target: Callable[[str], int | None], wanted: str) -> list[str]:
@@ -198,7 +224,8 @@ def measure(entry: Entry, arch: str) -> dict[str, Any]:
         registers = int(re.search(r"REG:(\d+)", usage).group(1))
         spills = len(re.findall(r"\b(?:LDL|STL)\b", code))
         loop = nvidia_loop(code)
-    tile = [entry.constants[name] for name in ("BO", "BI", "BT") if name in entry.constants]
+    sides = ("BN", "BV", "BK") if "BV" in entry.constants else ("BO", "BI", "BT")
+    tile = [entry.constants[name] for name in sides if name in entry.constants]
     counts = {what: len(re.findall(pattern, "\n".join(loop))) for what, pattern in COUNTED.items()}
     kinds = sorted(set(re.findall(r"\bHMMA\b|\bHGMMA\b|\bv_mfma_f32_\w+?(?=_bf16|_f16|_\d|\b)", "\n".join(loop))))
     result = {"tile": tile, "registers": registers, "spills": spills, "shared": binary.metadata.shared}
@@ -228,7 +255,7 @@ def check(arch: str, entry: Entry, have: dict[str, Any]) -> None:
         assert have["tensor_core"] > 0, where
         assert have["kind"] == {"sm_80": "HMMA", "sm_90": "HGMMA", "gfx942": "v_mfma"}[arch], where
         assert have["tile"][0] >= 128, where
-        assert have["tile"][1] >= 128, where
+        assert have["tile"][1] >= (64 if entry.name.endswith("narrow") else 128), where
         if arch != "gfx942":  # whose loads wait in registers
             assert have["async_copies"] >= 4, where  # both operands, not only the offsets
 
@@ -243,7 +270,9 @@ def page(table: dict[str, dict[str, Any]]) -> str:
         "instructions of tensor cores and asynchronous copies to shared memory between a backward branch and its",
         "target; AMD's loads go through registers. Spills: to memory. T>1: samples of several rows, T=1: of one;",
         "grad: the gradient sum comes from the same pass; short: samples of at most 32 rows on average; odd: O and I",
-        "are not multiples of 16. Tile: rows of the weight, columns, rows of the operands in one step.",
+        "are not multiples of 16. Tile: rows of the weight, columns, rows of the operands in one step. lm_token_stats",
+        "(lm): tokens, words, columns in one step; cap: with soft-cap and biases; odd: the width is no multiple of a",
+        "step's; narrow: half as many words, where the registers are short.",
         "",
         "| target | kernel | tile | registers | spills | shared bytes | inner loop |",
         "|---|---|---|---|---|---|---|",

@@ -88,6 +88,7 @@ void on_sync(Lane* const*, unsigned);
 void on_mma_bf16(Lane* const*, unsigned);
 void on_mma_fp16(Lane* const*, unsigned);
 void on_ldmatrix(Lane* const*, unsigned);
+void on_ldmatrix_transposed(Lane* const*, unsigned);
 struct MmaIn {
   unsigned a[4], b[2];
   float c[4];
@@ -108,6 +109,7 @@ void mma(float (&d)[4], const unsigned (&a)[4], const unsigned (&b)[2], int line
   warp("mma", std::is_same<T, __half>::value ? on_mma_fp16 : on_mma_bf16, ~0u, &in, sizeof in, &out, sizeof out, line);
   memcpy(d, out.d, sizeof out.d);
 }
+void ldmatrix(unsigned (&r)[4], const void* row, int line);
 void ldmatrix_transposed(unsigned (&r)[4], const void* row, int line);
 template <class T>
 T shfl(unsigned m, T v, int src, int line) {

@@ -90,6 +90,19 @@ __device__ __forceinline__ void ldmatrix_x4_transposed(unsigned (&r)[4], const v
 #endif
 }
 
+// The same, not transposed: lane l gets entries 2 (l % 4) and 2 (l % 4) + 1 of row l / 4; ldmatrix.sync.aligned.m8n8.x4.
+__device__ __forceinline__ void ldmatrix_x4(unsigned (&r)[4], const void* row) {
+#if CW_ON_CPU
+  coc::ldmatrix(r, row, __builtin_LINE());
+#else
+  const unsigned address = static_cast<unsigned>(__cvta_generic_to_shared(row));
+  asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0,%1,%2,%3}, [%4];"
+               : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
+               : "r"(address)
+               : "memory");
+#endif
+}
+
 // Starts to copy the first `bytes` of 16 (the rest becomes zero) from global to shared memory, both 16-byte aligned.
 __device__ __forceinline__ void copy_async_16(void* shared, const void* global, int bytes) {
 #if CW_ON_CPU

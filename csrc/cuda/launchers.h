@@ -90,4 +90,31 @@ struct CwfastEmbedding {
 
 // out += scale * |factor|^power * sum_b |G_b|^power, grad += sum_b G_b by token; see csrc/embedding_saliency.h.
 int cwfast_cuda_embedding_saliency(const CwfastEmbedding* embedding, int device, void* stream);
+
+// What cwfast_cuda_lm_tokens does.
+enum CwfastLmTask { kLmTarget = 0, kLmStats = 1, kLmKl = 2, kLmLogits = 3, kLmLogprobGrad = 4, kLmKlGrad = 5 };
+
+struct CwfastLmHead {
+  const void *hidden, *weight;           // [tokens, width], [words, width]; entries of a row are adjacent
+  const float* bias;                     // [words], or null
+  int64_t hidden_stride, weight_stride;  // between rows, in entries
+  int64_t width;
+};
+
+// z = softcap(scale * (hidden weight^T + bias)) of the words, a part of the vocabulary. What a task does not need is 0.
+struct CwfastLmTokens {
+  CwfastLmHead model, reference;
+  int64_t tokens, words, dtype;  // dtype: of hidden and weight, not float64
+  double scale, softcap;         // softcap 0: none
+  const int64_t* targets;        // [tokens] relative to the first word; may lie outside of them
+  float* logit;                  // [tokens] of the targets: kLmTarget writes those that are among the words
+  int64_t chunks, chunk;         // words of a chunk, a multiple of 128
+  float* partial;                // kLmStats [5, 2 chunks, tokens]: peak, tops, rest, mean, spread; kLmKl: both peaks and sums, gap
+  int* counts;                   // kLmStats [2, 2 chunks, tokens]: logits above the target's, first index of the largest
+  void* out;                     // [tokens, words]: float32 for kLmLogits, of dtype for gradients at hidden weight^T + bias
+  const float* grad;             // [tokens], of the loss at logprob or KL
+  const float *logsumexp, *ref_logsumexp;  // [tokens, 2]: rounded, and what rounding lost
+};
+
+int cwfast_cuda_lm_tokens(int what, const CwfastLmTokens* tokens, int device, void* stream);
 }

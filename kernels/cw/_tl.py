@@ -1,4 +1,4 @@
-"""What the kernels over lists of tensors share: one launch for a whole list, by a table of chunks on the device."""
+"""What kernels share: one launch for a whole list of tensors, by a table of chunks on the device; tiles in strips."""
 
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -50,6 +50,15 @@ def pointer(address, TYPE: tl.constexpr, ALIGNED: tl.constexpr):
     if ALIGNED:
         address = tl.multiple_of(address, 16)
     return address.to(tl.pointer_type(TYPE))
+
+
+@triton.jit
+def quarters(tile, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+    """The tile in four strips of columns; each thread keeps its registers."""
+    left, right = tl.split(tl.permute(tl.reshape(tile, (ROWS, 2, COLUMNS // 2)), (0, 2, 1)))
+    a, b = tl.split(tl.permute(tl.reshape(left, (ROWS, 2, COLUMNS // 4)), (0, 2, 1)))
+    c, d = tl.split(tl.permute(tl.reshape(right, (ROWS, 2, COLUMNS // 4)), (0, 2, 1)))
+    return a, b, c, d
 
 
 def integer(size: int) -> tl.dtype:

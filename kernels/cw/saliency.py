@@ -11,16 +11,8 @@ run. A layer with few tiles is shared out by samples too, each share into a work
 import torch
 import triton
 import triton.language as tl
+from cwfast.kernels._tl import quarters
 from torch import Tensor
-
-
-@triton.jit
-def _quarters(tile, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
-    """The tile in four strips of columns; each thread keeps its registers."""
-    left, right = tl.split(tl.permute(tl.reshape(tile, (ROWS, 2, COLUMNS // 2)), (0, 2, 1)))
-    a, b = tl.split(tl.permute(tl.reshape(left, (ROWS, 2, COLUMNS // 4)), (0, 2, 1)))
-    c, d = tl.split(tl.permute(tl.reshape(right, (ROWS, 2, COLUMNS // 4)), (0, 2, 1)))
-    return a, b, c, d
 
 
 @triton.jit
@@ -105,13 +97,13 @@ def _saliency_kernel(
     at = o[:, None] * n_in + i[None, :]
     corner = (share * n_out + top) * n_in + left
     if HAS_GRAD:
-        plains = _quarters(plain, BO, BI)
+        plains = quarters(plain, BO, BI)
         for part in tl.static_range(4):
             mask = in_o[:, None] & (i < tl.minimum(n_in - left - part * STRIP, STRIP).to(OFFSET))[None, :]
             grad_tile = grad + corner + part * STRIP + at
             tl.store(grad_tile, tl.load(grad_tile, mask, other=0.0) + plains[part], mask)
             tl.debug_barrier()
-    totals = _quarters(total, BO, BI)
+    totals = quarters(total, BO, BI)
     for part in tl.static_range(4):
         mask = in_o[:, None] & (i < tl.minimum(n_in - left - part * STRIP, STRIP).to(OFFSET))[None, :]
         sums = totals[part] * tl.full((1, 1), scale, TYPE)

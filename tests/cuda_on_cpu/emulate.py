@@ -48,6 +48,26 @@ class CwfastEmbedding(ctypes.Structure):
     ]
 
 
+class CwfastLmHead(ctypes.Structure):
+    """As in csrc/cuda/launchers.h."""
+
+    _fields_ = [
+        (name, ctypes.c_int64) for name in ("hidden", "weight", "bias", "hidden_stride", "weight_stride", "width")
+    ]
+
+
+class CwfastLmTokens(ctypes.Structure):
+    """As in csrc/cuda/launchers.h."""
+
+    _fields_ = [
+        *((name, CwfastLmHead) for name in ("model", "reference")),
+        *((name, ctypes.c_int64) for name in ("tokens", "words", "dtype")),
+        *((name, ctypes.c_double) for name in ("scale", "softcap")),
+        *((name, ctypes.c_int64) for name in ("targets", "logit", "chunks", "chunk", "partial", "counts", "out")),
+        *((name, ctypes.c_int64) for name in ("grad", "logsumexp", "ref_logsumexp")),
+    ]
+
+
 class Emulated:
     """Stands in for ``cwfast._C``: the same calls, into the library that g++ made of the same source."""
 
@@ -148,6 +168,21 @@ class Emulated:
             entries = (count - 1) * m.row_stride + (x.columns - 1) * m.column_stride + 1 if count else 0
             spans[m.data] = max(spans.get(m.data, 0), entries * SIZE[m.dtype])
         self._call("cwfast_cuda_embedding_saliency", "pip", (ctypes.addressof(x), *args[-2:]), spans)
+
+    def cuda_lm_tokens(self, task, *args):
+        x = CwfastLmTokens(*(CwfastLmHead(*a) if isinstance(a, tuple) else a for a in args[:-2]))
+        size, entries = SIZE[x.dtype], 2 * x.chunks * x.tokens
+        spans = {x.targets: x.tokens * 8, x.logit: x.tokens * 4, x.partial: entries * 20, x.counts: entries * 8}
+        spans |= {x.out: x.tokens * x.words * (4 if task == 3 else size), x.grad: x.tokens * 4}
+        spans |= dict.fromkeys((x.logsumexp, x.ref_logsumexp), x.tokens * 8)
+        for head in (x.model, x.reference):
+            for data, rows, stride in (
+                (head.hidden, x.tokens, head.hidden_stride),
+                (head.weight, x.words, head.weight_stride),
+            ):
+                spans[data] = max(spans.get(data, 0), ((rows - 1) * stride + head.width) * size)
+            spans[head.bias] = x.words * 4
+        self._call("cwfast_cuda_lm_tokens", "ipip", (task, ctypes.addressof(x), *args[-2:]), spans)
 
 
 def emulate(monkeypatch, stem: str, checked: bool = False, changes=()) -> ctypes.CDLL:

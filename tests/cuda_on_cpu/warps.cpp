@@ -110,7 +110,8 @@ void on_mma_fp16(Lane* const* L, unsigned m) {
     return __half2float(__half(h));
   });
 }
-void on_ldmatrix(Lane* const* L, unsigned m) {
+// Four 8 x 8 matrices of 16-bit entries; lane l gives row l % 8 of matrix l / 8.
+static void ldmatrix_lanes(Lane* const* L, unsigned m, bool transposed) {
   if (m != ~0u) {
     fail("ldmatrix with missing lanes");
     return;
@@ -119,15 +120,27 @@ void on_ldmatrix(Lane* const* L, unsigned m) {
     unsigned r[4];
     for (int j = 0; j < 4; ++j) {
       unsigned short e[2];
-      for (int h = 0; h < 2; ++h) memcpy(&e[h], as<const unsigned char*>(L[j * 8 + l % 4 * 2 + h]->in) + l / 4 * 2, 2);
+      for (int h = 0; h < 2; ++h) {
+        const int row = transposed ? l % 4 * 2 + h : l / 4, column = transposed ? l / 4 : l % 4 * 2 + h;
+        memcpy(&e[h], as<const unsigned char*>(L[j * 8 + row]->in) + column * 2, 2);
+      }
       r[j] = e[0] | (unsigned)e[1] << 16;
     }
     memcpy(L[l]->out, r, 16);
   }
 }
+void on_ldmatrix(Lane* const* L, unsigned m) { ldmatrix_lanes(L, m, false); }
+void on_ldmatrix_transposed(Lane* const* L, unsigned m) { ldmatrix_lanes(L, m, true); }
+static void ldmatrix_call(unsigned (&r)[4], const void* row, WarpFn fn, int line) {
+  auto out = warp_call<const void*, LdmatrixOut>("ldmatrix", fn, ~0u, row, line);
+  memcpy(r, out.r, sizeof r);
+}
+void ldmatrix(unsigned (&r)[4], const void* row, int line) {
+  touch(row, 16, 0, __builtin_return_address(0));
+  ldmatrix_call(r, row, on_ldmatrix, line);
+}
 void ldmatrix_transposed(unsigned (&r)[4], const void* row, int line) {
   touch(row, 16, 0, __builtin_return_address(0));
-  auto out = warp_call<const void*, LdmatrixOut>("ldmatrix", on_ldmatrix, ~0u, row, line);
-  memcpy(r, out.r, sizeof r);
+  ldmatrix_call(r, row, on_ldmatrix_transposed, line);
 }
 }  // namespace coc
