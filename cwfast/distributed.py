@@ -15,7 +15,7 @@ from cwfast import _checks, _picks, _radix
 from cwfast.checkpoint.reader import PIECE
 from cwfast.ops._lm_token_parts import Parts, finish, merge
 from cwfast.ops._lm_token_tiles import parts_of, target_logits
-from cwfast.ops.lm_token_stats import check_tokens, token_stats
+from cwfast.ops.lm_token_stats import MOST, check_targets, check_tokens, token_stats
 from cwfast.ops.select import Selection, check_options
 from cwfast.reference import LMHead, TokenStats
 
@@ -161,7 +161,7 @@ def lm_token_stats(
     try:
         if type(first) is not int or first < 0:
             raise ValueError(f"first must be an int of at least 0; got {first!r}")
-        check_tokens(hidden, head, targets, vocabulary=1 << 62, topk=topk)
+        check_tokens(hidden, head, targets, vocabulary=MOST, topk=topk)
         _checks.same_device(torch.device("cpu"), hidden=hidden)
     except (TypeError, ValueError) as error:
         refusal = error
@@ -181,6 +181,7 @@ def lm_token_stats(
             )
         vocabulary += count
     check_tokens(hidden, head, targets, vocabulary=vocabulary, topk=topk)
+    check_targets(targets, vocabulary)
     here = (targets >= first) & (targets < first + len(weight))
     target_logit = torch.where(here, target_logits(hidden, head, targets, first), 0)
     dist.all_reduce(target_logit, group=group)

@@ -32,6 +32,7 @@ def test_every_page_with_a_program_has_a_test():
             "load-data",
             "run-on-a-gpu",
             "score-a-custom-layer",
+            "token-statistics",
         )
     }
 
@@ -133,6 +134,14 @@ def test_score_a_custom_layer(capsys, monkeypatch):
     assert found["looped"].keys() == found["by_rule"].keys() == found["by_batch"].keys() == names
     assert found["gate"] in layers._RULES
     assert "'1.weight' is used by gate" in capsys.readouterr().out
+
+
+def test_token_statistics():
+    found = snippets.run("how-to/token-statistics.md")
+    p = torch.softmax(found["hidden"] @ found["weight"].T, dim=1)
+    torch.testing.assert_close(found["loss"], -p.gather(1, found["targets"][:, None]).log().mean())
+    assert found["min_k_pp"] < 0
+    assert found["moved"].grad.abs().sum() > 0
 
 
 def test_the_notebook_is_kept_without_outputs():

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from cwfast import _backends, _checks, reference
 from cwfast.ops import _lm_token_tiles
-from cwfast.ops._library import register
+from cwfast.ops._library import once, register
 from cwfast.reference import LMHead, TokenStats, TopK
 
 BACKENDS = ("reference", "cpu", "triton", "cuda")
@@ -95,6 +95,10 @@ def check_tokens(hidden: Tensor, head: LMHead, targets: Tensor, *, vocabulary: i
         raise TypeError(f"topk must be an int; got {type(topk).__name__}")
     if not 0 <= topk <= min(MOST, vocabulary):
         raise ValueError(f"topk must lie in 0 .. {min(MOST, vocabulary)}; got {topk}")
+
+
+def check_targets(targets: Tensor, vocabulary: int) -> None:
+    """Tokens of the vocabulary; called inside of the op, so that torch.compile need not look at data."""
     low, high = (int(x) for x in targets.aminmax()) if len(targets) else (0, 0)
     if low < 0 or high >= vocabulary:
         raise ValueError(f"targets must lie in 0 .. {vocabulary - 1}; got {low} to {high}")
@@ -138,6 +142,7 @@ def _run(
     topk: int,
     backend: str,
 ) -> tuple[Tensor, ...]:
+    check_targets(targets, len(weight))
     head = LMHead(weight, bias, softcap, scale)
     if backend == "cpu":
         return _lm_token_tiles.stats(hidden, head, targets, topk)
@@ -250,4 +255,5 @@ register(
     "bool[] needs, str backend) -> (Tensor, Tensor, Tensor)",
     _run_backward,
     _fake_backward,
+    backward=(once, lambda ctx, inputs, output: None),
 )
