@@ -1,5 +1,6 @@
 """One process's answers from scores that are spread over ranks: histograms are summed, scores stay where they are."""
 
+import functools
 import itertools
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -12,7 +13,11 @@ from torch.distributed.tensor import Shard as ShardOf
 
 from cwfast import _checks, _picks, _radix
 from cwfast.checkpoint.reader import PIECE
+from cwfast.ops._lm_token_parts import Parts, finish, merge
+from cwfast.ops._lm_token_tiles import parts_of, target_logits
+from cwfast.ops.lm_token_stats import MOST, check_targets, check_tokens, token_stats
 from cwfast.ops.select import Selection, check_options
+from cwfast.reference import LMHead, TokenStats
 
 
 class Shard(NamedTuple):
@@ -118,6 +123,81 @@ def select_topk(
             parts.append(part)
         bits.append(torch.cat(parts))
     return Selection(bits, [_picks.count(b) for b in bits], _radix.score_of(key, dtype), k)
+
+
+def lm_token_stats(
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    *,
+    first: int,
+    bias: Tensor | None = None,
+    softcap: float | None = None,
+    scale: float = 1.0,
+    topk: int = 0,
+    group: dist.ProcessGroup | None = None,
+) -> TokenStats:
+    """``cwfast.ops.lm_token_stats`` of a vocabulary that is split across ranks; every rank gets all of it.
+
+    A rank sends 56 bytes a token, and 16 more for each of topk. All ranks of the group must call this, with the same
+    hidden and targets; the results are the same bits on all of them, and those of one process to rounding.
+
+    Args:
+        hidden: ``[N, d]`` on the CPU, as there.
+        weight: this rank's rows of the LM head, those of the tokens ``first ... first + len(weight) - 1``; also none.
+        targets: ``[N]`` int64, tokens of the whole vocabulary.
+        first: where this rank's rows begin. The ranks' rows cover the vocabulary, none of it twice.
+        bias: this rank's entries of it, or None.
+        softcap: as there.
+        scale: likewise.
+        topk: likewise.
+        group: of ``torch.distributed``; None: all ranks.
+
+    Raises:
+        TypeError, ValueError: an argument does not hold what is written above: on every rank, whosever it is.
+    """
+    refusal: TypeError | ValueError | None = None
+    head = LMHead(weight, bias, softcap, scale)
+    try:
+        if type(first) is not int or first < 0:
+            raise ValueError(f"first must be an int of at least 0; got {first!r}")
+        check_tokens(hidden, head, targets, vocabulary=MOST, topk=topk)
+        _checks.same_device(torch.device("cpu"), hidden=hidden)
+    except (TypeError, ValueError) as error:
+        refusal = error
+    row = [1, 0, 0, 0, 0] if refusal else [0, first, len(weight), len(hidden), topk]
+    rows = _gather_rows([row], group)
+    if refusal is not None:
+        raise refusal
+    if any(other[0] for other in rows):
+        raise ValueError(f"rank {[other[0] for other in rows].index(1)} refused its arguments; its error says why")
+    if len({tuple(other[3:]) for other in rows}) > 1:
+        raise ValueError(f"hidden and topk must be the same on all ranks; got {[other[3:] for other in rows]}")
+    vocabulary = 0
+    for begin, count in sorted(other[1:3] for other in rows):
+        if begin != vocabulary:
+            raise ValueError(
+                f"the ranks' rows must cover the vocabulary once; token {vocabulary} is not the next first"
+            )
+        vocabulary += count
+    check_tokens(hidden, head, targets, vocabulary=vocabulary, topk=topk)
+    check_targets(targets, vocabulary)
+    here = (targets >= first) & (targets < first + len(weight))
+    target_logit = torch.where(here, target_logits(hidden, head, targets, first), 0)
+    dist.all_reduce(target_logit, group=group)
+    own = parts_of(hidden, head, targets, target_logit, topk, first, vocabulary)
+    reals, ints = torch.stack(own[:5], dim=1), torch.stack(own[5:7], dim=1)
+    reals, ints = torch.cat([reals, own.values.double()], dim=1), torch.cat([ints, own.indices], dim=1)
+    everyone = []
+    for mine in (reals, ints):
+        copies = [torch.empty_like(mine) for _ in rows]
+        dist.all_gather(copies, mine, group=group)
+        everyone.append(copies)
+    parts = [
+        Parts._make([*x[:, :5].unbind(1), *i[:, :2].unbind(1), x[:, 5:].to(target_logit.dtype), i[:, 2:]])
+        for x, i in zip(*everyone, strict=True)
+    ]
+    return token_stats(finish(functools.reduce(merge, parts), target_logit, targets))
 
 
 def _refusal(

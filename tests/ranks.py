@@ -16,7 +16,7 @@ from torch.distributed.tensor import Shard as ShardOf
 
 import cwfast
 from cwfast import MaskSet, ops, reference
-from cwfast.distributed import Shard, select_topk, shard_of
+from cwfast.distributed import Shard, lm_token_stats, select_topk, shard_of
 from cwfast.testing import HOSTILE, hostile_scores
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
@@ -136,6 +136,39 @@ def fsdp(rank, ranks):
     ):
         with pytest.raises(TypeError, match=r"plain tensors; '0\.weight' is a DTensor"):
             call()
+
+
+def vocabulary(rank, ranks):
+    """Token statistics of an LM head whose rows are spread unevenly; the second rank has none of three."""
+    torch.manual_seed(0)
+    hidden, weight, bias = torch.randn(40, 12), torch.randn(700, 12), torch.randn(700)
+    targets = torch.randint(700, (40,))
+    weight[3, 0], hidden[5, 0] = torch.inf, 0.0  # a token without a distribution
+    edges = [0, 333, 700] if ranks == 2 else [0, 20, 20, 700]
+    mine = slice(edges[rank], edges[rank + 1])
+    options = {"softcap": None, "scale": 0.5, "topk": 32}
+
+    def run(**changes):
+        given = {"hidden": hidden, "weight": weight[mine], "targets": targets, "first": mine.start}
+        return lm_token_stats(**(given | {"bias": bias[mine], **options} | changes))
+
+    for cap in (None, 8.0):
+        options["softcap"] = cap
+        found, whole = run(), ops.lm_token_stats(hidden, weight, targets, bias=bias, backend="cpu", **options)
+        for name, value in found._asdict().items():
+            for mine_, other in zip(value, whole._asdict()[name], strict=True):
+                torch.testing.assert_close(mine_, other, rtol=2e-6, atol=2e-6, equal_nan=True, msg=name)
+        copies = [torch.empty_like(found.logprob) for _ in range(ranks)]
+        dist.all_gather(copies, found.logprob)
+        assert all(torch.equal(copy.nan_to_num(), copies[0].nan_to_num()) for copy in copies)
+    for error, message, changes in (
+        (ValueError, "rank 1 refused|hidden must have 2", {"hidden": hidden if rank != 1 else hidden[0]}),
+        (ValueError, "cover the vocabulary once", {"first": mine.start + (rank == 1)}),
+        (ValueError, "the same on all ranks", {"topk": rank}),
+        (ValueError, "targets must lie in 0 .. 699; got 0 to 700", {"targets": torch.arange(40) * 700 // 39}),
+    ):
+        with pytest.raises(error, match=message):
+            run(**changes)
 
 
 def _ties(rank, ranks):

@@ -29,6 +29,8 @@ TESTS = [
     "test_optim",
     "test_checkpoint",
     "test_logit_stats",
+    "test_lm_token_stats",
+    "test_lm_token_kl",
     "test_freezing",
     "test_masks",
 ]

@@ -103,7 +103,7 @@ def test_kernels_import_no_other_room():
         assert imported(path) == set(), path
 
 
-@pytest.mark.parametrize("stem", ["saliency", "select", "rewind", "logit_stats"])
+@pytest.mark.parametrize("stem", ["saliency", "select", "rewind", "logit_stats", "lm_token_stats"])
 def test_a_primitive_has_the_same_name_in_every_room(stem):
     for place in (
         f"cwfast/ops/{stem}.py",

@@ -22,6 +22,10 @@ CALLS = {  # an op of each primitive, by backend
     "rewind": lambda backend: ops.rewind_(
         [torch.ones(3)], [torch.zeros(3)], [torch.tensor([1, 0, 0, 0, 0, 0, 0, 0], dtype=torch.uint8)], backend=backend
     ),
+    "lm_token_stats": lambda backend: ops.lm_token_stats(
+        torch.zeros(1, 2), torch.zeros(3, 2), torch.tensor([0]), backend=backend
+    ),
+    "lm_token_kl": lambda backend: ops.lm_token_kl(*[torch.zeros(1, 2)] * 4, backend=backend),
     "logit_stats": lambda backend: ops.logit_stats(torch.zeros(1, 2), torch.tensor([0]), backend=backend),
 }
 every_op = pytest.mark.parametrize("call", CALLS.values(), ids=CALLS)

@@ -1,4 +1,4 @@
-"""Selection over ranks equals the selection of one process that has everything, bit for bit."""
+"""Selection over ranks equals that of one process that has everything, bit for bit; token statistics to rounding."""
 
 import itertools
 
@@ -11,7 +11,7 @@ import torch.distributed as dist
 @pytest.mark.parametrize(
     ("work", "ranks"),
     [
-        *itertools.product(["hostile", "options", "dtensors"], [2, 3]),
+        *itertools.product(["hostile", "options", "dtensors", "vocabulary"], [2, 3]),
         ("fsdp", 3),
         ("fsdp", 4),  # HSDP: two copies of two shards
         ("ddp", 2),

@@ -37,6 +37,7 @@ def test_every_page_with_a_program_has_a_test():
             "score-a-custom-layer",
             "train-with-dp-sgd",
             "vary-cwrf",
+            "token-statistics",
         )
     }
 
@@ -189,6 +190,14 @@ def test_vary_cwrf(capsys, monkeypatch):
     assert "overlap with those before None" in printed
     assert "linear: 85,002 weights, Pearson " in printed
     assert "A1: critical weights removed" in printed
+
+
+def test_token_statistics():
+    found = snippets.run("how-to/token-statistics.md")
+    p = torch.softmax(found["hidden"] @ found["weight"].T, dim=1)
+    torch.testing.assert_close(found["loss"], -p.gather(1, found["targets"][:, None]).log().mean())
+    assert found["min_k_pp"] < 0
+    assert found["moved"].grad.abs().sum() > 0
 
 
 def test_the_notebook_is_kept_without_outputs():

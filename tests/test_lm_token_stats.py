@@ -340,6 +340,28 @@ def test_only_what_is_needed_has_a_gradient(backend):
     assert weight.grad is None
 
 
+def test_no_second_gradient(backend):
+    hidden, weight, targets = problem(4, 9, 3)
+    logprob = ops.lm_token_stats(hidden.requires_grad_(), weight.requires_grad_(), targets, backend=backend).logprob
+    (first,) = torch.autograd.grad(logprob.sum(), hidden, create_graph=True)
+    with pytest.raises(NotImplementedError, match="differentiable once"):
+        first.sum().backward()
+
+
+def test_compiles():
+    hidden, weight, targets = problem(6, 40, 3)
+
+    def loss(hidden, weight, targets):
+        divergence = ops.lm_token_kl(hidden, weight, 2 * hidden.detach(), weight.detach())
+        return (divergence - ops.lm_token_stats(hidden, weight, targets).logprob).sum()
+
+    found = []
+    for run in (loss, torch.compile(loss, backend="aot_eager", fullgraph=True)):
+        run(given := hidden.clone().requires_grad_(), weight, targets).backward()
+        found.append(given.grad)
+    assert torch.equal(*found)
+
+
 @pytest.mark.parametrize(
     ("changes", "error", "message"),
     [

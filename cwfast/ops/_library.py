@@ -32,3 +32,12 @@ def register(
 def written(tensors: Tensor | Sequence[Tensor]) -> None:
     """Tell autograd that these were changed through raw pointers, which bumps no version by itself."""
     increment_version(tensors)
+
+
+def once(ctx: Any, *_: Any) -> None:
+    """The backward of an op that itself is a backward.
+
+    Raises:
+        NotImplementedError: always.
+    """
+    raise NotImplementedError("this is differentiable once: its gradient must not be differentiated again")

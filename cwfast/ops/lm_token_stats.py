@@ -11,7 +11,7 @@ from torch import Tensor
 
 from cwfast import _backends, _checks, reference
 from cwfast.ops import _lm_token_tiles
-from cwfast.ops._library import register
+from cwfast.ops._library import once, register
 from cwfast.reference import LMHead, TokenStats, TopK
 
 BACKENDS = ("reference", "cpu", "triton", "cuda")
@@ -67,26 +67,41 @@ def lm_token_stats(
         Min-K%++: Zhang et al., "Min-K%++: Improved Baseline for Detecting Pre-Training Data from Large Language
         Models", ICLR 2025, eq. 3.
     """
-    check_head("", hidden, weight, bias)
-    check_scaling(softcap, scale)
+    check_tokens(hidden, LMHead(weight, bias, softcap, scale), targets, vocabulary=None, topk=topk)
+    resolved = _backends.resolve(backend, hidden.device, BACKENDS)
+    cap = None if softcap is None else float(softcap)
+    return token_stats(
+        torch.ops.cwfast.lm_token_stats(hidden, weight, targets, bias, cap, float(scale), topk, resolved)
+    )
+
+
+def token_stats(found: Sequence[Tensor]) -> TokenStats:
+    """The results of the op by name."""
+    logprob, logsumexp, mean, variance, entropy, rank, correct, *top, _ = found
+    return TokenStats(logprob, logsumexp, mean, variance, entropy, rank, correct, TopK(*top))
+
+
+def check_tokens(hidden: Tensor, head: LMHead, targets: Tensor, *, vocabulary: int | None, topk: int) -> None:
+    """What ``lm_token_stats`` takes; ``vocabulary`` where the head has only a part of it."""
+    check_head("", hidden, head.weight, head.bias)
+    check_scaling(head.softcap, head.scale)
     _checks.tensor("targets", targets, dtypes=(torch.int64,), ndim=(1,))
     _checks.shape("targets", targets, hidden.shape[:1], "one target per row of hidden")
     _checks.same_device(hidden.device, targets=targets)
-    vocabulary = len(weight)
+    vocabulary = len(head.weight) if vocabulary is None else vocabulary
     if vocabulary < 1:
-        raise ValueError(f"weight must have at least 1 row; got shape {tuple(weight.shape)}")
+        raise ValueError(f"weight must have at least 1 row; got shape {tuple(head.weight.shape)}")
     if isinstance(topk, bool) or not isinstance(topk, int):
         raise TypeError(f"topk must be an int; got {type(topk).__name__}")
     if not 0 <= topk <= min(MOST, vocabulary):
         raise ValueError(f"topk must lie in 0 .. {min(MOST, vocabulary)}; got {topk}")
+
+
+def check_targets(targets: Tensor, vocabulary: int) -> None:
+    """Tokens of the vocabulary; called inside of the op, so that torch.compile need not look at data."""
     low, high = (int(x) for x in targets.aminmax()) if len(targets) else (0, 0)
     if low < 0 or high >= vocabulary:
         raise ValueError(f"targets must lie in 0 .. {vocabulary - 1}; got {low} to {high}")
-    resolved = _backends.resolve(backend, hidden.device, BACKENDS)
-    logprob, logsumexp, mean, variance, entropy, rank, correct, *top, _ = torch.ops.cwfast.lm_token_stats(
-        hidden, weight, targets, bias, None if softcap is None else float(softcap), float(scale), topk, resolved
-    )
-    return TokenStats(logprob, logsumexp, mean, variance, entropy, rank, correct, TopK(*top))
 
 
 def check_head(prefix: str, hidden: Tensor, weight: Tensor, bias: Tensor | None) -> None:
@@ -127,6 +142,7 @@ def _run(
     topk: int,
     backend: str,
 ) -> tuple[Tensor, ...]:
+    check_targets(targets, len(weight))
     head = LMHead(weight, bias, softcap, scale)
     if backend == "cpu":
         return _lm_token_tiles.stats(hidden, head, targets, topk)
@@ -239,4 +255,5 @@ register(
     "bool[] needs, str backend) -> (Tensor, Tensor, Tensor)",
     _run_backward,
     _fake_backward,
+    backward=(once, lambda ctx, inputs, output: None),
 )
