@@ -26,6 +26,35 @@ class LogitStats(NamedTuple):
     margin: Tensor
 
 
+class LMHead(NamedTuple):
+    """Logits of hidden states h: ``z = scale * (weight h + bias)``, then ``softcap * tanh(z / softcap)``."""
+
+    weight: Tensor
+    bias: Tensor | None = None
+    softcap: float | None = None
+    scale: float = 1.0
+
+
+class TopK(NamedTuple):
+    """The most likely tokens, most likely first, each ``[N, k]``: log-probabilities and int64 indices."""
+
+    logprob: Tensor
+    indices: Tensor
+
+
+class TokenStats(NamedTuple):
+    """Statistics of each token's distribution over the vocabulary, each ``[N]``; see ``cwfast.ops.lm_token_stats``."""
+
+    logprob: Tensor
+    logsumexp: Tensor
+    mean: Tensor
+    variance: Tensor
+    entropy: Tensor
+    rank: Tensor
+    correct: Tensor
+    topk: TopK
+
+
 def accumulate_saliency_(
     out: Tensor,
     inputs: Tensor,
@@ -160,3 +189,51 @@ def logit_stats(logits: Tensor, labels: Tensor) -> LogitStats:
 
 
 CLIP = -69.07755278982137  # log(1e-30): where Song & Mittal's code clips its logarithms
+
+
+def lm_logits(hidden: Tensor, head: LMHead) -> Tensor:
+    """The whole ``[N, V]``, in float32 (float64 for float64)."""
+    dtype = torch.promote_types(hidden.dtype, torch.float32)
+    z = hidden.to(dtype) @ head.weight.to(dtype).T
+    if head.bias is not None:
+        z = z + head.bias.to(dtype)
+    z = z * head.scale
+    return z if head.softcap is None else head.softcap * torch.tanh(z / head.softcap)
+
+
+def lm_logits_backward(grad: Tensor, hidden: Tensor, head: LMHead) -> tuple[Tensor, Tensor, Tensor]:
+    """Of the gradient ``[N, V]`` at ``lm_logits``: those at hidden, weight and bias, in the dtype of ``lm_logits``."""
+    if head.softcap is not None:
+        grad = grad * (1 - (lm_logits(hidden, head) / head.softcap).square())
+    grad = grad * head.scale
+    return grad @ head.weight.to(grad.dtype), grad.T @ hidden.to(grad.dtype), grad.sum(dim=0)
+
+
+def lm_token_stats(hidden: Tensor, head: LMHead, targets: Tensor, topk: int) -> TokenStats:
+    """Formulas and sources: ``cwfast.ops.lm_token_stats``."""
+    z, row = lm_logits(hidden, head), targets[:, None]
+    log_p = torch.log_softmax(z, dim=1)
+    p = log_p.exp()
+    surprise = log_p.masked_fill(p == 0, 0)  # what has no probability has no part in the sums
+    mean = (p * surprise).sum(dim=1)
+    order = z.sort(dim=1, descending=True, stable=True).indices
+    no_softmax = ~z.amax(dim=1).isfinite()
+    lost = no_softmax[:, None]
+    return TokenStats(
+        logprob=log_p.gather(1, row)[:, 0].masked_fill(no_softmax, torch.nan),
+        logsumexp=z.logsumexp(dim=1).masked_fill(no_softmax, torch.nan),
+        mean=mean.masked_fill(no_softmax, torch.nan),
+        variance=(p * (surprise - mean[:, None]).square()).sum(dim=1).masked_fill(no_softmax, torch.nan),
+        entropy=(-mean).masked_fill(no_softmax, torch.nan),
+        rank=(z > z.gather(1, row)).sum(dim=1).masked_fill(no_softmax, -1),
+        correct=(order[:, 0] == targets) & ~no_softmax,
+        topk=TopK(log_p.gather(1, order[:, :topk]).masked_fill(lost, torch.nan), order[:, :topk].masked_fill(lost, -1)),
+    )
+
+
+def lm_token_kl(hidden: Tensor, head: LMHead, ref_hidden: Tensor, ref_head: LMHead) -> Tensor:
+    """Formula: ``cwfast.ops.lm_token_kl``."""
+    log_p = torch.log_softmax(lm_logits(hidden, head), dim=1)
+    log_q = torch.log_softmax(lm_logits(ref_hidden, ref_head), dim=1)
+    q = log_q.exp()
+    return (q * (log_q - log_p).masked_fill(q == 0, 0)).sum(dim=1)
