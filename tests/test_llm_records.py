@@ -50,11 +50,17 @@ def assert_close(records, expected, atol=1e-10):
 @pytest.mark.parametrize("padding", ["right", "left"])
 @pytest.mark.parametrize("kind", KINDS)
 def test_every_architecture_and_padding_side_against_plain_logits(kind, padding):
-    model = llm_models.small(kind)
+    rough = padding == "left" and kind in ("gemma2", "bloom")  # in float64 they have NaN at pads, which spread
+    model = llm_models.small(kind, torch.float32 if rough else torch.float64)
     got = llm.records(model, None, ROWS, padding=padding, batch_tokens=70)
     assert got.lengths.tolist() == [len(row) - 1 for row in ROWS]
     assert got.tokens.tolist() == [token for row in ROWS for token in row[1:]]
-    assert_close(got, truth(model, ROWS))
+    assert_close(got, truth(model, ROWS), 1e-5 if rough or kind == "gemma2" else 1e-10)  # its softmax is in float32
+
+
+def test_a_model_without_an_answer_is_told():
+    with pytest.raises(ValueError, match=r"text \d has NaN \(some models have it under left padding\)"):
+        llm.records(llm_models.small("gemma2"), None, ROWS, padding="left")
 
 
 @pytest.mark.parametrize(
@@ -157,8 +163,12 @@ def test_a_prefix_is_context_alone():
     ends = torch.tensor([len(prefix) + len(row) - 1 for row in ROWS]).cumsum(0).tolist()
     kept = [expected[end - len(row) : end] for row, end in zip(ROWS, ends, strict=True)]
     assert got.lengths.tolist() == [len(row) for row in ROWS]
-    torch.testing.assert_close(torch.tensor(got["logprob"]), torch.cat([torch.tensor(x) for x in kept]), atol=1e-10, rtol=0)
-    with pytest.raises(ValueError, match=r"prefix and text must fit into max_length = 10 tokens together; text \d needs"):
+    torch.testing.assert_close(
+        torch.tensor(got["logprob"]), torch.cat([torch.tensor(x) for x in kept]), atol=1e-10, rtol=0
+    )
+    with pytest.raises(
+        ValueError, match=r"prefix and text must fit into max_length = 10 tokens together; text \d needs"
+    ):
         llm.records(model, None, ROWS, prefix=prefix, max_length=10)
 
 
@@ -186,6 +196,7 @@ def test_a_reference_and_its_divergence():
     assert got.values["topk_index"].tolist() == torch.cat([t.indices for t in top]).tolist()
 
 
+@pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing.*:FutureWarning")
 def test_peft_adapters_and_the_base_as_reference():
     peft = pytest.importorskip("peft")
     base = llm_models.small("llama")
@@ -201,6 +212,7 @@ def test_peft_adapters_and_the_base_as_reference():
         llm.records(llm_models.small("llama"), None, ROWS, reference="base")
 
 
+@pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing.*:FutureWarning")
 def test_peft_with_a_head_of_its_own():
     peft = pytest.importorskip("peft")
     base = llm_models.small("llama")
@@ -312,7 +324,9 @@ def test_a_killed_run_goes_on_where_it_was(tmp_path, monkeypatch):
     computed = []
     shard = recording._Run.shard
     monkeypatch.setattr(
-        recording._Run, "shard", lambda self, found, chosen, sizes: computed.append(1) or shard(self, found, chosen, sizes)
+        recording._Run,
+        "shard",
+        lambda self, found, chosen, sizes: computed.append(1) or shard(self, found, chosen, sizes),
     )
     resumed = llm.records(model, None, ROWS, out=out, shard_tokens=20)
     total = len(list(out.glob("shard-*")))
@@ -336,7 +350,11 @@ def test_what_is_refused():
         (TypeError, "a single str", lambda: llm.records(model, tokenizer, "w3 w4")),
         (ValueError, "texts must hold at least one", lambda: llm.records(model, tokenizer, [])),
         (ValueError, "text 1 has 1 in all", lambda: llm.records(model, tokenizer, ["w3 w4", "w5"])),
-        (ValueError, "stride must lie in 1 .. max_length - 1 = 7; got 8", lambda: llm.records(model, None, ROWS, max_length=8, stride=8)),
+        (
+            ValueError,
+            "stride must lie in 1 .. max_length - 1 = 7; got 8",
+            lambda: llm.records(model, None, ROWS, max_length=8, stride=8),
+        ),
         (ValueError, "padding must be", lambda: llm.records(model, None, ROWS, padding="up")),
         (ValueError, "kl=True needs a reference", lambda: llm.records(model, None, ROWS, kl=True)),
         (ValueError, "reference must be a model", lambda: llm.records(model, None, ROWS, reference="gpt2")),

@@ -44,7 +44,9 @@ def lowest(records: TokenRecords, values: Floats, share: float) -> Bools:
     order = np.lexsort((values, document(records)))
     wanted = np.maximum(1, (share * records.lengths).astype(np.int64))
     found = np.zeros(len(values), bool)
-    found[order] = position(records) < np.repeat(wanted, records.lengths)  # positions are those of the sorted tokens too
+    found[order] = position(records) < np.repeat(
+        wanted, records.lengths
+    )  # positions are those of the sorted tokens too
     return found
 
 

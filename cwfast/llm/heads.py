@@ -45,7 +45,9 @@ class Body:
         if not isinstance(model, nn.Module) or not hasattr(model, "get_output_embeddings"):
             raise TypeError(f"model must be a causal language model of transformers; got {type(model).__name__}")
         if not adapters and not hasattr(model, "disable_adapter"):
-            raise TypeError(f'reference="base" needs a PEFT model, whose adapters can be off; got {type(model).__name__}')
+            raise TypeError(
+                f'reference="base" needs a PEFT model, whose adapters can be off; got {type(model).__name__}'
+            )
         self.model, self._adapters = model, adapters
         head = model.get_output_embeddings()
         if head is None:
@@ -145,8 +147,12 @@ def _weights(head: nn.Module) -> tuple[Tensor, Tensor | None]:
     weight = getattr(head, "weight", None)
     if not isinstance(weight, Tensor) or weight.ndim != 2 or weight.dtype not in _FLOATS:
         given = "no weight" if not isinstance(weight, Tensor) else f"{weight.dtype} {tuple(weight.shape)}"
-        raise UnsupportedLayer(f"the LM head must have a floating-point weight [V, d]; {type(head).__name__} has {given}")
+        raise UnsupportedLayer(
+            f"the LM head must have a floating-point weight [V, d]; {type(head).__name__} has {given}"
+        )
     if weight.is_meta:
-        raise UnsupportedLayer("the LM head must be in memory; this one is offloaded: keep lm_head off disk in device_map")
+        raise UnsupportedLayer(
+            "the LM head must be in memory; this one is offloaded: keep lm_head off disk in device_map"
+        )
     bias = getattr(head, "bias", None)
     return weight.detach(), bias.detach() if isinstance(bias, Tensor) else None

@@ -172,6 +172,12 @@ class _Run:
                 if name not in values:
                     values[name] = value.new_zeros(len(tokens), *value.shape[1:])
                 values[name][at] = value.cpu()
+        lost = values["logprob"].isnan().nonzero()[:1, 0]
+        if len(lost):
+            text = chosen[int(torch.searchsorted(offsets, lost, right=True)) - 1]
+            raise ValueError(
+                f"the model must give each token a probability; text {text} has NaN (some models have it under left padding)"
+            )
         return TokenRecords(offsets, tokens, values, sizes)
 
     def _statistics(self, batch: Batch, targets: Tensor) -> dict[str, Tensor]:
@@ -197,7 +203,7 @@ class _Run:
                 )
             found |= {before + name: getattr(stats, name) for name in STATISTICS}
             if self.topk and not before:
-                found |= {"topk_logprob": stats.topk.logprob, "topk_index": stats.topk.index}
+                found |= {"topk_logprob": stats.topk.logprob, "topk_index": stats.topk.indices}
             hidden.append(rows)
         if self.kl:
             assert self.other is not None

@@ -39,7 +39,7 @@ class Batch(NamedTuple):
     """Rows [B, T], and where in them what is scored is predicted."""
 
     ids: Tensor  # [B, T]
-    mask: Tensor  # [B, T], 0 where padded
+    mask: Tensor  # [B, T], 0 where padded on the left: no token sees pads on its right, and a row of pads alone is NaN
     row: Tensor  # [n]
     column: Tensor  # [n], of the hidden state that predicts
     document: Tensor  # [n]
@@ -127,13 +127,13 @@ def batches(found: Sequence[Document], made: Sequence[Window], batch_tokens: int
 
 
 def _batch(found: Sequence[Document], rows: Sequence[Window], width: int, padding: str) -> Batch:
-    ids, mask = torch.zeros(2, len(rows), width, dtype=torch.int64)
+    ids, mask = torch.zeros(len(rows), width, dtype=torch.int64), torch.ones(len(rows), width, dtype=torch.int64)
     where: list[Tensor] = []
     for r, window in enumerate(rows):
         length = window.stop - window.start
         offset = width - length if padding == "left" else 0
         ids[r, offset : offset + length] = torch.tensor(found[window.document].ids[window.start : window.stop])
-        mask[r, offset : offset + length] = 1
+        mask[r, :offset] = 0
         token = torch.arange(window.first, window.stop)
         row, document = torch.full_like(token, r), torch.full_like(token, window.document)
         where.append(torch.stack([row, offset + token - 1 - window.start, document, token]))
