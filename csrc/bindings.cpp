@@ -9,6 +9,7 @@
 
 #include "adamw.h"
 #include "embedding_saliency.h"
+#include "lm_token_stats.h"
 #include "logit_stats.h"
 #include "peak.h"
 #include "rewind.h"
@@ -240,6 +241,52 @@ void bind_logit_stats(py::module_& m) {
   });
 }
 
+using LmTileItem = std::tuple<uintptr_t, int64_t, int64_t, int64_t, uintptr_t, double, double>;  // as in LmTile
+
+template <class T>
+LmTile<T> lm_tile(const LmTileItem& item) {
+  const auto& [logits, rows, columns, stride, bias, scale, softcap] = item;
+  return {pointer<T>(logits), rows, columns, stride, pointer<const T>(bias), scale, softcap};
+}
+
+template <class T>
+void bind_lm_tiles(py::module_& m, const std::string& dtype) {
+  m.def(("lm_transform_" + dtype).c_str(), [](const LmTileItem& tile) { lm_transform(lm_tile<T>(tile)); });
+  m.def(("lm_stats_tile_" + dtype).c_str(), [](const LmTileItem& tile, int64_t first, uintptr_t targets,
+                                               uintptr_t target_logits, uintptr_t peak, uintptr_t tops, uintptr_t rest,
+                                               uintptr_t slope, uintptr_t spread, uintptr_t above, uintptr_t top,
+                                               uintptr_t values, uintptr_t indices, int64_t topk) {
+    const LmParts<T> parts{pointer<double>(peak),     pointer<double>(tops),
+                           pointer<double>(rest),     pointer<double>(slope),
+                           pointer<double>(spread),   pointer<int64_t>(above),
+                           pointer<int64_t>(top),     pointer<T>(values),
+                           pointer<int64_t>(indices), topk};
+    unlocked([&] {
+      lm_stats_tile(lm_tile<T>(tile), first, pointer<const int64_t>(targets), pointer<const T>(target_logits), parts);
+    });
+  });
+  m.def(("lm_kl_tile_" + dtype).c_str(), [](const LmTileItem& model, const LmTileItem& reference, uintptr_t peak,
+                                            uintptr_t sum, uintptr_t ref_peak, uintptr_t ref_sum, uintptr_t gap) {
+    const LmDivergence sums{pointer<double>(peak), pointer<double>(sum), pointer<double>(ref_peak),
+                            pointer<double>(ref_sum), pointer<double>(gap)};
+    unlocked([&] { lm_kl_tile(lm_tile<T>(model), lm_tile<T>(reference), sums); });
+  });
+  m.def(("lm_logprob_grad_tile_" + dtype).c_str(),
+        [](const LmTileItem& tile, uintptr_t sums, int64_t first, uintptr_t targets, uintptr_t grad) {
+          unlocked([&] {
+            lm_logprob_grad_tile(lm_tile<T>(tile), pointer<const T>(sums), first, pointer<const int64_t>(targets),
+                                 pointer<const T>(grad));
+          });
+        });
+  m.def(("lm_kl_grad_tile_" + dtype).c_str(),
+        [](const LmTileItem& model, uintptr_t sums, const LmTileItem& reference, uintptr_t ref_sums, uintptr_t grad) {
+          unlocked([&] {
+            lm_kl_grad_tile(lm_tile<T>(model), pointer<const T>(sums), lm_tile<T>(reference),
+                            pointer<const T>(ref_sums), pointer<const T>(grad));
+          });
+        });
+}
+
 #ifdef CWFAST_WITH_CUDA
 using CudaMatrix = std::tuple<uintptr_t, int64_t, int64_t, int64_t>;
 
@@ -346,6 +393,8 @@ PYBIND11_MODULE(_C, m) {
   cwfast::bind_adamw(m);
   cwfast::bind_embedding_saliency(m);
   cwfast::bind_logit_stats(m);
+  cwfast::bind_lm_tiles<float>(m, "float32");
+  cwfast::bind_lm_tiles<double>(m, "float64");
 #ifdef CWFAST_WITH_CUDA
   cwfast::bind_cuda(m);
 #endif

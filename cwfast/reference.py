@@ -194,7 +194,8 @@ CLIP = -69.07755278982137  # log(1e-30): where Song & Mittal's code clips its lo
 def lm_logits(hidden: Tensor, head: LMHead) -> Tensor:
     """The whole ``[N, V]``, in float32 (float64 for float64)."""
     dtype = torch.promote_types(hidden.dtype, torch.float32)
-    z = hidden.to(dtype) @ head.weight.to(dtype).T
+    with torch.autocast(hidden.device.type, enabled=False):
+        z = hidden.to(dtype) @ head.weight.to(dtype).T
     if head.bias is not None:
         z = z + head.bias.to(dtype)
     z = z * head.scale
@@ -206,7 +207,8 @@ def lm_logits_backward(grad: Tensor, hidden: Tensor, head: LMHead) -> tuple[Tens
     if head.softcap is not None:
         grad = grad * (1 - (lm_logits(hidden, head) / head.softcap).square())
     grad = grad * head.scale
-    return grad @ head.weight.to(grad.dtype), grad.T @ hidden.to(grad.dtype), grad.sum(dim=0)
+    with torch.autocast(hidden.device.type, enabled=False):
+        return grad @ head.weight.to(grad.dtype), grad.T @ hidden.to(grad.dtype), grad.sum(dim=0)
 
 
 def lm_token_stats(hidden: Tensor, head: LMHead, targets: Tensor, topk: int) -> TokenStats:
@@ -218,6 +220,7 @@ def lm_token_stats(hidden: Tensor, head: LMHead, targets: Tensor, topk: int) -> 
     mean = (p * surprise).sum(dim=1)
     order = z.sort(dim=1, descending=True, stable=True).indices
     no_softmax = ~z.amax(dim=1).isfinite()
+    most = log_p.gather(1, order[:, :topk])
     lost = no_softmax[:, None]
     return TokenStats(
         logprob=log_p.gather(1, row)[:, 0].masked_fill(no_softmax, torch.nan),
@@ -227,7 +230,7 @@ def lm_token_stats(hidden: Tensor, head: LMHead, targets: Tensor, topk: int) -> 
         entropy=(-mean).masked_fill(no_softmax, torch.nan),
         rank=(z > z.gather(1, row)).sum(dim=1).masked_fill(no_softmax, -1),
         correct=(order[:, 0] == targets) & ~no_softmax,
-        topk=TopK(log_p.gather(1, order[:, :topk]).masked_fill(lost, torch.nan), order[:, :topk].masked_fill(lost, -1)),
+        topk=TopK(most.masked_fill(lost, torch.nan), order[:, :topk].masked_fill(~(most > -torch.inf), -1)),
     )
 
 

@@ -99,21 +99,26 @@ def finish(parts: Parts, target_logit: Tensor, targets: Tensor) -> tuple[Tensor,
     log_sum = parts.tops.log() + torch.log1p(parts.rest / parts.tops)
     weight = parts.tops + parts.rest
     entropy = log_sum - parts.slope / weight
-    logsumexp = parts.peak + log_sum
-    rounded = logsumexp.to(dtype)
-
-    def real(value: Tensor) -> Tensor:
-        return torch.where(good if value.ndim == 1 else good[:, None], value, torch.nan).to(dtype)
-
+    values = (
+        (target_logit.double() - parts.peak) - log_sum,
+        parts.peak + log_sum,
+        -entropy,
+        parts.spread / weight,
+        entropy,
+    )
+    logprob, logsumexp, mean, variance, entropy = (torch.where(good, value, torch.nan) for value in values)
+    top = torch.where(good[:, None], (parts.values.double() - parts.peak[:, None]) - log_sum[:, None], torch.nan)
     return (
-        real((target_logit.double() - parts.peak) - log_sum),
-        real(logsumexp),
-        real(-entropy),
-        real(parts.spread / weight),
-        real(entropy),
+        *(x.to(dtype) for x in (logprob, logsumexp, mean, variance, entropy)),
         torch.where(good, parts.above, -1),
         good & (parts.top == targets),
-        real((parts.values.double() - parts.peak[:, None]) - log_sum[:, None]),
-        torch.where(good[:, None], parts.indices, -1),
-        torch.stack([real(logsumexp), real((parts.peak - rounded.double()) + log_sum)], dim=1),
+        top.to(dtype),
+        torch.where(good[:, None] & (parts.values > -torch.inf), parts.indices, -1),
+        split(logsumexp, dtype),
     )
+
+
+def split(value: Tensor, dtype: torch.dtype) -> Tensor:
+    """``[N, 2]``: float64 values as rounded, and what that lost."""
+    rounded = value.to(dtype)
+    return torch.stack([rounded, (value - rounded.double()).to(dtype)], dim=1)

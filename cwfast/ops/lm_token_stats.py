@@ -83,11 +83,10 @@ def lm_token_stats(
     if low < 0 or high >= vocabulary:
         raise ValueError(f"targets must lie in 0 .. {vocabulary - 1}; got {low} to {high}")
     resolved = _backends.resolve(backend, hidden.device, BACKENDS)
-    *found, _ = torch.ops.cwfast.lm_token_stats(
+    logprob, logsumexp, mean, variance, entropy, rank, correct, *top, _ = torch.ops.cwfast.lm_token_stats(
         hidden, weight, targets, bias, None if softcap is None else float(softcap), float(scale), topk, resolved
     )
-    *values, logprob, indices = found
-    return TokenStats(*values, TopK(logprob, indices))
+    return TokenStats(logprob, logsumexp, mean, variance, entropy, rank, correct, TopK(*top))
 
 
 def check_head(prefix: str, hidden: Tensor, weight: Tensor, bias: Tensor | None) -> None:
