@@ -91,8 +91,8 @@ def _parser() -> argparse.ArgumentParser:
             parents=[common],
             help="attack a language model: which texts was it trained on, how surely can one tell",
             description="Attack a causal language model by the log-probabilities of texts: one forward pass for most "
-            "attacks. MODEL is a local folder, or else a hub id; code that comes with a model is never run. FILE has one "
-            'JSON object with "text" in each line.',
+            "attacks. MODEL is a local folder, or else a hub id; code that comes with a model is never run. FILE has "
+            'one JSON object with "text" in each line.',
         )
     )
 
@@ -202,7 +202,7 @@ def _audit_llm_arguments(parser: argparse.ArgumentParser) -> None:
         nargs="+",
         default=[],
         metavar="FOLDER",
-        help="models trained like MODEL on other halves, each with members.jsonl in its folder; for lira, rmia and base",
+        help="models trained like MODEL on other halves, each with members.jsonl in it; for lira, rmia and base",
     )
     how = parser.add_argument_group("how")
     how.add_argument("--attacks", nargs="+", default=["all"], metavar="NAME", help="default: all that the inputs allow")

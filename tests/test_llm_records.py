@@ -59,7 +59,7 @@ def test_every_architecture_and_padding_side_against_plain_logits(kind, padding)
 
 
 def test_a_model_without_an_answer_is_told():
-    with pytest.raises(ValueError, match=r"text \d has NaN \(some models have it under left padding\)"):
+    with pytest.raises(ValueError, match=r"text \d has NaN, which some models have"):
         llm.records(llm_models.small("gemma2"), None, ROWS, padding="left")
 
 
@@ -110,7 +110,7 @@ def test_no_prediction_of_a_pad_and_none_shifted_by_one(padding):
     assert got.lengths.tolist() == [1, 8, 4, 15, 2]
     assert got["correct"].all()
     assert got["logprob"].min() > -1e-6
-    shifted = [row[:-1] + [row[0]] for row in rows]  # the last token is wrong, and only it
+    shifted = [[*row[:-1], row[0]] for row in rows]  # the last token is wrong, and only it
     assert llm.records(model, None, shifted, padding=padding)["correct"].sum() == got.lengths.sum() - len(rows)
 
 

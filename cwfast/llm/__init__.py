@@ -21,7 +21,7 @@ _HOME = {  # public name -> the module that holds it
     "token_counts": "variants",
 }
 
-__all__ = list(_HOME)  # noqa: PLE0605
+__all__ = list(_HOME)
 
 
 def __getattr__(name: str) -> Any:

@@ -136,14 +136,14 @@ def warnings(report: Mapping[str, Any]) -> list[str]:
             without = "without any model" if name == "bag_of_words" else "by a model that should have seen neither"
             found.append(
                 f"{name} tells members from non-members {without}: AUC {control['auc']:.3f} "
-                f"[{control['low']:.3f}, {control['high']:.3f}]. The two sides differ by themselves; the attacks' AUCs are "
-                "no measure of what this model gives away."
+                f"[{control['low']:.3f}, {control['high']:.3f}]. The two sides differ by themselves; the attacks' AUCs "
+                "are no measure of what this model gives away."
             )
     repeated = report["duplicates"]
     if repeated["members"] or repeated["nonmembers"]:
         found.append(
-            f"{repeated['members']} members and {repeated['nonmembers']} non-members share {repeated['n']}-word runs with "
-            f"the other side (at least {100 * repeated['share']:g}% of their own): attacks look worse than they are."
+            f"{repeated['members']} members and {repeated['nonmembers']} non-members share {repeated['n']}-word runs "
+            f"with the other side (at least {100 * repeated['share']:g}% of their own): attacks look too weak."
         )
     return found
 

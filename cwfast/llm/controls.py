@@ -48,7 +48,7 @@ def bag_of_words(
     for held in range(folds):
         test = fold == held
         total: Counter[str] = Counter()
-        for i in np.flatnonzero(~test):
+        for i in np.flatnonzero(~test).tolist():
             total.update(counted[i].keys())
         column = {word: j for j, (word, _) in enumerate(total.most_common(_WORDS))}
         features = np.zeros((len(texts), len(column)))
@@ -106,7 +106,7 @@ def _logistic(features: Floats, flags: Floats, penalty: float) -> Floats:
         z = x @ weights[:-1] + weights[-1]
         loss = torch.nn.functional.binary_cross_entropy_with_logits(z, y, reduction="sum")
         loss = loss + penalty / 2 * weights[:-1].square().sum()
-        loss.backward()  # type: ignore[no-untyped-call]
+        loss.backward()
         return loss
 
     optimizer.step(closure)

@@ -22,8 +22,8 @@ class DatasetInference(NamedTuple):
 def dataset_inference(suspected: Array, unseen: Array, *, penalty: float = 1.0, seed: int = 0) -> DatasetInference:
     """Welch's t-test of a learned sum of scores: weights from one half of the texts, the test on the other.
 
-    Weights: ridge regression of the side (1 suspected, 0 unseen) on the scores, standardised by the first half. Both sides
-    must come from one distribution, or a small p-value says no more than that they do not.
+    Weights: ridge regression of the side (1 suspected, 0 unseen) on the scores, standardised by the first half. Both
+    sides must come from one distribution, or a small p-value says no more than that they do not.
 
     Args:
         suspected: [N, F], F attacks' scores of the texts in question.

@@ -26,9 +26,9 @@ def gradient_norms(
 ) -> Tensor:
     """[N]: mean over the linear layers before the LM head of ``|d nll / d W|`` (Frobenius), nll of the text's mean.
 
-    One backward pass per batch, only down to the layers' outputs: no weight gets a gradient, no sample's gradient is made
-    where its norm is cheaper from Gram tables (``cwfast.ops.per_sample_grad_norms``). Embedding, norms, biases and the LM
-    head are left out; so are experts that are no linear layers. A layer that is called twice counts as two.
+    One backward pass per batch, only down to the layers' outputs: no weight gets a gradient, no sample's gradient is
+    made where its norm is cheaper from Gram tables (``cwfast.ops.per_sample_grad_norms``). Embedding, norms, biases and
+    the LM head are left out; so are experts that are no linear layers. A layer that is called twice counts as two.
 
     Args:
         model: as for ``records``; float32 or float64 (in bfloat16 the norms are rough).
@@ -74,8 +74,8 @@ def gradient_norms(
                     scale=head.scale,
                     backend=backend,
                 )
-                share = (1.0 / scored[batch.document]).to(stats.logprob)
-                (-(stats.logprob * share).sum()).backward()  # type: ignore[no-untyped-call]
+                share = (1.0 / scored[batch.document].double()).to(stats.logprob)
+                (-(stats.logprob * share).sum()).backward()
             norms[order] = ghosts.mean()
     return norms if body.head.weight.dtype == torch.float64 else norms.float()
 

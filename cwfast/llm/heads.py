@@ -42,22 +42,23 @@ class Body:
     """
 
     def __init__(self, model: Any, *, adapters: bool = True) -> None:
-        if not isinstance(model, nn.Module) or not hasattr(model, "get_output_embeddings"):
+        self.model: Any = model
+        self._adapters = adapters
+        if not (isinstance(model, nn.Module) and hasattr(model, "get_output_embeddings")):
             raise TypeError(f"model must be a causal language model of transformers; got {type(model).__name__}")
         if not adapters and not hasattr(model, "disable_adapter"):
             raise TypeError(
                 f'reference="base" needs a PEFT model, whose adapters can be off; got {type(model).__name__}'
             )
-        self.model, self._adapters = model, adapters
-        head = model.get_output_embeddings()
+        head = self.model.get_output_embeddings()
         if head is None:
             raise TypeError(f"model must have an LM head; {type(model).__name__}.get_output_embeddings() gives None")
         self._layer: nn.Module = head
         with self.ready():
-            self.head = Head(*_weights(head), *_scaling(model.config))
-        inner = model.get_base_model() if hasattr(model, "get_base_model") else model
+            self.head = Head(*_weights(head), *_scaling(self.model.config))
+        inner = self.model.get_base_model() if hasattr(model, "get_base_model") else self.model
         self._positions = "position_ids" in inspect.signature(inner.forward).parameters
-        self.device = model.get_input_embeddings().weight.device
+        self.device = self.model.get_input_embeddings().weight.device
 
     @contextmanager
     def ready(self) -> Iterator[None]:
@@ -72,8 +73,8 @@ class Body:
                     module.training = training
 
     def hidden(self, ids: Tensor, mask: Tensor) -> Tensor:
-        """[B, T, d] before the head, for ids and mask [B, T]; inside ``ready()``. No logits are made: the head gets none
-        of the tokens.
+        """[B, T, d] before the head, for ids and mask [B, T]; inside ``ready()``. No logits are made: the head gets
+        none of the tokens.
         """
         caught: list[Tensor] = []
 
@@ -104,7 +105,7 @@ class Body:
         far = float((own - made).abs().max())
         if made.shape != own.shape or not far <= allowed * max(1.0, float(own.abs().max())):
             raise UnsupportedLayer(
-                f"the logits of {type(self.model).__name__} must be its LM head's, scaled and soft-capped as its config "
+                f"the logits of {type(self.model).__name__} must be its LM head's, scaled and capped as its config "
                 f"says; they differ by {far:.3g}"
             )
 
@@ -132,18 +133,18 @@ def _scaling(config: Any) -> tuple[float | None, float]:
     return None if cap is None else float(cap), scale
 
 
-def _weights(head: nn.Module) -> tuple[Tensor, Tensor | None]:
+def _weights(head: Any) -> tuple[Tensor, Tensor | None]:
     """Weight and bias of the head as it acts now, LoRA added in."""
     off = bool(getattr(head, "disable_adapters", False))
     if hasattr(head, "modules_to_save"):  # PEFT: a copy of the layer, trained whole
         active = [name for name in head.active_adapters if name in head.modules_to_save]
         return _weights(head.original_module if off or not active else head.modules_to_save[active[0]])
     if hasattr(head, "base_layer"):  # PEFT: LoRA and its kin
-        weight, bias = _weights(head.base_layer)
+        base, own_bias = _weights(head.base_layer)
         active = [] if off or head.merged else [name for name in head.active_adapters if name in head.lora_A]
         for name in active:
-            weight = weight + head.get_delta_weight(name).to(weight)
-        return weight, bias
+            base = base + head.get_delta_weight(name).to(base)
+        return base, own_bias
     weight = getattr(head, "weight", None)
     if not isinstance(weight, Tensor) or weight.ndim != 2 or weight.dtype not in _FLOATS:
         given = "no weight" if not isinstance(weight, Tensor) else f"{weight.dtype} {tuple(weight.shape)}"

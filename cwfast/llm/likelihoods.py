@@ -37,9 +37,9 @@ def min_k(records: TokenRecords, *, k: float = 0.2) -> Floats:
 
 
 def min_k_pp(records: TokenRecords, *, k: float = 0.2) -> Floats:
-    """Mean of the max(1, int(k L)) smallest (log p(x_t) - mu_t) / sigma_t, mean and deviation of log p(v), v drawn from p.
+    """Mean of the max(1, int(k L)) smallest (log p(x_t) - mu_t) / sigma_t.
 
-    The variance is at least 1e-6.
+    mu_t and sigma_t are mean and deviation of log p(v) for v drawn from p; the variance is at least 1e-6.
 
     Source: Zhang et al., "Min-K%++", ICLR 2025, eq. 3.
     """

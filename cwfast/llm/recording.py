@@ -44,11 +44,11 @@ def records(
 ) -> TokenRecords:
     """Statistics of every token that a model predicts, ``log p(token | those before it)`` first among them.
 
-    What is scored: all tokens of a text but the first, and the first too where BOS or a prefix comes before it. Pads, BOS
-    and the prefix are never scored, and no end-of-sequence token is added. A text longer than ``max_length`` is read in
-    windows that begin ``stride`` tokens apart; each token is scored once, in the first window that holds it, with at
-    least ``max_length - stride`` tokens before it (BOS stands in the first window only). Windows of similar length share
-    a batch; which ones do, and where the padding is, changes results by rounding only.
+    What is scored: all tokens of a text but the first, and the first too where BOS or a prefix comes before it. Pads,
+    BOS and the prefix are never scored; no end-of-sequence token is added. A text longer than ``max_length`` is read in
+    windows that begin ``stride`` tokens apart; each token is scored once, in the first window that holds it, from the
+    second on with at least ``max_length - stride`` tokens before it (BOS stands in the first one only). Windows of
+    similar length share a batch; which ones do, and where the padding is, changes results by rounding only.
 
     Args:
         model: a causal language model of transformers with a linear head (or a PEFT model around one), anywhere, spread
@@ -176,7 +176,8 @@ class _Run:
         if len(lost):
             text = chosen[int(torch.searchsorted(offsets, lost, right=True)) - 1]
             raise ValueError(
-                f"the model must give each token a probability; text {text} has NaN (some models have it under left padding)"
+                f"the model must give each token a probability; text {text} has NaN, which some models have under left "
+                "padding"
             )
         return TokenRecords(offsets, tokens, values, sizes)
 
@@ -241,7 +242,7 @@ def _kept(file: Path, plan: str) -> TokenRecords:
     _, part, own = storage.read_shard(file)
     if own != plan:
         raise CheckpointError(
-            f"{file} must be of this run (model, texts and settings); it is of another: give another folder, or remove it"
+            f"{file} must be of this run (model, texts and settings); it is of another: give a new folder, or remove it"
         )
     return part
 

@@ -32,7 +32,7 @@ def neighbourhood(records: TokenRecords, *, neighbours: TokenRecords) -> Floats:
 
 
 def pac(records: TokenRecords, *, swapped: TokenRecords, top: float = 0.05, bottom: float = 0.3) -> Floats:
-    """Mean over a text's J copies with swapped words of D, minus its own D = mean of the largest log p - of the smallest.
+    """Mean over a text's J copies with swapped words of D, minus its own; D = mean of the largest log p - the smallest.
 
     max(1, int(top L)) are the largest and max(1, int(bottom L)) the smallest.
 

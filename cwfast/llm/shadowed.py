@@ -1,4 +1,4 @@
-"""LiRA, RMIA and BASE with fine-tuned models as references: functions of ``cwfast.mia`` on a text's mean log-probability."""
+"""LiRA, RMIA and BASE with fine-tuned models as references: ``cwfast.mia`` on a text's mean log-probability."""
 
 from collections.abc import Sequence
 from typing import Any

@@ -1,4 +1,4 @@
-"""Texts changed for the attacks that look at a text again; each function gives the copies of a text one after another."""
+"""Texts changed for the attacks that look at a text again; the copies of a text come one after another."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -14,7 +14,7 @@ def lowercased(texts: Sequence[str]) -> list[str]:
 
 
 def swapped(texts: Sequence[str], *, copies: int = 5, share: float = 0.3, seed: int = 0) -> list[str]:
-    """``copies`` of each text, in which max(1, int(share * words)) times two words at random change places, for ``pac``.
+    """``copies`` of each text, in which max(1, int(share * words)) times two random words change places, for ``pac``.
 
     Args:
         texts: N of them; white space becomes single spaces.

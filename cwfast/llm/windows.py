@@ -27,7 +27,7 @@ class Document(NamedTuple):
 
 
 class Window(NamedTuple):
-    """Tokens ``start .. stop`` of a document in one row; those from ``first`` on are scored, each by its predecessor."""
+    """Tokens ``start .. stop`` of a document in one row; those from ``first`` on are scored, by their predecessors."""
 
     document: int
     start: int
