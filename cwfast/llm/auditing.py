@@ -132,11 +132,11 @@ def warnings(report: Mapping[str, Any]) -> list[str]:
     """What a reader must know before reading any AUC."""
     found = []
     for name, control in report["controls"].items():
-        if not control["low"] <= 0.5 <= control["high"]:
+        if not control["auc_low"] <= 0.5 <= control["auc_high"]:
             without = "without any model" if name == "bag_of_words" else "by a model that should have seen neither"
             found.append(
                 f"{name} tells members from non-members {without}: AUC {control['auc']:.3f} "
-                f"[{control['low']:.3f}, {control['high']:.3f}]. The two sides differ by themselves; the attacks' AUCs "
+                f"[{control['auc_low']:.3f}, {control['auc_high']:.3f}]. The two sides differ by themselves; the attacks' AUCs "
                 "are no measure of what this model gives away."
             )
     repeated = report["duplicates"]
@@ -199,7 +199,7 @@ def _judged(scores: Floats, flags: Any, how: Mapping[str, Any]) -> dict[str, Any
 
 def _control(scores: Floats, flags: Any, confidence: float) -> dict[str, Any]:
     found = metrics.delong(scores, flags, confidence=confidence)
-    return {"auc": found.auc, "low": found.low, "high": found.high, "confidence": confidence}
+    return {"auc": found.auc, "auc_low": found.low, "auc_high": found.high, "confidence": confidence}
 
 
 def _exposed(scores: Floats, members: int) -> list[dict[str, Any]]:
