@@ -19,6 +19,8 @@ ROOMS = (  # every module whose names users import
     "cwfast.data.local",
     "cwfast.examples",
     "cwfast.integrations.prune",
+    "cwfast.llm.attacks",
+    "cwfast.llm.smollm",
     "cwfast.mia.attacks",
     "cwfast.mia.metrics",
 )

@@ -185,9 +185,7 @@ def test_a_peft_folder_has_its_base_as_reference(folder, tmp_path, capsys):
 
 def test_what_is_refused_in_one_line(folder, capsys, tmp_path):
     assert "there is none at" in error(capsys, folder, members="nothing")
-    assert "the attack wbc needs a reference model (--reference); got none" in error(
-        capsys, folder, "--attacks", "wbc"
-    )
+    assert "the attack wbc needs a reference model (--reference); got none" in error(capsys, folder, "--attacks", "wbc")
     assert "members and nonmembers must share no text; got 16 in both" in error(capsys, folder, nonmembers="m")
     shots = error(capsys, folder, "--shots", folder / "n.jsonl")
     assert "shots must hold no text that is audited; got 16" in shots
