@@ -80,7 +80,10 @@ def test_surp(records, plain):
 
 def test_dc_pdd(records, plain):
     counts = llm.token_counts(llm_models.tokenizer(), TEXTS[:4], llm_models.VOCABULARY)
-    assert counts.tolist() == np.bincount(sum(ROWS[:4], []), minlength=llm_models.VOCABULARY).tolist()
+    assert (
+        counts.tolist()
+        == np.bincount([token for row in ROWS[:4] for token in row], minlength=llm_models.VOCABULARY).tolist()
+    )
     expected = []
     for (logp, _, target), row in zip(plain, ROWS, strict=True):
         values, seen = [], set()

@@ -35,8 +35,8 @@ def test_the_split_is_by_hash_and_holds_each_text_once():
         "nonmembers": 200,
         "shots": 8,
     }
-    assert sum(parts.values(), []) == texts
-    assert llm.duplicates(parts["members"], parts["nonmembers"])["largest"] < smollm._SHARED
+    assert [text for part in parts.values() for text in part] == texts
+    assert llm.duplicates(parts["members"], parts["nonmembers"])["largest"] < 0.5  # of the shorter text of a pair
     with pytest.raises(ValueError, match="texts must be more than 408; got 408"):
         smollm.split(texts[:408])
 

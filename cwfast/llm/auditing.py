@@ -136,8 +136,8 @@ def warnings(report: Mapping[str, Any]) -> list[str]:
             without = "without any model" if name == "bag_of_words" else "by a model that should have seen neither"
             found.append(
                 f"{name} tells members from non-members {without}: AUC {control['auc']:.3f} "
-                f"[{control['auc_low']:.3f}, {control['auc_high']:.3f}]. The two sides differ by themselves; the attacks' AUCs "
-                "are no measure of what this model gives away."
+                f"[{control['auc_low']:.3f}, {control['auc_high']:.3f}]. The two sides differ by themselves; the "
+                "attacks' AUCs are no measure of what this model gives away."
             )
     repeated = report["duplicates"]
     if repeated["members"] or repeated["nonmembers"]:
