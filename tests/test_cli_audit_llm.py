@@ -82,8 +82,9 @@ def test_all_attacks_with_everything_given(folder, tmp_path, capsys):
         count = round(point["tpr"] * 16)
         assert (point["low"], point["high"]) == mia.metrics.clopper_pearson(count, 16)
     assert found["attacks"]["reference"]["auc"] > 0.9
-    assert set(found["controls"]) == {"bag_of_words", "reference_only"}
-    assert {row["confidence"] for row in found["controls"].values()} == {0.975}
+    names = ("loss", "zlib", "min_k", "min_k_pp", "surp")
+    assert set(found["controls"]) == {"bag_of_words", *(f"reference_{name}" for name in names)}
+    assert {row["confidence"] for row in found["controls"].values()} == {1 - 0.05 / 6}
     assert found["dataset_inference"]["p_value"] < 0.05
     assert found["inputs"]["members"]["file"].endswith("m.jsonl")
     report = json.loads((tmp_path / "out" / "report.json").read_text())
@@ -92,6 +93,8 @@ def test_all_attacks_with_everything_given(folder, tmp_path, capsys):
     assert not any(text in page for text in (folder / "m.jsonl").read_text().split('"') if text.startswith("w"))
     kept = llm.TokenRecords.load(tmp_path / "out" / "records" / "texts")
     member = np.arange(32) < 16
+    alone = mia.metrics.auc(llm.attack("min_k", kept.of_reference()), member)
+    assert found["controls"]["reference_min_k"]["auc"] == alone
     assert found["attacks"]["wbc"]["auc"] == mia.metrics.auc(llm.attack("wbc", kept), member)
 
 
@@ -180,7 +183,7 @@ def test_a_peft_folder_has_its_base_as_reference(folder, tmp_path, capsys):
     for name in ("m", "n"):
         (tmp_path / f"{name}.jsonl").write_text((folder / f"{name}.jsonl").read_text())
     found = document(capsys, tmp_path, "--attacks", "reference", "informia", model="lora")
-    assert set(found["controls"]) == {"bag_of_words", "reference_only"}
+    assert "reference_loss" in found["controls"]
 
 
 def test_what_is_refused_in_one_line(folder, capsys, tmp_path):

@@ -12,7 +12,6 @@ from cwfast.llm.attacks import ATTACKS, attack
 from cwfast.llm.controls import bag_of_words, duplicates
 from cwfast.llm.datasets import dataset_inference
 from cwfast.llm.gradients import gradient_norms
-from cwfast.llm.pairs import reference_only
 from cwfast.llm.recording import records
 from cwfast.llm.storage import Floats, TokenRecords
 from cwfast.mia import metrics
@@ -20,6 +19,7 @@ from cwfast.mia import metrics
 SCHEMA = "cwfast-audit-llm/1"
 PREFIX_SHOTS = 3
 _EXPOSED = 20  # texts that a report lists
+_CONTROLS = ("loss", "zlib", "min_k", "min_k_pp", "surp")  # of a reference, which saw neither side
 _SOURCES = {  # why an attack cannot run, by what it lacks
     "reference": "a reference model (--reference)",
     "kl": "a reference model (--reference)",
@@ -101,7 +101,8 @@ def audit(
     seed, flags = inputs.seed, inputs.flags
     controls = {"bag_of_words": bag_of_words(inputs.texts, flags, seed=seed)}
     if inputs.reference is not None:
-        controls["reference_only"] = reference_only(own)
+        base = own.of_reference()
+        controls |= {f"reference_{name}": attack(name, base) for name in _CONTROLS}
     several = 1 - (1 - confidence) / len(controls)  # Bonferroni: all of them together at this confidence
     how = {"fprs": fprs, "bootstrap": bootstrap, "confidence": confidence, "seed": seed}
     report: dict[str, Any] = {
@@ -133,7 +134,7 @@ def warnings(report: Mapping[str, Any]) -> list[str]:
     found = []
     for name, control in report["controls"].items():
         if not control["auc_low"] <= 0.5 <= control["auc_high"]:
-            without = "without any model" if name == "bag_of_words" else "by a model that should have seen neither"
+            without = "without any model" if name == "bag_of_words" else "by the model before its training"
             found.append(
                 f"{name} tells members from non-members {without}: AUC {control['auc']:.3f} "
                 f"[{control['auc_low']:.3f}, {control['auc_high']:.3f}]. The two sides differ by themselves; the "

@@ -74,6 +74,18 @@ class TokenRecords:
         """[N], scored tokens of each text."""
         return self.offsets.diff().numpy()
 
+    def of_reference(self) -> "TokenRecords":
+        """The reference's statistics as records of its own.
+
+        Raises:
+            ValueError: there is none in these records.
+        """
+        before = "reference."
+        values = {name.removeprefix(before): value for name, value in self.values.items() if name.startswith(before)}
+        if not values:
+            raise ValueError("records must be made with a reference; these were not")
+        return TokenRecords(self.offsets, self.tokens, values, self.zlib, {**self.manifest, "of": "reference"})
+
     def select(self, chosen: "torch.Tensor | list[int]") -> "TokenRecords":
         """The records of some texts, in that order."""
         index = torch.as_tensor(chosen, dtype=torch.int64)
