@@ -22,6 +22,7 @@ _ROOMS = (
     "errors",
     "integrations",
     "layers",
+    "llm",
     "mia",
     "ops",
     "optim",

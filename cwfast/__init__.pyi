@@ -6,6 +6,7 @@ from cwfast import distributed as distributed
 from cwfast import errors as errors
 from cwfast import integrations as integrations
 from cwfast import layers as layers
+from cwfast import llm as llm
 from cwfast import mia as mia
 from cwfast import ops as ops
 from cwfast import optim as optim

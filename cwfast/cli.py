@@ -119,6 +119,16 @@ def _parser() -> argparse.ArgumentParser:
             "same folder; seeds and data sets can be added to it.",
         )
     )
+    _audit_llm_arguments(
+        commands.add_parser(
+            "audit-llm",
+            parents=[common],
+            help="attack a language model: which texts was it trained on, how surely can one tell",
+            description="Attack a causal language model by the log-probabilities of texts: one forward pass for most "
+            "attacks. MODEL is a local folder, or else a hub id; code that comes with a model is never run. FILE has "
+            'one JSON object with "text" in each line.',
+        )
+    )
 
     bench = commands.add_parser(
         "bench", parents=[common], help="time the kernels against their peers and this machine's limits"
@@ -264,6 +274,59 @@ def _audit_arguments(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def _audit_llm_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.set_defaults(run=_audit_llm, usage=parser.error)
+    parser.add_argument("model", metavar="MODEL", help="folder of transformers, or of a PEFT adapter, or a hub id")
+    given = parser.add_argument_group("what is attacked")
+    given.add_argument("--members", type=Path, metavar="FILE", required=True, help="texts that it was trained on")
+    given.add_argument(
+        "--nonmembers", type=Path, metavar="FILE", required=True, help="texts that it was not, from the same source"
+    )
+    given.add_argument(
+        "--reference", metavar="BASE", help="model before fine-tuning (default: that of an adapter, else none)"
+    )
+    given.add_argument("--shots", type=Path, metavar="FILE", help="other non-members, for recall and con_recall")
+    given.add_argument("--member-shots", type=Path, metavar="FILE", help="other members, for con_recall")
+    given.add_argument("--corpus", type=Path, metavar="FILE", help="other texts, whose token frequencies dc_pdd takes")
+    given.add_argument(
+        "--shadow",
+        nargs="+",
+        default=[],
+        metavar="FOLDER",
+        help="models trained like MODEL on other halves, each with members.jsonl in it; for lira, rmia and base",
+    )
+    how = parser.add_argument_group("how")
+    how.add_argument("--attacks", nargs="+", default=["all"], metavar="NAME", help="default: all that the inputs allow")
+    how.add_argument("--max-tokens", type=int, metavar="N", help="read the first N tokens of each text; default: all")
+    how.add_argument("--batch-tokens", type=int, default=4096, metavar="N", help="of a batch (default: %(default)s)")
+    how.add_argument(
+        "--copies",
+        type=int,
+        default=5,
+        help="changed copies of a text, for pac and neighbourhood (default: %(default)s)",
+    )
+    how.add_argument(
+        "--fpr",
+        nargs="+",
+        type=float,
+        default=[0.01],
+        help="false-positive rates at which true ones are told (default: 0.01)",
+    )
+    how.add_argument("--bootstrap", type=int, default=1000, help="replicates for intervals (default: %(default)s)")
+    how.add_argument(
+        "--seed", type=int, default=0, help="of bootstrap, folds and changed copies (default: %(default)s)"
+    )
+    told = parser.add_argument_group("what is told")
+    told.add_argument(
+        "--out", type=Path, help="folder for report.json, report.html and the token records, to go on with"
+    )
+    told.add_argument(
+        "--show-text",
+        action="store_true",
+        help="show the most exposed texts in report.html, token by token; else no text is in it",
+    )
+
+
 class _Version(argparse.Action):
     """Looks the version up when it is asked for: it takes longer than everything else that ``--help`` does."""
 
@@ -325,6 +388,12 @@ def _study(options: argparse.Namespace) -> tuple[dict[str, Any], str]:
     from cwfast.commands import study
 
     return study.run(options)
+
+
+def _audit_llm(options: argparse.Namespace) -> tuple[dict[str, Any], str]:
+    from cwfast.commands import audit_llm
+
+    return audit_llm.run(options)
 
 
 def _env(options: argparse.Namespace) -> tuple[dict[str, Any], str]:

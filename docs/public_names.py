@@ -21,6 +21,8 @@ ROOMS = (  # every module whose names users import
     "cwfast.defense.experiments",
     "cwfast.examples",
     "cwfast.integrations.prune",
+    "cwfast.llm.attacks",
+    "cwfast.llm.smollm",
     "cwfast.mia.attacks",
     "cwfast.mia.metrics",
     "cwfast.networks",

@@ -80,6 +80,8 @@ def python(code: str) -> str:
         "import contextlib, cwfast.cli\nwith contextlib.suppress(SystemExit): cwfast.cli.main(['--help'])",
         "import contextlib, cwfast.cli\nwith contextlib.suppress(SystemExit): cwfast.cli.main(['demo', '--help'])",
         "import contextlib, cwfast.cli\nwith contextlib.suppress(SystemExit): cwfast.cli.main(['audit', '--help'])",
+        "import contextlib, cwfast.cli\nwith contextlib.suppress(SystemExit): cwfast.cli.main(['audit-llm', '--help'])",
+        "import cwfast.llm; dir(cwfast.llm)",
     ],
 )
 def test_importing_and_help_load_no_heavy_library(code):

@@ -29,6 +29,7 @@ def test_every_page_with_a_program_has_a_test():
         f"how-to/{name}.md"
         for name in (
             "audit-a-classifier",
+            "audit-a-language-model",
             "audit-from-logits",
             "choose-a-defense",
             "fine-tune-a-transformer",
@@ -58,6 +59,12 @@ def test_getting_started(capsys):
         assert moved[~masks[name]].any()
     assert len(found["result"].history) == 5
     assert found["masks"].summary() in capsys.readouterr().out
+
+
+def test_audit_a_language_model(capsys, without_torchvision):
+    found = snippets.run("how-to/audit-a-language-model.md")
+    assert len(found["records"]) == 40
+    assert capsys.readouterr().out.count(" AUC 0.") == 4
 
 
 def test_getting_started_has_the_set_up_commands_of_the_readme():

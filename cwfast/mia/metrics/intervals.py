@@ -94,7 +94,11 @@ def binomial_tail(k: int, n: int, p: float) -> float:
         return 1.0
     if k > n:
         return 0.0
-    a, b = float(k), float(n - k + 1)
+    return incomplete_beta(float(k), float(n - k + 1), p)
+
+
+def incomplete_beta(a: float, b: float, p: float) -> float:
+    """I_p(a, b), the regularized incomplete beta function, a and b above 0."""
     if p <= 0 or p >= 1:
         return float(p >= 1)
     front = math.exp(math.lgamma(a + b) - math.lgamma(a) - math.lgamma(b) + a * math.log(p) + b * math.log1p(-p))

