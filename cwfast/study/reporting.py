@@ -179,7 +179,8 @@ def _at_level(base: str, level: Mapping[str, Any]) -> str:
     behind = [one for one in rest if one["behind"]["auc_low"] > 0]
     text = (
         f"{base}, at no less than {level['level']} ({level['accuracy']:.3f}): lowest LiRA AUC: "
-        f"{_named(first['curve'])}, {first['auc']:.3f} [{first['auc_low']:.3f}, {first['auc_high']:.3f}] at accuracy {first['accuracy']:.3f}"
+        f"{_named(first['curve'])}, {first['auc']:.3f} [{first['auc_low']:.3f}, {first['auc_high']:.3f}] "
+        f"at accuracy {first['accuracy']:.3f}"
     )
     if close:
         text += f"; not told apart from it: {', '.join(close)}"
