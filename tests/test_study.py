@@ -15,6 +15,7 @@ import pytest
 from safetensors import safe_open
 
 from cwfast.cli import main
+from cwfast.defense import CRITERIA
 from cwfast.mia import Signals, attacks, metrics
 from cwfast.report import studies
 from cwfast.study import comparing, grid, presets
@@ -227,6 +228,13 @@ def test_every_grid_has_names_of_its_own_that_are_file_names():
             keys = [cell.key for cell in grid.cells(setting, (0.1, 0.9))]
             assert all(set(key) <= set(f"{'abcdefghijklmnopqrstuvwxyz'}{'ABCDEFGHIJKLMNOPQRSTUVWXYZ'}0123456789.=-_")
                        for key in keys)  # fmt: skip
+
+
+def test_no_defense_goes_by_the_name_of_a_criterion():
+    """PAST is both; a curve is read by its name."""
+    for setting in presets.PRESETS["small"].settings.values():
+        for cell in grid.cells(setting):
+            assert cell.curve == "random" or cell.curve not in CRITERIA or cell.criterion == cell.curve
 
 
 def test_lambda_adds_cells_for_the_criteria_that_have_one():

@@ -92,10 +92,11 @@ def cells(setting: Setting, lams: Sequence[float] = ()) -> list[Cell]:
 def _scratch(spec: str) -> Cell:
     name, _, options = spec.removesuffix(")").partition("(")
     first = options.partition(",")[0].partition("=")[2]
-    label = f"{DEFENSES.get(name, name.replace('-', ' '))} from scratch{', ' + options if options else ''}"
+    shown = DEFENSES.get(name) or {"past": "PAST", "crl": "CRL"}.get(name, name.replace("-", " "))
+    label = f"{shown} from scratch{', ' + options if options else ''}"
     whole = f"{name}:{options}" if options else name
     strength = float(first) if first else None
-    base, curve = (name, "from scratch") if name in DEFENSES else ("other", name.replace("-", " "))
+    base, curve = (name, "from scratch") if name in DEFENSES else ("other", shown)
     return Cell(_safe(f"scratch-{spec}"), label, base, curve, "defense", whole, strength=strength,
                 reference=USE_OF_DEFENSES.get(name, "nothing"))  # fmt: skip
 

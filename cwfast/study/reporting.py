@@ -178,8 +178,9 @@ def _at_level(base: str, level: Mapping[str, Any]) -> str:
     close = [_named(one["curve"]) for one in rest if one["behind"]["auc_low"] <= 0]
     behind = [one for one in rest if one["behind"]["auc_low"] > 0]
     text = (
-        f"{base}, at no less than {level['level']} ({level['accuracy']:.3f}): lowest LiRA AUC: {_named(first['curve'])}, "
-        f"{first['auc']:.3f} [{first['auc_low']:.3f}, {first['auc_high']:.3f}] at accuracy {first['accuracy']:.3f}"
+        f"{base}, at no less than {level['level']} ({level['accuracy']:.3f}): lowest LiRA AUC: "
+        f"{_named(first['curve'])}, {first['auc']:.3f} [{first['auc_low']:.3f}, {first['auc_high']:.3f}] "
+        f"at accuracy {first['accuracy']:.3f}"
     )
     if close:
         text += f"; not told apart from it: {', '.join(close)}"
