@@ -65,7 +65,6 @@ def lm_token_kl(
         )
     if len(weight) < 1:
         raise ValueError(f"weight must have at least 1 row; got shape {tuple(weight.shape)}")
-    resolved = _backends.resolve(backend, hidden.device, BACKENDS)
     return torch.ops.cwfast.lm_token_kl(
         hidden,
         weight,
@@ -75,7 +74,7 @@ def lm_token_kl(
         None if ref_bias is None else ref_bias.detach(),
         None if softcap is None else float(softcap),
         float(scale),
-        resolved,
+        backend,
     )[0]
 
 
@@ -90,6 +89,7 @@ def _run(
     scale: float,
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
+    backend = _backends.resolve(backend, hidden.device, BACKENDS)
     head, ref_head = LMHead(weight, bias, softcap, scale), LMHead(ref_weight, ref_bias, softcap, scale)
     if backend == "cpu":
         return _lm_token_tiles.kl(hidden, head, ref_hidden, ref_head)
@@ -120,6 +120,7 @@ def _run_backward(
     needs: list[bool],
     backend: str,
 ) -> tuple[Tensor, ...]:
+    backend = _backends.resolve(backend, hidden.device, BACKENDS)
     head, ref_head = LMHead(weight, bias, softcap, scale), LMHead(ref_weight, ref_bias, softcap, scale)
     if backend == "cpu":
         return _lm_token_tiles.kl_backward(grad, sums, ref_sums, hidden, head, ref_hidden, ref_head, needs)

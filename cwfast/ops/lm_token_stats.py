@@ -68,11 +68,8 @@ def lm_token_stats(
         Models", ICLR 2025, eq. 3.
     """
     check_tokens(hidden, LMHead(weight, bias, softcap, scale), targets, vocabulary=None, topk=topk)
-    resolved = _backends.resolve(backend, hidden.device, BACKENDS)
     cap = None if softcap is None else float(softcap)
-    return token_stats(
-        torch.ops.cwfast.lm_token_stats(hidden, weight, targets, bias, cap, float(scale), topk, resolved)
-    )
+    return token_stats(torch.ops.cwfast.lm_token_stats(hidden, weight, targets, bias, cap, float(scale), topk, backend))
 
 
 def token_stats(found: Sequence[Tensor]) -> TokenStats:
@@ -143,6 +140,7 @@ def _run(
     backend: str,
 ) -> tuple[Tensor, ...]:
     check_targets(targets, len(weight))
+    backend = _backends.resolve(backend, hidden.device, BACKENDS)
     head = LMHead(weight, bias, softcap, scale)
     if backend == "cpu":
         return _lm_token_tiles.stats(hidden, head, targets, topk)
@@ -182,6 +180,7 @@ def _run_backward(
     needs: list[bool],
     backend: str,
 ) -> tuple[Tensor, ...]:
+    backend = _backends.resolve(backend, hidden.device, BACKENDS)
     head = LMHead(weight, bias, softcap, scale)
     if backend == "cpu":
         return _lm_token_tiles.logprob_backward(grad, sums, hidden, head, targets, needs)
