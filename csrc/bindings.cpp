@@ -379,8 +379,12 @@ void cuda_lm_tokens(int what, const CudaHead& model, const CudaHead& reference, 
                     uintptr_t logsumexp, uintptr_t ref_logsumexp, int device, uintptr_t stream) {
   const auto head = [](const CudaHead& x) {
     const auto& [hidden, weight, bias, hidden_stride, weight_stride, width] = x;
-    return CwfastLmHead{pointer<const void>(hidden), pointer<const void>(weight), pointer<const float>(bias),
-                        hidden_stride, weight_stride, width};
+    return CwfastLmHead{pointer<const void>(hidden),
+                        pointer<const void>(weight),
+                        pointer<const float>(bias),
+                        hidden_stride,
+                        weight_stride,
+                        width};
   };
   const CwfastLmTokens all{head(model),
                            head(reference),

@@ -22,7 +22,7 @@ def check(kernels: list[cuda_gates.Kernel]) -> None:
         assert kernel.static_shared <= 48 << 10, kernel
         if kernel.name.startswith("saliency_kernel<MmaTile<"):
             assert int(kernel.loop.removesuffix(" HMMA")) >= 32, kernel  # a stage of 32 rows: 4 x 4 products, twice
-        if re.match(r"(target|stats|kl|tile)_kernel<MmaTile<", kernel.name):
+        if re.match(r"(stats|kl|tile)_kernel<MmaTile<", kernel.name):  # of the target's, only the diagonal is needed
             assert int(kernel.loop.removesuffix(" HMMA")) >= 32, kernel  # a stage of 32 columns: 4 x 4 products, twice
         if kernel.name.startswith("piece_kernel<float"):
             assert kernel.registers * 512 <= 65536, kernel  # two blocks: 16 warps wait for memory at a time

@@ -123,7 +123,9 @@ def logit_stats_entry(classes: int) -> Entry:
 def lm_entry(arch: str, task: int, element: str, *, cap=False, odd=False) -> Entry:
     """A task of CwfastLmTask; ``cap``: with a soft-cap and biases; ``odd``: the width is no multiple of a step's."""
     dtype = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}[element]
-    narrow = lm_token_stats.narrow(task, cap, int(arch.removeprefix("sm_")) if arch.startswith("sm_") else 0)
+    narrow = lm_token_stats.narrow(
+        task, not (cap or odd), int(arch.removeprefix("sm_")) if arch.startswith("sm_") else 0
+    )
     constants = lm_token_stats.tiles(dtype, narrow, arch == "gfx942")
     options = {name: constants.pop(name) for name in ("num_warps", "num_stages")}
     constants |= {"HAS_BIAS": cap, "HAS_REF_BIAS": cap, "HAS_CAP": cap, "EVEN": not odd, "KIND": task}

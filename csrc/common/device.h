@@ -90,7 +90,8 @@ __device__ __forceinline__ void ldmatrix_x4_transposed(unsigned (&r)[4], const v
 #endif
 }
 
-// The same, not transposed: lane l gets entries 2 (l % 4) and 2 (l % 4) + 1 of row l / 4; ldmatrix.sync.aligned.m8n8.x4.
+// The same, not transposed: lane l gets entries 2 (l % 4) and 2 (l % 4) + 1 of row l / 4;
+// ldmatrix.sync.aligned.m8n8.x4.
 __device__ __forceinline__ void ldmatrix_x4(unsigned (&r)[4], const void* row) {
 #if CW_ON_CPU
   coc::ldmatrix(r, row, __builtin_LINE());

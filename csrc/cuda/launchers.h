@@ -109,10 +109,10 @@ struct CwfastLmTokens {
   const int64_t* targets;        // [tokens] relative to the first word; may lie outside of them
   float* logit;                  // [tokens] of the targets: kLmTarget writes those that are among the words
   int64_t chunks, chunk;         // words of a chunk, a multiple of 128
-  float* partial;                // kLmStats [5, 2 chunks, tokens]: peak, tops, rest, mean, spread; kLmKl: both peaks and sums, gap
-  int* counts;                   // kLmStats [2, 2 chunks, tokens]: logits above the target's, first index of the largest
-  void* out;                     // [tokens, words]: float32 for kLmLogits, of dtype for gradients at hidden weight^T + bias
-  const float* grad;             // [tokens], of the loss at logprob or KL
+  float* partial;     // kLmStats [5, 2 chunks, tokens]: peak, tops, rest, mean, spread; kLmKl: both peaks and sums, gap
+  int* counts;        // kLmStats [2, 2 chunks, tokens]: logits above the target's, first index of the largest
+  void* out;          // [tokens, words]: float32 for kLmLogits, of dtype for gradients at hidden weight^T + bias
+  const float* grad;  // [tokens], of the loss at logprob or KL
   const float *logsumexp, *ref_logsumexp;  // [tokens, 2]: rounded, and what rounding lost
 };
 

@@ -1,16 +1,16 @@
 // What a chunk of the vocabulary knows of p = softmax(z), z = softcap(scale * (hidden weight^T + bias)), per token; the
 // same for KL(q || p); tiles of z or of the loss's gradient. Reference: cwfast/reference.py; called by
-// cwfast/ops/_lm_token_stats_device.py, which merges the chunks. Bytes: weight once per group of kGroup blocks of tokens,
-// hidden once; nothing of tokens * vocabulary but the tiles that are asked for.
-// Not yet run on a GPU: compiled for sm_80 and sm_90 (docs/gates-cuda.md), run on the CPU by
-// tests/test_cuda_lm_token_stats.py.
+// cwfast/ops/_lm_token_stats_device.py, which merges the chunks. Bytes: weight once per group of kGroup blocks of
+// tokens, hidden once; nothing of tokens * vocabulary but the tiles that are asked for. Not yet run on a GPU: compiled
+// for sm_80 and sm_90 (docs/gates-cuda.md), run on the CPU by tests/test_cuda_lm_token_stats.py.
 #include "cuda/launchers.h"
 #include "cuda/lm_token_stats_tile.h"
 
 namespace cwfast {
 namespace {
 
-constexpr int kGroup = 16;  // blocks of tokens that share a tile of words in the L2 cache; 16 MB of hidden at width 4096
+constexpr int kGroup =
+    16;  // blocks of tokens that share a tile of words in the L2 cache; 16 MB of hidden at width 4096
 constexpr int kStrip = 64;  // words of a tile that are folded at once; a thread folds half of them for one token
 constexpr int kStripPitch = kStrip + 1;  // neighbouring tokens lie in different banks
 

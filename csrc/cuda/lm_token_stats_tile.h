@@ -39,7 +39,8 @@ struct MmaTile {
 
   static __device__ __forceinline__ void multiply(const T* h, const T* w, float (&acc)[kEntries]) {
     const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
-    // Matrices of the four: h: (token, k) = (0, 0), (8, 0), (0, 8), (8, 8); w: (word, k) = (0, 0), (0, 8), (8, 0), (8, 8).
+    // Matrices of the four: h: (token, k) = (0, 0), (8, 0), (0, 8), (8, 8); w: (word, k) = (0, 0), (0, 8), (8, 0), (8,
+    // 8).
     h += (warp / 4 * 64 + lane / 8 % 2 * 8 + lane % 8) * kPitch<T> + lane / 16 * 8;
     w += (warp % 4 * 32 + lane / 16 * 8 + lane % 8) * kPitch<T> + lane / 8 % 2 * 8;
 #pragma unroll

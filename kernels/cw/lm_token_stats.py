@@ -382,15 +382,18 @@ def tiles(dtype: torch.dtype, narrow: bool, hip: bool) -> dict[str, int]:
         hip: AMD's compiler keeps stages in registers, where there is room for 2.
     """
     if dtype == torch.float32:
-        return {"BN": 64, "BV": 64, "BK": 16, "num_warps": 8, "num_stages": 3}
+        return {"BN": 64, "BV": 64, "BK": 16, "num_warps": 4, "num_stages": 3}
     return {"BN": 128, "BV": 64 if narrow else 128, "BK": 64, "num_warps": 8, "num_stages": 2 if hip else 4}
 
 
-def narrow(task: int, softcap: bool, capability: int) -> bool:
-    """Whether ``tiles`` shall be narrow; ``capability``: of the device, 80 for sm_80, 0 for AMD's."""
+def narrow(task: int, plain: bool, capability: int) -> bool:
+    """Whether ``tiles`` shall be narrow; ``capability``: of the device, 80 for sm_80, 0 for AMD's.
+
+    ``plain``: without soft-cap, and the width is a multiple of a step's.
+    """
     if capability == 0:
         return task == 1
-    return capability < 90 and (task == 2 or (task == 1 and softcap))
+    return capability < 90 and (task == 2 or (task == 1 and not plain))
 
 
 def launch(
@@ -413,7 +416,7 @@ def launch(
     if not hip and hidden.is_cuda:
         major, minor = torch.cuda.get_device_capability(hidden.device)
         capability = 10 * major + minor
-    config = tiles(hidden.dtype, narrow(task, softcap is not None, capability), hip)
+    config = tiles(hidden.dtype, narrow(task, softcap is None and hidden.shape[1] % 64 == 0, capability), hip)
     tokens, words = len(hidden), len(weight)
     blocks = triton.cdiv(tokens, config["BN"])
     parts = [1, chunks, chunks, *[triton.cdiv(words, config["BV"])] * 3][task]
