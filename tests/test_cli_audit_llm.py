@@ -91,7 +91,7 @@ def test_all_attacks_with_everything_given(folder, tmp_path, capsys):
     assert report == found
     page = (tmp_path / "out" / "report.html").read_text()
     assert not any(text in page for text in (folder / "m.jsonl").read_text().split('"') if text.startswith("w"))
-    kept = llm.TokenRecords.load(tmp_path / "out" / "records" / "texts")
+    kept = llm.TokenRecords.load(tmp_path / "out" / "records" / "texts-kl")
     member = np.arange(32) < 16
     alone = mia.metrics.auc(llm.attack("min_k", kept.of_reference()), member)
     assert found["controls"]["reference_min_k"]["auc"] == alone

@@ -157,7 +157,8 @@ def _scores(inputs: Inputs, attacks: Sequence[str]) -> tuple[dict[str, Floats], 
         more = {**inputs.how, "max_tokens": inputs.max_tokens, "out": folder, **more}
         return records(more.pop("model", inputs.model), inputs.tokenizer, given, **more)
 
-    own = recorded("texts", texts, reference=inputs.reference, kl="kl" in needs)
+    kl = "kl" in needs
+    own = recorded("texts-kl" if kl else "texts", texts, reference=inputs.reference, kl=kl)
     made: dict[str, Any] = {}
     if "lower" in needs:
         made["lower"] = recorded("lower", variants.lowercased(texts))
