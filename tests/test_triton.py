@@ -66,7 +66,7 @@ LONG = {
     "select": "stable_sort and float16 or many_chunks or heavy_ties or small_tensors or 30000 or word_and_chunk "
     "or skipped_nan or threads",
     "embedding_saliency": "one_column or many_chunks or two_digits",
-    "lm_token_stats": "5000 or any_scale",
+    "lm_token_stats": "5000 or any_scale or impossible_tiles or digits",
     "logit_stats": None,
     "rewind": None,
 }
