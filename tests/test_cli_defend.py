@@ -33,6 +33,20 @@ def test_weights_and_masks_are_written_and_the_rewound_ones_stay_initial(capsys,
     assert report == json.loads((tmp_path / "report.json").read_text())
 
 
+@pytest.mark.parametrize(
+    ("start", "covers"),
+    [("reference", "covers the released model"), ("members", "no guarantee for the released model")],
+)
+def test_what_epsilon_covers_is_told(capsys, tmp_path, start, covers):
+    pytest.importorskip("opacus", reason="pip install opacus")
+    spec = f"cwrf:rate=0.1,start={start},private=dpsgd(noise_multiplier=1)"
+    command = ["defend", "--train", "shadow_jobs:tiny", "--out", str(tmp_path), "--defense", spec]
+    assert main(command) == 0
+    told = capsys.readouterr().out
+    assert covers in told
+    assert "not against whoever knows or can guess the seed" in told
+
+
 def test_the_functions_own_defense_is_the_default(capsys, tmp_path):
     code, found = defend(capsys, tmp_path)
     assert code == 0, found.err

@@ -16,6 +16,7 @@ from torch import Tensor
 from cwfast import report, shadow
 from cwfast.checkpoint.files import atomic_write, sha256
 from cwfast.defense.baselines import PlainTraining
+from cwfast.defense.cwrf import CWRF
 from cwfast.defense.specs import parse
 from cwfast.mia import audit
 from cwfast.report import provenance
@@ -81,6 +82,8 @@ def run(options: argparse.Namespace) -> tuple[dict[str, Any], str]:
         "files": files,
     }
     lines = _told(document)
+    if "privacy" in after.notes:  # what epsilon covers must be read, not looked up
+        lines += ["", str(after.notes["privacy"])]
     if options.audit:
         document["audit"] = {}
         for name, spec in (("before", "none"), ("after", options.defense)):
@@ -95,7 +98,8 @@ def run(options: argparse.Namespace) -> tuple[dict[str, Any], str]:
 
 def _fitted(task: Task, defense: Defense, members: Tensor, reference: Tensor, seed: int) -> tuple[Fitted, Fitted]:
     before = PlainTraining().fit(task, members, reference, seed)
-    return before, defense.fit(task, members, reference, seed, trained=before)
+    alone = isinstance(defense, CWRF) and defense.start == "reference"  # it must not begin from what saw the members
+    return before, defense.fit(task, members, reference, seed, trained=None if alone else before)
 
 
 def _save(out: Path, before: Fitted, after: Fitted) -> dict[str, str]:

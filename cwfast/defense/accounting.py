@@ -44,7 +44,8 @@ class Privacy:
     def __str__(self) -> str:
         how = (
             f"{self.accountant.upper()} accountant, noise multiplier {self.noise_multiplier:.4g}, gradients clipped to "
-            f"{self.max_grad_norm:.4g}, {self.steps} steps of Poisson sampling at rate {self.sample_rate:.4g}"
+            f"{self.max_grad_norm:.4g}, {self.steps} steps of Poisson sampling at rate {self.sample_rate:.4g}; not "
+            "against whoever knows or can guess the seed, from which the noise follows"
         )
         return f"epsilon = {self.epsilon:.4g} at delta = {self.delta:.4g} {COVERS[self.covers]} ({how})"
 
