@@ -201,6 +201,17 @@ def test_the_setting_is_chosen_on_the_other_seeds():
     assert gap["auc"] == pytest.approx(0.75)
 
 
+def test_a_curve_that_falls_short_where_it_was_not_chosen_is_not_ranked():
+    undefended = measured("undefended", "none", None, [0.8, 0.8], [0.9, 0.9])
+    lucky = [
+        measured("gap", "none", rate, [0.9 - 0.4 * (seed == k) for k in range(2)], [0.5, 0.5], criterion="gap")
+        for seed, rate in enumerate((0.1, 0.2))
+    ]  # each reaches the level on one seed alone
+    level = comparing.at_equal_utility([undefended, *lucky], "none")[1]
+    assert [curve["curve"] for curve in level["curves"]] == ["undefended"]
+    assert level["short"] == {"gap": pytest.approx(0.3)}
+
+
 def test_a_curve_below_the_level_is_left_out_and_the_first_is_behind_by_nothing():
     undefended = measured("undefended", "none", None, [0.8], [0.9])
     poor = measured("gap", "none", 0.3, [0.5], [0.5], criterion="gap")

@@ -16,6 +16,7 @@ SHARED = (
     "interpolation",
 )  # stand beside any base
 DROPS = (0.01, 0.0)  # test accuracy that may be given up, against the undefended models
+TOLERANCE = 1e-12  # of rounding, where a curve's accuracy is the level itself
 NEAR_BEST = (0.03, 0.01)  # and against the best of all cells
 
 
@@ -95,7 +96,8 @@ def at_equal_utility(cells: Sequence[Measured], base: str) -> list[dict[str, Any
     Returns:
         For each level: ``level`` (in words), ``accuracy`` (mean over seeds) and ``curves``, the lowest AUC first, each
         with ``auc``, its interval, ``accuracy``, ``settings`` (as chosen for each seed), and ``behind``: its AUC less
-        that of the first, with interval.
+        that of the first, with interval. ``short``: curves whose settings reach the level on the seeds that they are
+        chosen on and not on those left out, with what they lack; they are not ranked.
     """
     undefended = next((cell for cell in cells if cell.row["curve"] == "undefended"), None)
     if undefended is None:
@@ -115,12 +117,14 @@ def at_equal_utility(cells: Sequence[Measured], base: str) -> list[dict[str, Any
     found = []
     for words, level in levels.items():
         reached = {name: _chosen(curve, level) for name, curve in curves.items()}
-        ranked = sorted((value | {"curve": name} for name, value in reached.items() if value), key=_by_auc)
+        able = [value | {"curve": name} for name, value in reached.items() if value]
+        ranked = sorted((value for value in able if value["short"] <= TOLERANCE), key=_by_auc)
         for value in ranked:
             low, high = interval(value["draws"] - ranked[0]["draws"])
             value["behind"] = {"auc": value["auc"] - ranked[0]["auc"], "auc_low": low, "auc_high": high}
         told = [{name: value[name] for name in value if name != "draws"} for value in ranked]
-        found.append({"level": words, "accuracy": float(level.mean()), "curves": told})
+        short = {value["curve"]: value["short"] for value in able if value["short"] > TOLERANCE}
+        found.append({"level": words, "accuracy": float(level.mean()), "curves": told, "short": short})
     return found
 
 
@@ -144,6 +148,7 @@ def _chosen(curve: Sequence[Measured], level: Floats) -> dict[str, Any] | None:
         "auc_low": low,
         "auc_high": high,
         "accuracy": float(np.mean([cell.accuracy[seed].mean() for seed, cell in enumerate(picked)])),
+        "short": float(np.mean([level[seed] - cell.accuracy[seed].mean() for seed, cell in enumerate(picked)])),
         "settings": [cell.row["label"] for cell in picked],
         "draws": draws,
     }

