@@ -109,6 +109,14 @@ def test_the_table_and_what_was_not_run(folder, capsys):
     assert document(capsys, folder, "--attacks", "loss", "min_k")["left_out"] == {}
 
 
+def test_an_attack_that_cannot_run_ends_no_audit_of_all(folder, tmp_path, capsys):
+    more = ["--reference", folder / "base", "--shadow", folder / "shadow0", folder / "shadow1"]
+    found = document(capsys, folder, *more)
+    assert {name for name, why in found["left_out"].items() if why.startswith("cannot run here: ")} == {"lira"}
+    assert "wbc" in found["attacks"]
+    assert "models" in error(capsys, folder, *more, "--attacks", "lira")
+
+
 def test_two_runs_agree_and_the_second_reads_the_records(folder, tmp_path, capsys, monkeypatch):
     more = ["--attacks", "loss", "wbc", "--reference", folder / "base", "--out", tmp_path / "out"]
     first = document(capsys, folder, *more)

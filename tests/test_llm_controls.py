@@ -32,6 +32,12 @@ def test_bag_of_words_is_logistic_regression():
     np.testing.assert_allclose(_logistic(x, y, 1.5), expected, atol=1e-5)
 
 
+def test_texts_without_common_words_are_tied_and_not_told_apart():
+    alone = [f"word{i}" for i in range(40)]
+    scores = llm.bag_of_words(alone, np.arange(40) < 20, folds=5)
+    assert mia.metrics.auc(scores, np.arange(40) < 20) == 0.5
+
+
 def test_bag_of_words_refuses():
     with pytest.raises(ValueError, match=r"members must have shape \[N\] = \(3,\); got \(2,\)"):
         llm.bag_of_words(["a", "b", "c"], np.array([True, False]))

@@ -150,13 +150,21 @@ def test_hashes_are_those_of_the_tensors(given):
 
 def test_code_and_other_weights_are_not_copied(given):
     model = given["model"]
-    (model / "config.json").write_text(json.dumps({"model_type": "x", "auto_map": {"AutoModel": "evil.Model"}}))
+    code = {"auto_map": {"AutoModel": "evil.Model"}}
+    (model / "config.json").write_text(json.dumps({"model_type": "x", "text_config": {"n": 1, **code}, **code}))
+    for name in ("x.pkl", "weights.npy", "model.safetensors.bak", "other.bin.index.json", ".secret.json"):
+        (model / name).write_bytes(b"{}")
+    save_file({"old": torch.ones(3)}, model / "forgotten.safetensors")
     (model / "evil.py").write_text("raise SystemExit")
     (model / "pytorch_model.bin").write_bytes(b"old weights")
     (model / "tokenizer.json").write_text('{"a": 1}')
     done = run(given)
-    assert set(done["left_out"]) == {"evil.py", "pytorch_model.bin"}
-    assert json.loads((given["out"] / "config.json").read_text()) == {"model_type": "x"}
+    hidden = {"x.pkl", "weights.npy", "model.safetensors.bak", "other.bin.index.json", ".secret.json"}
+    assert set(done["left_out"]) == hidden | {"evil.py", "pytorch_model.bin", "forgotten.safetensors"}
+    assert {file.name for file in given["out"].iterdir()} == {
+        *(file.name for file in model.glob("model-*")), "config.json", "tokenizer.json", MANIFEST, reader.INDEX
+    }  # fmt: skip
+    assert json.loads((given["out"] / "config.json").read_text()) == {"model_type": "x", "text_config": {"n": 1}}
     assert (given["out"] / "tokenizer.json").read_text() == '{"a": 1}'
     asked = given["out"].with_name("asked")
     rewind_folder(model, given["base"], given["mask"], asked, copy_code=True)
@@ -272,11 +280,12 @@ def test_a_shard_that_is_cut_while_it_is_read(given, monkeypatch):
     assert not list(given["out"].parent.glob(".fixed.partial/*.safetensors"))
 
 
-def test_a_missing_index_entry(given):
+@pytest.mark.parametrize("name", ["layers.0.w", "s"])  # of the mask, and not
+def test_a_missing_index_entry(given, name):
     index = json.loads((given["model"] / reader.INDEX).read_text())
-    del index["weight_map"]["layers.0.w"]
+    del index["weight_map"][name]
     (given["model"] / reader.INDEX).write_text(json.dumps(index))
-    refuse(given, CheckpointError, "has no tensor 'layers.0.w'")
+    refuse(given, CheckpointError, f"must list all tensors of .*; '{name}' is not")
 
 
 @pytest.mark.parametrize(
@@ -296,6 +305,8 @@ def test_a_base_that_does_not_fit(given, change, message, tmp_path):
 def test_a_mask_of_another_model(given):
     MaskSet.from_masks({"layers.0.w": torch.ones(3, dtype=torch.bool)}).save(given["mask"])
     refuse(given, CheckpointError, "has shape .*70001.* there, .*3.* in the mask")
+    MaskSet.from_masks({"w": torch.ones(3, dtype=torch.bool)}).save(given["mask"])
+    refuse(given, CheckpointError, "has no tensor 'w'")
 
 
 def test_a_mask_whose_data_were_changed(given):
@@ -402,3 +413,7 @@ def test_the_commands_say_what_is_wrong(given, capsys):
     assert "nowhere" in capsys.readouterr().err
     assert main(["select", str(given["model"]), "--rates", "layers.*", "--out", "x"]) == 1
     assert "--rates must be PATTERN=RATE; got 'layers.*'" in capsys.readouterr().err
+    assert main(["select", str(given["model"]), "--rates", "a=1", "--scope", "layer", "--out", "x"]) == 1
+    assert "one of --scope and --rates must be given; got both" in capsys.readouterr().err
+    assert main(["select", str(given["model"]), "--rates", "a=1", "a=0.5", "--out", "x"]) == 1
+    assert "--rates must name each pattern once; got a=1 a=0.5" in capsys.readouterr().err

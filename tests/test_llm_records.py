@@ -342,6 +342,29 @@ def test_a_killed_run_goes_on_where_it_was(tmp_path, monkeypatch):
         llm.records(model, None, ROWS, out=out, shard_tokens=20)
 
 
+def test_tokens_put_before_the_text_are_refused(monkeypatch):
+    """As prompt tuning does: each hidden state would be taken for that of a later token."""
+    model = llm_models.small("llama")
+    real = model.model.forward
+
+    def longer(*args, **kwargs):
+        found = real(*args, **kwargs)
+        found.last_hidden_state = torch.cat([found.last_hidden_state[:, :2], found.last_hidden_state], dim=1)
+        return found
+
+    monkeypatch.setattr(model.model, "forward", longer)
+    with pytest.raises(UnsupportedLayer, match="must see a hidden state per token"):
+        llm.records(model, None, llm_models.ids(3))
+
+
+def test_the_fingerprint_sees_a_single_weight():
+    model = llm_models.small("llama")
+    before = heads.Body(model).fingerprint()
+    with torch.no_grad():
+        model.model.layers[1].mlp.up_proj.weight[3, 5] += 1e-9
+    assert heads.Body(model).fingerprint() != before
+
+
 def test_what_is_refused():
     model, tokenizer = llm_models.small("llama"), llm_models.tokenizer()
     for error, match, call in [

@@ -11,7 +11,7 @@ def select(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--k", type=int, help="or how many")
     parser.add_argument("--rates", nargs="+", metavar="PATTERN=RATE", help="or a rate for each parameter by name")
     parser.add_argument(
-        "--scope", choices=("global", "layer"), default="global", help="rank all weights, or each parameter's alone"
+        "--scope", choices=("global", "layer"), help="rank all weights (the default), or each parameter's alone"
     )
     parser.add_argument("--exclude", nargs="+", metavar="PATTERN", help="parameters of which nothing is selected")
     parser.add_argument("--nan", choices=("raise", "skip"), default="raise", help="NaN scores (default: %(default)s)")

@@ -22,11 +22,16 @@ def run_select(options: argparse.Namespace) -> tuple[dict[str, Any], str]:
     Raises:
         ValueError, CheckpointError, OSError: as ``cwfast.select`` and ``MaskSet.save`` say.
     """
-    scope: Any = options.scope
+    scope: Any = options.scope or "global"
     if options.rates:
         if options.rate is not None or options.k is not None:
             raise ValueError("one of --rate, --k and --rates must be given; got several")
-        scope = dict(_pair(text) for text in options.rates)
+        if options.scope is not None:
+            raise ValueError("one of --scope and --rates must be given; got both")
+        pairs = [_pair(text) for text in options.rates]
+        scope = dict(pairs)
+        if len(scope) < len(pairs):
+            raise ValueError(f"--rates must name each pattern once; got {' '.join(options.rates)}")
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         masks = select(

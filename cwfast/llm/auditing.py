@@ -1,12 +1,13 @@
 """Every attack on one language model: records, scores, metrics with intervals, controls; a JSON-able report."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from cwfast.errors import CheckpointError, UnsupportedLayer
 from cwfast.llm import variants
 from cwfast.llm.attacks import ATTACKS, attack
 from cwfast.llm.controls import bag_of_words, duplicates
@@ -81,6 +82,7 @@ def audit(
     fprs: Sequence[float] = (0.01,),
     bootstrap: int = 1000,
     confidence: float = 0.95,
+    skip: bool = False,
 ) -> tuple[dict[str, Any], dict[str, Floats], TokenRecords]:
     """Run attacks and controls.
 
@@ -90,6 +92,8 @@ def audit(
         fprs: false-positive rates for TPR at FPR.
         bootstrap: replicates for the intervals.
         confidence: of each interval.
+        skip: leave attacks out that these inputs do not allow, with the reason in the report's ``left_out``; else
+            such an attack is an error.
 
     Returns:
         The report; float64 [N] of each attack and control; the records.
@@ -97,7 +101,7 @@ def audit(
     Raises:
         ValueError, TypeError, KeyError, UnsupportedLayer, CheckpointError: as ``records`` and the attacks do.
     """
-    scored, own = _scores(inputs, attacks)
+    scored, own, left_out = _scores(inputs, attacks, skip)
     seed, flags = inputs.seed, inputs.flags
     controls = {"bag_of_words": bag_of_words(inputs.texts, flags, seed=seed)}
     if inputs.reference is not None:
@@ -118,6 +122,7 @@ def audit(
         "controls": {name: _control(score, flags, several) for name, score in controls.items()},
         "duplicates": duplicates(inputs.members, inputs.nonmembers),
         "dataset_inference": None,
+        "left_out": left_out,
     }
     side = min(len(inputs.members), len(inputs.nonmembers))
     if side >= 8 and len(scored) > 1:
@@ -149,38 +154,70 @@ def warnings(report: Mapping[str, Any]) -> list[str]:
     return found
 
 
-def _scores(inputs: Inputs, attacks: Sequence[str]) -> tuple[dict[str, Floats], TokenRecords]:
+def _scores(
+    inputs: Inputs, attacks: Sequence[str], skip: bool
+) -> tuple[dict[str, Floats], TokenRecords, dict[str, str]]:
     texts, needs = inputs.texts, {need for name in attacks for need in ATTACKS[name].needs}
+    made: dict[str, Any] = {}
+    failed: dict[str, str] = {}  # what could not be made, and why
 
     def recorded(which: str, given: Sequence[str], **more: Any) -> TokenRecords:
         folder = None if inputs.out is None else inputs.out / "records" / which
         more = {**inputs.how, "max_tokens": inputs.max_tokens, "out": folder, **more}
         return records(more.pop("model", inputs.model), inputs.tokenizer, given, **more)
 
-    kl = "kl" in needs
-    own = recorded("texts-kl" if kl else "texts", texts, reference=inputs.reference, kl=kl)
-    made: dict[str, Any] = {}
-    if "lower" in needs:
-        made["lower"] = recorded("lower", variants.lowercased(texts))
-    if "neighbours" in needs:
-        changed = variants.neighbours(texts, copies=inputs.copies, seed=inputs.seed)
-        made["neighbours"] = recorded("neighbours", changed)
-    if "swapped" in needs:
-        made["swapped"] = recorded("swapped", variants.swapped(texts, copies=inputs.copies, seed=inputs.seed))
-    for name, shots in (("prefixed", inputs.shots), ("member_prefixed", inputs.member_shots)):
-        if name in needs:
-            made[name] = recorded(name, texts, prefix=_prefix(inputs, shots))
-    if "counts" in needs:
-        size = inputs.model.get_output_embeddings().weight.shape[0]
-        made["counts"] = variants.token_counts(inputs.tokenizer, inputs.corpus, size)
-    if "norms" in needs:
-        made["norms"] = gradient_norms(inputs.model, inputs.tokenizer, texts, max_tokens=inputs.max_tokens)
+    def tried(name: str, make: Callable[[], Any], reasons: dict[str, str]) -> Any:
+        try:
+            return make()
+        except CheckpointError:
+            raise
+        except (ValueError, TypeError, UnsupportedLayer) as error:
+            if not skip:
+                raise
+            reasons[name] = f"cannot run here: {error}"
+            return None
+
+    def prefixed(shots: Sequence[str]) -> Callable[[str], TokenRecords]:
+        return lambda name: recorded(name, texts, prefix=_prefix(inputs, shots))
+
+    copies: dict[str, Any] = {"copies": inputs.copies, "seed": inputs.seed}
+    makers: dict[str, Callable[[str], Any]] = {
+        "lower": lambda name: recorded(name, variants.lowercased(texts)),
+        "neighbours": lambda name: recorded(name, variants.neighbours(texts, **copies)),
+        "swapped": lambda name: recorded(name, variants.swapped(texts, **copies)),
+        "prefixed": prefixed(inputs.shots),
+        "member_prefixed": prefixed(inputs.member_shots),
+        "counts": lambda _: variants.token_counts(
+            inputs.tokenizer, inputs.corpus, inputs.model.get_output_embeddings().weight.shape[0]
+        ),
+        "norms": lambda _: gradient_norms(inputs.model, inputs.tokenizer, texts, max_tokens=inputs.max_tokens),
+        "shadows": lambda _: [recorded(f"shadow-{i}", texts, model=one) for i, (one, _) in enumerate(inputs.shadows)],
+    }
+    own = None
+    if "kl" in needs:
+        own = tried("kl", lambda: recorded("texts-kl", texts, reference=inputs.reference, kl=True), failed)
+    if own is None:
+        own = recorded("texts", texts, reference=inputs.reference, kl=False)
+    for need, make in makers.items():
+        if need in needs:
+            made[need] = tried(need, lambda need=need, make=make: make(need), failed)  # type: ignore[misc]
     if "shadows" in needs:
-        made["shadows"] = [recorded(f"shadow-{i}", texts, model=one) for i, (one, _) in enumerate(inputs.shadows)]
         sides = [set(inputs.members), *(set(known) for _, known in inputs.shadows)]
         made["membership"] = np.array([[text in side for text in texts] for side in sides])
-    wanted = {name: [need for need in ATTACKS[name].needs if need in made] for name in attacks}
-    return {name: attack(name, own, **{need: made[need] for need in wanted[name]}) for name in attacks}, own
+    scored: dict[str, Floats] = {}
+    left_out: dict[str, str] = {}
+    for name in attacks:
+        lost = next((failed[need] for need in ATTACKS[name].needs if need in failed), None)
+        if lost is not None:
+            left_out[name] = lost
+            continue
+        given = {need: made[need] for need in ATTACKS[name].needs if need in made}
+        score = tried(name, lambda name=name, given=given: attack(name, own, **given), left_out)  # type: ignore[misc]
+        if score is not None:
+            scored[name] = score
+    if not scored:
+        raise ValueError(f"at least one attack must be able to run; {next(iter(left_out.values()))}")
+    return scored, own, left_out
 
 
 def _prefix(inputs: Inputs, shots: Sequence[str]) -> list[int]:

@@ -57,7 +57,8 @@ def bag_of_words(
                 if word in column:
                     features[i, column[word]] = np.log1p(count)
         found = features[test] @ _logistic(features[~test], flags[~test], penalty)
-        scores[test] = (found.argsort(kind="stable").argsort(kind="stable") + 0.5) / test.sum()
+        ordered = np.sort(found)  # ties, as between texts that share no word with others, take their middle rank
+        scores[test] = (np.searchsorted(ordered, found) + np.searchsorted(ordered, found, "right")) / (2 * len(found))
     return scores
 
 

@@ -24,8 +24,9 @@ FORMAT = "cwfast-rewound/1"
 MANIFEST = "cwfast-rewound.json"  # in the folder that is written
 _SPARE = 64 << 20  # bytes that must be free beside the weights
 _INTS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
-# Weights in other formats would still be those that were not rewound.
-_WEIGHTS = {".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".gguf", ".h5", ".msgpack", ".onnx", ".npz"}
+# What else is copied. Weights in another format would still be those that were not rewound, so nothing unknown is.
+_KNOWN = {".json", ".jsonl", ".txt", ".model", ".jinja", ".md", ".tiktoken", ".vocab", ".merges"}
+_KNOWN_NAMES = {"LICENSE", "NOTICE", "USE_POLICY"}
 
 
 def rewind_folder(
@@ -137,6 +138,11 @@ def _check_place(out: Path, inputs: Mapping[str, Path]) -> None:
 
 
 def _check_fit(source: Checkpoint, initial: Checkpoint, masks: MaskFile) -> None:
+    for file in {entry.file for entry in source.entries.values()}:
+        if unlisted := sorted(set(Checkpoint(file).entries) - set(source.entries)):
+            raise CheckpointError(
+                f"{source.path} must list all tensors of {file.name} in {INDEX}; {unlisted[0]!r} is not"
+            )
     for name, shape in masks.shapes.items():
         if name not in source.entries:
             raise CheckpointError(f"{masks.path} must be of {source.path}, which has no tensor {name!r}")
@@ -159,7 +165,6 @@ def _identity(checkpoint: Checkpoint) -> dict[str, Any]:
     """Sizes and times of the files: enough to see that a resumed run has other inputs than the one that was stopped."""
     files = sorted({entry.file for entry in checkpoint.entries.values()})
     return {
-        "path": str(checkpoint.path.resolve()),
         "files": {file.name: [file.stat().st_size, file.stat().st_mtime_ns] for file in files},
     }
 
@@ -210,11 +215,11 @@ def _copy_others(model: Path, partial: Path, copy_code: bool) -> tuple[list[str]
     files = sorted((f for f in model.iterdir() if f.is_file()), key=lambda f: (f.name == INDEX, f.name))
     copied, left_out = [], []
     for file in files:
-        if file.suffix == ".safetensors":
-            continue
-        other_weights = file.suffix in _WEIGHTS or (file.name.endswith(".index.json") and file.name != INDEX)
-        unwanted = file.name.startswith(".") or file.name in (MANIFEST, "lock")
-        if other_weights or unwanted or (file.suffix == ".py" and not copy_code):
+        if (partial / file.name).exists() and file.suffix == ".safetensors":
+            continue  # written already
+        known = file.suffix in _KNOWN or file.stem in _KNOWN_NAMES or (file.suffix == ".py" and copy_code)
+        other_index = file.name.endswith(".index.json") and file.name != INDEX
+        if not known or other_index or file.name.startswith(".") or file.name == MANIFEST:
             left_out.append(file.name)
             continue
         with atomic_write(partial / file.name) as temporary:
@@ -227,15 +232,25 @@ def _copy_others(model: Path, partial: Path, copy_code: bool) -> tuple[list[str]
 
 
 def _without_code(data: bytes) -> bytes:
-    """A JSON file without ``auto_map``; unchanged where it has none."""
+    """A JSON file without ``auto_map``, wherever in it; unchanged where it has none.
+
+    Raises:
+        CheckpointError: it has, and cannot be read.
+    """
+    if b"auto_map" not in data and b"\\u" not in data:  # a name may be written with escapes
+        return data
     try:
         found = json.loads(data)
-    except ValueError:
-        return data
-    if not isinstance(found, dict) or "auto_map" not in found:
-        return data
-    del found["auto_map"]
-    return (json.dumps(found, indent=2, ensure_ascii=False) + "\n").encode()
+        cleaned = _cleaned(found)
+    except (ValueError, RecursionError) as error:
+        raise CheckpointError(f"a file with auto_map must be JSON; {type(error).__name__}: {error}") from error
+    return data if cleaned == found else (json.dumps(cleaned, indent=2, ensure_ascii=False) + "\n").encode()
+
+
+def _cleaned(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _cleaned(item) for key, item in value.items() if key != "auto_map"}
+    return [_cleaned(item) for item in value] if isinstance(value, list) else value
 
 
 def _verify(partial: Path, source: Checkpoint) -> None:

@@ -11,7 +11,6 @@ from torch import Tensor, nn
 
 from cwfast.errors import UnsupportedLayer
 
-_SAMPLED = 1024  # entries of a parameter that its fingerprint reads
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
@@ -89,6 +88,10 @@ class Body:
             hook.remove()
         if len(caught) != 1:
             raise UnsupportedLayer(f"the LM head must be called once in a forward pass; it was {len(caught)} times")
+        if caught[0].shape[:2] != ids.shape:  # prompt tuning puts tokens of its own before the text
+            raise UnsupportedLayer(
+                f"the LM head must see a hidden state per token, {tuple(ids.shape)}; got {tuple(caught[0].shape[:2])}"
+            )
         return caught[0].to(self.head.weight.device)
 
     def check(self, ids: list[int]) -> None:
@@ -114,14 +117,13 @@ class Body:
         return self.model(input_ids=ids, attention_mask=mask, use_cache=False, **more)
 
     def fingerprint(self) -> str:
-        """SHA-256 of names, shapes, dtypes and up to 1,024 evenly spaced entries of every parameter and buffer."""
+        """SHA-256 of the config, every parameter and buffer: a rewound model differs in few bytes from what it was."""
         digest = hashlib.sha256(f"adapters {self._adapters} {type(self.model).__name__}".encode())
+        digest.update(self.model.config.to_json_string(use_diff=False).encode())
         for name, value in [*self.model.named_parameters(), *self.model.named_buffers()]:
             digest.update(f"{name} {value.dtype} {tuple(value.shape)}".encode())
             if not value.is_meta:
-                flat = value.detach().flatten()
-                part = flat[:: max(1, -(-len(flat) // _SAMPLED))].contiguous().cpu()
-                digest.update(part.view(torch.uint8).numpy().tobytes())
+                digest.update(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
         return digest.hexdigest()
 
 

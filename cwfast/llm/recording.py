@@ -169,9 +169,10 @@ class _Run:
             start = torch.tensor([place[i] for i in batch.document.tolist()])
             at = start + batch.token
             for name, value in self._statistics(batch, tokens[at]).items():
+                kept = value.cpu()
                 if name not in values:
-                    values[name] = value.new_zeros(len(tokens), *value.shape[1:])
-                values[name][at] = value.cpu()
+                    values[name] = kept.new_zeros(len(tokens), *kept.shape[1:])
+                values[name][at] = kept
         lost = values["logprob"].isnan().nonzero()[:1, 0]
         if len(lost):
             text = chosen[int(torch.searchsorted(offsets, lost, right=True)) - 1]

@@ -142,7 +142,7 @@ def fine_tune(
 
 
 def prepare(out: Path, *, epochs: int = 1, lr: float = 5e-5, seed: int = 0) -> dict[str, Any]:
-    """Write the texts, the base model and the fine-tuned one; what is there already is kept.
+    """Write the texts, the base model (kept where it is there) and the fine-tuned one.
 
     Args:
         out: a folder: ``members.jsonl``, ``nonmembers.jsonl``, ``shots.jsonl``, ``corpus.jsonl``, ``base/``,

@@ -206,7 +206,7 @@ def _stats_kernel(
             rest += more_rest
             tl.debug_barrier()
     at = part * tokens + n
-    field = chunks.to(tl.int64) * tokens
+    field = tl.full((), chunks, tl.int64) * tokens  # an argument that is 1 is a constant, which has no .to
     tl.store(partial + at, top, inside)
     tl.store(partial + field + at, tops, inside)
     tl.store(partial + 2 * field + at, rest, inside)
@@ -289,7 +289,7 @@ def _kl_kernel(
             ref_sum += more
             tl.debug_barrier()
     at = part * tokens + n
-    field = chunks.to(tl.int64) * tokens
+    field = tl.full((), chunks, tl.int64) * tokens  # an argument that is 1 is a constant, which has no .to
     tl.store(partial + at, top, inside)
     tl.store(partial + field + at, sum, inside)
     tl.store(partial + 2 * field + at, ref_top, inside)
