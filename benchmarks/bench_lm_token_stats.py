@@ -108,6 +108,6 @@ def test_lm_token_stats(benchmark: BenchmarkFixture, vocabulary: int, dtype: str
     ways = ["cwfast"] if _harness.size() == "tiny" else ["cwfast", "chunked"]
     ways += ["composed"] if _harness.size() != "tiny" and peak_tokens * vocabulary < 1 << 29 else []
     peaks = {way: _harness.peak_memory(memory, way, peak_tokens, vocabulary, width, dtype) for way in ways}
-    case = f"lm_token_stats V={vocabulary} {dtype}"
+    case = f"lm token stats V={vocabulary} {dtype}"
     facts = {"tokens": tokens, "width": width, "memory_tokens": peak_tokens, "bytes": peaks}
     _harness.report(benchmark, case, times, variants["cwfast"], ratios=ratios, **facts)

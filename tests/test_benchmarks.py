@@ -227,5 +227,5 @@ def test_gpu_script_runs_dry(tmp_path):
     environment["PATH"] = f"{Path(sys.executable).parent}:{environment['PATH']}"
     done = subprocess.run(["bash", script], capture_output=True, text=True, check=False, env=environment)
     assert done.returncode == 0, done.stdout + done.stderr
-    assert len((tmp_path / "dry-run.jsonl").read_text().splitlines()) == 6
+    assert len((tmp_path / "dry-run.jsonl").read_text().splitlines()) == 7
     assert "FAILED" not in done.stdout

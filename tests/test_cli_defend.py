@@ -1,6 +1,7 @@
 """cwfast defend: weights, masks and report of one model; audits of fleets before and after."""
 
 import json
+import sys
 
 import pytest
 import torch
@@ -8,6 +9,12 @@ from safetensors.torch import load_file
 
 from cwfast import MaskSet
 from cwfast.cli import main
+
+
+@pytest.fixture(autouse=True)
+def path_of_before(monkeypatch):
+    """The command adds the working directory, which later tests must not find there."""
+    monkeypatch.setattr(sys, "path", [*sys.path])
 
 
 def defend(capsys, tmp_path, *more):

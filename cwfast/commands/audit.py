@@ -114,7 +114,7 @@ def _trained(options: argparse.Namespace, features: Tensor | None) -> tuple[Sign
     """Signals of models trained now, or in the run that ``--out`` holds; and the samples, if they are to be shown."""
     from cwfast import shadow
 
-    sys.path.insert(0, os.getcwd())  # where a user's module lies: the installed command does not look there
+    sys.path.append(os.getcwd())  # where a user's module lies; last, or a checkout there would hide what is installed
     how = {"models": 16} | {name: getattr(options, name) for name in TRAINING if getattr(options, name) is not None}
     job = shadow.Training(options.train)
     plan = job.plan(how["models"], options.seed)

@@ -57,7 +57,7 @@ def run(options: argparse.Namespace) -> tuple[dict[str, Any], str]:
     if options.audit and (options.models < 6 or options.models % 2):
         options.usage(f"--models must be even and at least 6, for the attacks; got {options.models}")
     out = report.folder(options.out)
-    sys.path.insert(0, os.getcwd())  # where a user's module lies: the installed command does not look there
+    sys.path.append(os.getcwd())  # where a user's module lies; last, or a checkout there would hide what is installed
     train = options.train or f"cwfast.examples:{options.data.replace('-', '_')}"
     source = Source(train, options.defense)
     task, defense, *_ = source()
