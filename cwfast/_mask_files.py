@@ -77,14 +77,18 @@ class MaskFile:
     def _parts(self, name: str) -> tuple[str, ...]:
         return ("bits",) if f"{name}/bits" in self._file.entries else ("low", "offset")
 
+    def read(self, name: str) -> Bits:
+        """What the file has as the selected entries of a parameter, unchecked: for a ``MaskSet``, which checks them."""
+        parts = [self._file.tensor(f"{name}/{part}") for part in self._parts(name)]
+        return parts[0] if len(parts) == 1 else (parts[0], parts[1])
+
     def picks(self, name: str) -> Bits:
         """The selected entries of a parameter.
 
         Raises:
             CheckpointError: they are not in range, in order and in a legal form.
         """
-        parts = [self._file.tensor(f"{name}/{part}") for part in self._parts(name)]
-        bits: Bits = parts[0] if len(parts) == 1 else (parts[0], parts[1])
+        bits = self.read(name)
         if wrong := _picks.wrong(bits, math.prod(self.shapes[name])):
             raise CheckpointError(f"{self.path} must hold the masks that its shapes promise; {name!r} {wrong}")
         return bits
@@ -95,9 +99,12 @@ class MaskFile:
 
 
 def load(path: str | os.PathLike[str]) -> tuple[dict[str, Bits], Shapes, int]:
-    """What ``save`` was given. Raises as ``MaskFile`` does."""
+    """What ``save`` was given; that the entries are in range and in order is for ``MaskSet`` to check.
+
+    Raises as ``MaskFile`` does.
+    """
     file = MaskFile(path)
-    return {name: file.picks(name) for name in file.shapes}, file.shapes, file.zero_score_selected
+    return {name: file.read(name) for name in file.shapes}, file.shapes, file.zero_score_selected
 
 
 def digest(tensors: Mapping[str, Iterable[Tensor]]) -> str:
