@@ -21,7 +21,7 @@ from tqdm import tqdm
 from cwfast import ops
 from cwfast.data import Dataset
 from cwfast.data.bundled import digits
-from cwfast.defense.baselines import PlainTraining, early_stopping_sweep, interpolated, tau_at_distance
+from cwfast.defense.baselines import PlainTraining, early_stopping_sweep, interpolate_many, tau_at_distance
 from cwfast.defense.cwrf import CWRF, fine_tune
 from cwfast.defense.losses import RelaxLoss
 from cwfast.masks import MaskSet, rewind_
@@ -166,7 +166,8 @@ class _Demo:
             label = f"Fine-tuned without rewinding, {name}"
             self._row(Row(f"rate0-{name}", "control", label, "fine-tuning only", loss=name, rate=0.0), fitted)
         for tau in self.sizes.taus:
-            fitted = [Fitted(interpolated(one, tau), one.initial) for one in trained]
+            models = interpolate_many(self.task, trained, self.ids, self.seeds, [tau] * len(trained))
+            fitted = [Fitted(model, one.initial) for model, one in zip(models, trained, strict=True)]
             label = f"Interpolated to the initial weights, tau {tau}"
             self._row(Row(f"interpolation-{tau}", "control", label, "interpolation only", strength=tau), fitted)
         return trained
@@ -197,7 +198,7 @@ class _Demo:
                     f"distance-{key}", "control", f"I{kind[1:]} {share} + {name}", kind, "interpolation", name, rate
                 )
                 row.strength = float(np.mean(taus))
-                models = [interpolated(one, tau) for one, tau in zip(trained, taus, strict=True)]
+                models = interpolate_many(self.task, trained, self.ids, self.seeds, taus)
                 self._row(row, self._tuned(trained, models, loss))
 
     def _batch_variant(self, trained: list[Fitted]) -> None:

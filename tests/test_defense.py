@@ -366,12 +366,15 @@ def test_early_stopping_is_the_same_run_cut_short():
         EarlyStopping(7).fit_many(task, ids, task.dataset.reference, seeds)
 
 
+NOTHING = []  # a model without BatchNorm needs no samples
+
+
 def test_interpolation_ends_and_distance():
     task, ids, seeds = small_task()
     fitted = PlainTraining().fit(task, ids[0], task.dataset.reference, seeds[0])
-    assert torch.equal(interpolated(fitted, 1.0)[0].weight, fitted.model[0].weight)
-    assert torch.equal(interpolated(fitted, 0.0)[0].weight, fitted.initial["0.weight"])
-    assert tau_at_distance(fitted, interpolated(fitted, 0.37)) == pytest.approx(0.37, abs=1e-5)
+    assert torch.equal(interpolated(fitted, 1.0, NOTHING)[0].weight, fitted.model[0].weight)
+    assert torch.equal(interpolated(fitted, 0.0, NOTHING)[0].weight, fitted.initial["0.weight"])
+    assert tau_at_distance(fitted, interpolated(fitted, 0.37, NOTHING)) == pytest.approx(0.37, abs=1e-5)
     assert tau_at_distance(fitted, fitted.model) == 1.0
 
 

@@ -14,9 +14,9 @@ from cwfast.defense.losses import HAMP, ConfidencePenalty, ConvexConcave, LabelS
 from cwfast.defense.mixup import Mixup
 from cwfast.defense.past import PAST
 from cwfast.defense.pve import vulnerability
+from cwfast.defense.recalibration import recalibrate_
 from cwfast.defense.selena import SELENA
 from cwfast.defense.specs import parse, parse_loss
-from cwfast.defense.variants import recalibrate_
 
 __all__ = [
     "CRITERIA",

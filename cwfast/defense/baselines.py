@@ -1,12 +1,14 @@
 """What CWRF is compared with: plain training, early stopping, weight decay, interpolation to the initial weights."""
 
 import copy
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
 
+from cwfast.data import Batches
+from cwfast.defense.recalibration import Batch, recalibrate_
 from cwfast.training import Defense, Fitted, Loss, Task, cross_entropy, fit_from_scratch
 
 
@@ -92,13 +94,28 @@ def early_stopping_sweep(
     return final, {n: [_with_weights(f, state) for f, state in zip(final, kept[n], strict=True)] for n in epochs}
 
 
-def interpolated(fitted: Fitted, tau: float) -> nn.Module:
-    """A model with the weights ``w0 + tau (w - w0)``: 1 is the trained model, 0 the initial one."""
+def interpolated(fitted: Fitted, tau: float, members: Iterable[Batch]) -> nn.Module:
+    """A model with the weights ``w0 + tau (w - w0)``: 1 is the trained model, 0 has the initial weights.
+
+    BatchNorm's running statistics are measured again over ``members``, batches of training samples; not at 0 and 1, as
+    CWRF does it.
+    """
     model = copy.deepcopy(fitted.model)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             parameter.copy_(torch.lerp(fitted.initial[name], parameter, tau))
-    return model
+    return model if tau in (0, 1) else recalibrate_(model, members)
+
+
+def interpolate_many(
+    task: Task, trained: Sequence[Fitted], train_ids: Sequence[Tensor], seeds: Sequence[int], taus: Sequence[float]
+) -> list[nn.Module]:
+    """``interpolated`` for a fleet, each model by its own tau, in batches of its members as CWRF takes them."""
+    found = []
+    for fitted, ids, seed, tau in zip(trained, train_ids, seeds, taus, strict=True):
+        members = Batches(task.dataset, ids, task.recipe.batch_size, seed, wrap=True)
+        found.append(interpolated(fitted, tau, members))
+    return found
 
 
 def tau_at_distance(fitted: Fitted, other: nn.Module) -> float:

@@ -11,10 +11,9 @@ from cwfast._scopes import Scope, groups_of
 from cwfast._selecting import select
 from cwfast.defense.gap import gap_gradients, gap_shares
 from cwfast.defense.pve import vulnerability
+from cwfast.defense.recalibration import Batch
 from cwfast.masks import MaskSet
 from cwfast.scoring import CRITERIA as TAYLOR_CRITERIA
-
-Batch = tuple[Tensor, Tensor]
 
 
 @dataclass(frozen=True)

@@ -7,10 +7,10 @@ import torch
 from torch import Tensor, nn
 
 from cwfast._parameters import Initial, initial_values, trainable
+from cwfast._tracking import sum_dtype
 from cwfast.data import check_reiterable
+from cwfast.defense.recalibration import Batch
 from cwfast.training import Loss, cross_entropy
-
-Batch = tuple[Tensor, Tensor]
 
 
 def gap_shares(
@@ -29,7 +29,7 @@ def gap_shares(
     to the error of this quadrature. A positive share: rewinding the weight closes the gap, to first order.
 
     Args:
-        model: trained; worked on as a copy, in evaluation mode.
+        model: trained; worked on as a copy, in evaluation mode, with BatchNorm's statistics of training all along.
         initial: its initial weights: module, mapping or safetensors file.
         members: re-iterable batches ``(inputs, targets)`` of training samples.
         reference: the same of non-members.
@@ -37,7 +37,8 @@ def gap_shares(
         points: of the quadrature; one forward and backward pass over both sets for each.
 
     Returns:
-        ``{name: signed shares}`` of the parameters that require a gradient, in the loss's unit (nats).
+        ``{name: signed shares}`` of the parameters that require a gradient, in the loss's unit (nats); float32, or
+        float64 for float64 parameters.
 
     Raises:
         TypeError: ``members`` or ``reference`` can be iterated only once.
@@ -52,7 +53,7 @@ def gap_shares(
     check_reiterable(members=members, reference=reference)
     work = copy.deepcopy(model).eval()
     parameters = trainable(work)
-    end = {name: parameter.detach().clone() for name, parameter in parameters.items()}
+    end = {name: parameter.detach().to(sum_dtype(parameter.dtype), copy=True) for name, parameter in parameters.items()}
     start = {name: value.to(end[name]) for name, value in initial_values(initial, parameters).items()}
     delta = {name: end[name] - start[name] for name in parameters}
     shares = {name: torch.zeros_like(value) for name, value in end.items()}
@@ -97,11 +98,16 @@ def _weights(members: Iterable[Batch], reference: Iterable[Batch]) -> tuple[floa
 def _gradients(
     work: nn.Module, members: Iterable[Batch], reference: Iterable[Batch], weights: tuple[float, float], loss: Loss
 ) -> dict[str, Tensor]:
-    work.zero_grad()
-    for batches, weight in ((reference, weights[1]), (members, weights[0])):  # .grad collects g_ref - g_mem
+    parameters = trainable(work)
+    found = {name: torch.zeros_like(p, dtype=sum_dtype(p.dtype)) for name, p in parameters.items()}  # g_ref - g_mem
+    for batches, weight in ((reference, weights[1]), (members, weights[0])):
         for inputs, targets in batches:
-            (loss(work(inputs), targets) * (weight * len(targets))).backward()
-    return {n: torch.zeros_like(p) if p.grad is None else p.grad for n, p in trainable(work).items()}
+            value = loss(work(inputs), targets) * (weight * len(targets))
+            gradients = torch.autograd.grad(value, list(parameters.values()), allow_unused=True)
+            for total, gradient in zip(found.values(), gradients, strict=True):
+                if gradient is not None:
+                    total += gradient
+    return found
 
 
 def _samples(name: str, batches: Iterable[Batch]) -> int:

@@ -2,17 +2,18 @@
 
 import copy
 import itertools
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
 from cwfast._parameters import Initial, initial_values
+from cwfast.checkpoint import Checkpoint
 from cwfast.data import check_reiterable
+from cwfast.defense.recalibration import Batch, batchnorms, recalibrate_
 from cwfast.scoring import SaliencyScorer
 
-Batch = tuple[Tensor, Tensor]
 MAX_STEPS = 1000
 
 
@@ -39,7 +40,8 @@ def vulnerability(
 
     Args:
         model: trained; worked on as a copy, in training mode; torch's RNG is left as it was.
-        initial: its initial weights: module, mapping or safetensors file.
+        initial: its initial weights: module, mapping or safetensors file. BatchNorm's running statistics, which the
+            initial model's outputs need, are taken from there too; where some are missing, all are measured on members.
         members: re-iterable batches ``(inputs, targets)`` of training samples.
         reference: re-iterable batches of non-members; their targets are not used.
         criterion: see ``SaliencyScorer``.
@@ -66,10 +68,8 @@ def vulnerability(
         raise ValueError(f"steps must be at least 1; got {steps}")
     check_reiterable(members=members, reference=reference)
     work = copy.deepcopy(model).train()
-    teacher = copy.deepcopy(model).eval()
-    with torch.no_grad():
-        for name, value in initial_values(initial, dict(teacher.named_parameters())).items():
-            teacher.get_parameter(name).copy_(value)
+    with torch.random.fork_rng():  # a pass over the members may draw their order
+        teacher = _initial_model(model, initial, members)
     scorer = SaliencyScorer(
         work,
         criterion=criterion,
@@ -94,6 +94,21 @@ def vulnerability(
     if count == 0:
         raise ValueError("members must hold at least one batch; got none")
     return scorer.scores()
+
+
+def _initial_model(model: nn.Module, initial: Initial, members: Iterable[Batch]) -> nn.Module:
+    """In evaluation mode: parameters and, as far as ``initial`` holds them, buffers."""
+    found = copy.deepcopy(model).eval()
+    state = dict(found.named_parameters())
+    values = initial_values(initial, state)
+    source = initial.state_dict() if isinstance(initial, nn.Module) else initial
+    held = source if isinstance(source, Mapping) else Checkpoint(source)
+    buffers = {name: buffer for name, buffer in found.named_buffers() if name in held}
+    with torch.no_grad():
+        for name, value in (values | initial_values(source, buffers)).items():
+            (state | buffers)[name].copy_(value)
+    statistics = [f"{name}.running_{part}".lstrip(".") for name in batchnorms(found) for part in ("mean", "var")]
+    return found if all(name in held for name in statistics) else recalibrate_(found, members)
 
 
 def _kl(teacher: nn.Module, model: nn.Module, inputs: Tensor) -> Tensor:

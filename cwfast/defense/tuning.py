@@ -7,11 +7,11 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
+from cwfast.defense.recalibration import Batch
 from cwfast.freezing import freeze
 from cwfast.masks import MaskSet
 from cwfast.training import Fitted, Loss, Task, cosine, cross_entropy, train_many
 
-Batch = tuple[Tensor, Tensor]
 MakeOptimizer = Callable[[Iterable[nn.Parameter]], torch.optim.Optimizer]
 
 

@@ -1,4 +1,4 @@
-"""What can be done with the critical weights, in one go or in rounds, and BatchNorm's statistics afterwards."""
+"""What can be done with the critical weights, in one go or in rounds."""
 
 import copy
 from collections.abc import Iterable, Mapping, Sequence
@@ -10,11 +10,11 @@ from torch import Tensor, nn
 from cwfast._parameters import Initial
 from cwfast._scopes import Scope
 from cwfast.defense.criteria import Estimate, check_criterion, critical_masks, critical_scores
+from cwfast.defense.recalibration import Batch, recalibrate_
 from cwfast.masks import MaskSet, matching, rewind_
 
 VALUES = ("initial", "zero")
 TRAIN = ("rest", "critical")
-Batch = tuple[Tensor, Tensor]
 
 
 @dataclass(frozen=True)
@@ -99,31 +99,3 @@ def find_masks(
 def _above(scores: Tensor, chosen: Tensor) -> Tensor:
     """The chosen ones above all others."""
     return torch.where(chosen, torch.inf, scores.clamp(max=torch.finfo(scores.dtype).max))
-
-
-@torch.no_grad()
-def recalibrate_(model: nn.Module, batches: Iterable[Batch]) -> nn.Module:
-    """Measure the running statistics of every BatchNorm anew, as plain means over one pass of ``batches``.
-
-    Rewound weights change what BatchNorm layers see; the statistics of training are then of another model. All other
-    modules are in evaluation mode meanwhile, and every mode comes back. A model without BatchNorm is not run.
-    """
-    norms = [m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm) and m.track_running_stats]
-    if not norms:
-        return model
-    modes = [(module, module.training) for module in model.modules()]
-    momenta = [(norm, norm.momentum) for norm in norms]
-    model.eval()
-    try:
-        for norm in norms:
-            norm.reset_running_stats()
-            norm.momentum = None  # a plain mean
-            norm.train()
-        for inputs, _ in batches:
-            model(inputs)
-    finally:
-        for norm, momentum in momenta:
-            norm.momentum = momentum
-        for module, mode in modes:
-            module.training = mode
-    return model

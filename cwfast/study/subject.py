@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from cwfast.defense.baselines import PlainTraining, interpolated
+from cwfast.defense.baselines import PlainTraining, interpolate_many
 from cwfast.defense.cwrf import CWRF
 from cwfast.defense.specs import parse
 from cwfast.masks import MaskSet, rewind_
@@ -81,8 +81,9 @@ class Subject:
         if cell.how == "stopped":
             return self._models(group, BEST if cell.strength is None else str(int(cell.strength)))
         if cell.how == "interpolated" and cell.strength is not None:
-            tau = cell.strength
-            return [Fitted(interpolated(one, tau), one.initial) for one in self.trained(group)]
+            trained = self.trained(group)
+            models = interpolate_many(self.task, trained, *self._of(group), [cell.strength] * len(trained))
+            return [Fitted(model, one.initial) for model, one in zip(models, trained, strict=True)]
         if cell.how == "halted":
             ids, seeds = self._of(group)
             return halted(cell.spec).fit_many(self.task, ids, self.plan.reference, seeds, trained=self.trained(group))
