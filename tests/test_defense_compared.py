@@ -250,8 +250,8 @@ def test_the_attack_network_is_the_authors():
     assert float(network.outputs[2].weight.detach().std()) == pytest.approx(0.01, rel=0.01)
     assert not network.outputs[2].bias.any()
     logits, labels = torch.randn(7, 100), torch.randint(100, (7,))
-    hot = functional.one_hot(labels, 100).float()
-    both = torch.cat([network.outputs(logits), network.labels(hot)], dim=1)
+    signs = torch.full((7, 100), -1.0).scatter(1, labels[:, None], 1.0)
+    both = torch.cat([network.outputs(logits), network.labels(signs)], dim=1)
     assert torch.equal(network(logits, labels), network.both(both)[:, 0].sigmoid())
 
 

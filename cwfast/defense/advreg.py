@@ -16,11 +16,11 @@ from cwfast.training import Defense, Fitted, Objective, Task, fit_from_scratch, 
 class AdvReg(Defense):
     """Trains on ``CE + alpha (mean_i h(z_i, y_i) - 0.5)``, h being an attack network's guess that i is a member.
 
-    h sees logits and one-hot label; it is trained by Adam on the squared error of its guess, on batches of half
-    members, half reference samples, drawn with replacement by the model's seed. After ``warmup`` epochs on the
-    cross-entropy alone, it is trained for five epochs' worth of steps; from then on for ``attack_steps`` before each
-    step of the model, which it sees in evaluation mode. The authors run 52 of its steps for each 2 of the model's:
-    ``attack_steps=26``.
+    h sees logits and label, the latter as 1 for its class and -1 for the others; it is trained by Adam on the squared
+    error of its guess, on batches of half members, half reference samples, drawn with replacement by the model's seed.
+    After ``warmup`` epochs on the cross-entropy alone, it is trained for five epochs' worth of steps; from then on for
+    ``attack_steps`` before each step of the model, which it sees in evaluation mode. The authors run 52 of its steps
+    for each 2 of the model's: ``attack_steps=26``.
 
     Args:
         alpha: weight of the attack's guess, at least 0; 3 is the authors' on Purchase100.
@@ -197,8 +197,8 @@ class AttackNetwork(nn.Module):
                 nn.init.zeros_(parameter)
 
     def forward(self, logits: Tensor, labels: Tensor) -> Tensor:
-        hot = one_hot(labels, logits)
-        both = torch.cat([self.outputs(logits), self.labels(hot)], dim=1)
+        signs = 2 * one_hot(labels, logits) - 1
+        both = torch.cat([self.outputs(logits), self.labels(signs)], dim=1)
         guess: Tensor = self.both(both)
         return guess[:, 0].sigmoid()
 
