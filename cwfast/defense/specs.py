@@ -15,11 +15,13 @@ class Entry(NamedTuple):
     """A name's meaning.
 
     Attributes:
+        label: what reports call it.
         target: ``module:class``, imported when it is asked for; its keyword arguments are the options.
         meaning: one line.
         loss: it is a loss, used by training from scratch.
     """
 
+    label: str
     target: str
     meaning: str
     loss: bool = False
@@ -30,21 +32,31 @@ WORDS = Sequence[str]
 _LOSSES = "cwfast.defense.losses:"
 _BASE = "cwfast.defense.baselines:"
 DEFENSES: dict[str, Entry] = {
-    "none": Entry(_BASE + "PlainTraining", "training by the recipe, with the cross-entropy or another loss"),
-    "relaxloss": Entry(_LOSSES + "RelaxLoss", "holds the mean training loss at alpha (Chen et al. 2022)", True),
-    "hamp": Entry(_LOSSES + "HAMP", "soft labels, entropy, random outputs (Chen & Pattabiraman 2024)", True),
-    "ccl": Entry(_LOSSES + "ConvexConcave", "convex-concave loss (Liu et al. 2024)", True),
-    "label-smoothing": Entry(_LOSSES + "LabelSmoothing", "soft labels (Szegedy et al. 2016)", True),
-    "confidence-penalty": Entry(_LOSSES + "ConfidencePenalty", "reward for entropy (Pereyra et al. 2017)", True),
-    "early-stopping": Entry(_BASE + "EarlyStopping", "training cut short after some epochs"),
-    "weight-decay": Entry(_BASE + "WeightDecay", "training with another weight decay"),
-    "mixup": Entry("cwfast.defense.mixup:Mixup", "mixtures of samples and labels (Zhang et al. 2018)"),
-    "advreg": Entry("cwfast.defense.advreg:AdvReg", "fools an attack network trained along (Nasr et al. 2018)"),
-    "selena": Entry("cwfast.defense.selena:SELENA", "learns from models that left the sample out (Tang et al. 2022)"),
-    "past": Entry("cwfast.defense.past:PAST", "l1 penalty by sensitivity of the loss gap (Hu et al. 2024)"),
-    "crl": Entry("cwfast.defense.crl:CRL", "relaxed losses of logits and class centers (Fang & Kim 2024)"),
-    "dpsgd": Entry("cwfast.defense.dp:DPSGD", "clipped and noised gradients (Abadi et al. 2016)"),
-    "cwrf": Entry("cwfast.defense.cwrf:CWRF", "rewinds and freezes critical weights, fine-tunes the others"),
+    "none": Entry(
+        "no defense", _BASE + "PlainTraining", "training by the recipe, with the cross-entropy or another loss"
+    ),
+    "relaxloss": Entry(
+        "RelaxLoss", _LOSSES + "RelaxLoss", "holds the mean training loss at alpha (Chen et al. 2022)", True
+    ),
+    "hamp": Entry("HAMP", _LOSSES + "HAMP", "soft labels, entropy, random outputs (Chen & Pattabiraman 2024)", True),
+    "ccl": Entry("CCL", _LOSSES + "ConvexConcave", "convex-concave loss (Liu et al. 2024)", True),
+    "label-smoothing": Entry("label smoothing", _LOSSES + "LabelSmoothing", "soft labels (Szegedy et al. 2016)", True),
+    "confidence-penalty": Entry(
+        "confidence penalty", _LOSSES + "ConfidencePenalty", "reward for entropy (Pereyra et al. 2017)", True
+    ),
+    "early-stopping": Entry("early stopping", _BASE + "EarlyStopping", "training cut short after some epochs"),
+    "weight-decay": Entry("weight decay", _BASE + "WeightDecay", "training with another weight decay"),
+    "mixup": Entry("mixup", "cwfast.defense.mixup:Mixup", "mixtures of samples and labels (Zhang et al. 2018)"),
+    "advreg": Entry(
+        "AdvReg", "cwfast.defense.advreg:AdvReg", "fools an attack network trained along (Nasr et al. 2018)"
+    ),
+    "selena": Entry(
+        "SELENA", "cwfast.defense.selena:SELENA", "learns from models that left the sample out (Tang et al. 2022)"
+    ),
+    "past": Entry("PAST", "cwfast.defense.past:PAST", "l1 penalty by sensitivity of the loss gap (Hu et al. 2024)"),
+    "crl": Entry("CRL", "cwfast.defense.crl:CRL", "relaxed losses of logits and class centers (Fang & Kim 2024)"),
+    "dpsgd": Entry("DP-SGD", "cwfast.defense.dp:DPSGD", "clipped and noised gradients (Abadi et al. 2016)"),
+    "cwrf": Entry("CWRF", "cwfast.defense.cwrf:CWRF", "rewinds and freezes critical weights, fine-tunes the others"),
 }
 
 

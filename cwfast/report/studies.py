@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from cwfast.checkpoint.files import atomic_write
+from cwfast.defense.specs import DEFENSES
 from cwfast.report import plots, prepare, study_tables, table
 from cwfast.report.table import MAIN_ATTACK, interval, number, percent
 
@@ -269,6 +270,4 @@ def _least(panels: Sequence["Axes"], rows: Rows) -> None:
 
 
 def _base(base: str) -> str:
-    names = {"none": "cross-entropy", "relaxloss": "RelaxLoss", "hamp": "HAMP", "ccl": "convex-concave loss",
-             "dpsgd": "DP-SGD"}  # fmt: skip
-    return f"fine-tuned by {names.get(base, base)}"
+    return f"fine-tuned by {'cross-entropy' if base == 'none' else DEFENSES[base].label}"

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from importlib.util import find_spec
 
+from cwfast.defense import specs
 from cwfast.study.presets import DEFENSES, Setting
 
 USE = {"taylor": "inputs", "taylor_delta": "inputs", "gap": "inputs and labels"}  # of the reference set
@@ -92,7 +93,7 @@ def cells(setting: Setting, lams: Sequence[float] = ()) -> list[Cell]:
 def _scratch(spec: str) -> Cell:
     name, _, options = spec.removesuffix(")").partition("(")
     first = options.partition(",")[0].partition("=")[2]
-    shown = DEFENSES.get(name) or {"past": "PAST", "crl": "CRL"}.get(name, name.replace("-", " "))
+    shown = specs.DEFENSES[name].label
     label = f"{shown} from scratch{', ' + options if options else ''}"
     whole = f"{name}:{options}" if options else name
     strength = float(first) if first else None

@@ -9,9 +9,11 @@ from typing import Any
 from torch import nn
 
 from cwfast import data, networks
+from cwfast.defense import specs
 from cwfast.training import Recipe, Task
 
-DEFENSES = {"none": "no defense", "relaxloss": "RelaxLoss", "hamp": "HAMP", "ccl": "CCL", "dpsgd": "DP-SGD"}
+# The base defenses, as reports call them.
+DEFENSES = {name: specs.DEFENSES[name].label for name in ("none", "relaxloss", "hamp", "ccl", "dpsgd")}
 
 
 @dataclass(frozen=True)
