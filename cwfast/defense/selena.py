@@ -44,7 +44,11 @@ class SELENA(Defense):
         *,
         trained: Sequence[Fitted] | None = None,
     ) -> list[Fitted]:
-        """``trained`` is not used: training starts from initial weights. Models are fitted one after the other."""
+        """``trained`` is not used: training starts from initial weights. Models are fitted one after the other.
+
+        Raises:
+            ValueError: there are so few members that a sub-model would see none.
+        """
         fitted = []
         for ids, seed in zip(train_ids, seeds, strict=True):
             soft = self.soft_labels(task, ids, seed)
@@ -60,6 +64,11 @@ class SELENA(Defense):
         seeds = torch.randint(2**62, (self.sub_models,), generator=generator).tolist()
         parts = [ids[~unseen[:, k]] for k in range(self.sub_models)]
         smallest = min(map(len, parts))
+        if not smallest:
+            raise ValueError(
+                f"each of {self.sub_models} sub-models must see a sample; got {len(ids)} samples, each left out of "
+                f"{self.left_out}"
+            )
         fitted = fit_from_scratch(task, [part[:smallest] for part in parts], seeds)
         batches = task.dataset.inputs[ids].split(1024)
         outputs = torch.stack([torch.cat([one.predict(x) for x in batches]).softmax(dim=1) for one in fitted], dim=1)
