@@ -403,6 +403,12 @@ def test_each_set_of_sub_models_is_as_likely_for_each_sample():
     assert (chi2 < 20.5).all()
 
 
+def test_too_few_members_for_the_sub_models_are_refused():
+    job = task()
+    with pytest.raises(ValueError, match="each of 25 sub-models must see a sample; got 1 samples"):
+        SELENA().fit(job, ids_of(1)[0][:1], job.dataset.reference, 5)
+
+
 def test_soft_labels_come_from_sub_models_that_have_not_seen_the_sample(monkeypatch):
     job, ids, seen = task(), ids_of(1)[0], {}
 

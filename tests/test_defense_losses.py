@@ -8,6 +8,7 @@ from test_training import blobs, ids_of, network
 from torch.nn import functional
 
 from cwfast.data import Dataset
+from cwfast.defense import CRL
 from cwfast.defense.losses import (
     HAMP,
     ConfidencePenalty,
@@ -152,6 +153,29 @@ def test_soft_cross_entropy_is_cross_entropy_with_one_hot_targets():
     soft = torch.tensor([[0.5, 0.25, 0.25]] * 3, dtype=torch.float64)
     expected = mean_of(lambda p, _: -0.5 * math.log(p[0]) - 0.25 * math.log(p[1]) - 0.25 * math.log(p[2]))
     assert float(soft_cross_entropy(LOGITS, soft)) == pytest.approx(expected, rel=1e-12)
+
+
+@pytest.mark.parametrize("epoch", [0, 1])
+@pytest.mark.parametrize("loss", [*LOSSES, RelaxLoss(5.0, 0.4), CRL(9.0, upper=0.4).relaxed_loss], ids=repr)
+def test_the_gradient_is_that_of_the_value(loss, epoch):
+    """No part of a formula is a constant to the gradient: RelaxLoss's soft targets, HAMP's entropy."""
+    logits = LOGITS.clone().requires_grad_()
+    assert torch.autograd.gradcheck(lambda z: loss(z, LABELS, epoch=epoch), logits, atol=1e-9, rtol=1e-6)
+
+
+def test_relaxloss_pulls_through_its_soft_targets():
+    """As the authors' code does; detached, it would be another gradient."""
+    logits = (LOGITS + torch.tensor([[0.0], [1.0], [0.0]]) * torch.tensor([0.0, 2.0, 0.0])).requires_grad_()
+    (found,) = torch.autograd.grad(RelaxLoss(5.0, 0.9)(logits, LABELS, epoch=1), logits)
+    log_p = functional.log_softmax(logits, dim=1)
+    q = log_p.exp().gather(1, LABELS[:, None]).clamp(0, 0.9).detach()
+    hot = functional.one_hot(LABELS, 3)
+    flat = -((q * hot + (1 - q) / 2 * (1 - hot)) * log_p).sum(dim=1)
+    wrong = torch.tensor([0.0, 1.0, 0.0])
+    detached = (wrong * flat - functional.cross_entropy(logits, LABELS, reduction="none")).mean()
+    (other,) = torch.autograd.grad(detached, logits)
+    torch.testing.assert_close(found[[0, 2]], other[[0, 2]])  # right predictions are not flattened
+    assert (found[1] - other[1]).abs().max() > 0.01
 
 
 @pytest.mark.parametrize("epoch", [0, 1])

@@ -39,7 +39,7 @@ def trained(network):
     targets = ids % 3
     data = Dataset("noise", inputs, targets, ids[:32], ids[32:40], ids[40:], torch.zeros(48) > 0, "made here")
     task = Task(NETWORKS[network], data, Recipe(lr=0.05, epochs=4, batch_size=8, momentum=0.9, weight_decay=0.1))
-    members = data.pool[:22]  # the last batch is a part of one
+    members = data.pool[:14]  # the last batch is a part of one
     return task, members, PlainTraining().fit(task, members, data.reference, SEED)
 
 
@@ -47,7 +47,9 @@ def bases(network):
     return [*LOSSES, *(["DP-SGD"] if network != "ResNet18" else [])]  # BatchNorm mixes samples
 
 
-CASES = pytest.mark.parametrize(("network", "base"), [(n, b) for n in NETWORKS for b in bases(n)])
+ALL = [(network, base) for network in NETWORKS for base in bases(network)]
+FEWER = [pair for pair in ALL if pair[0] != "ResNet18" or pair[1] in ("RelaxLoss", "HAMP")]  # that one takes its time
+ENDS = [pair for pair in ALL if pair[1] in ("CE", "DP-SGD")]  # a loss has no say where all is frozen
 
 
 def defended(network, base, rate, **options):
@@ -61,7 +63,7 @@ def states_equal(a, b):
     return all(torch.equal(value, b.state_dict()[name]) for name, value in a.state_dict().items())
 
 
-@CASES
+@pytest.mark.parametrize(("network", "base"), ALL)
 def test_exactly_floor_of_the_rate_is_rewound_and_stays_by_bits(network, base):
     before = trained(network)[2].model
     one = defended(network, base, 0.29)
@@ -75,7 +77,7 @@ def test_exactly_floor_of_the_rate_is_rewound_and_stays_by_bits(network, base):
     assert moved > 0.9 * (numel - one.masks.total)  # under weight decay and momentum
 
 
-@CASES
+@pytest.mark.parametrize(("network", "base"), FEWER)
 def test_at_rate_0_it_is_the_base_defense_fine_tuned_from_the_trained_weights(network, base):
     task, members, before = trained(network)
     start = copy.deepcopy(before.model)
@@ -91,7 +93,7 @@ def test_at_rate_0_it_is_the_base_defense_fine_tuned_from_the_trained_weights(ne
     assert not states_equal(found.model, before.model)
 
 
-@CASES
+@pytest.mark.parametrize(("network", "base"), ENDS)
 def test_at_rate_1_parameters_are_the_initial_ones(network, base):
     found = defended(network, base, 1.0)
     for name, p in found.model.named_parameters():

@@ -14,7 +14,17 @@ from torch import nn
 from torch.nn import functional
 
 from cwfast import MaskSet, select
-from cwfast.defense import CRITERIA, CWRF, Estimate, PlainTraining, RelaxLoss, criterion, cwrf_, recalibrate_
+from cwfast.defense import (
+    CRITERIA,
+    CWRF,
+    Estimate,
+    PlainTraining,
+    RelaxLoss,
+    criterion,
+    cwrf_,
+    gap_shares,
+    recalibrate_,
+)
 from cwfast.defense.criteria import critical_masks, critical_scores
 from cwfast.defense.cwrf import fine_tune
 from cwfast.defense.gap import gap_gradients
@@ -176,6 +186,41 @@ def test_rounds_of_a_fleet_equal_those_of_one_model():
     assert fleet[1].masks == alone.masks
     with pytest.raises(ValueError, match="rounds is 1; got 2"):
         defense.masks(scores)
+
+
+def test_what_is_given_must_be_one_for_each_model():
+    task, ids, seeds = small_task()
+    trained = PlainTraining().fit_many(task, ids, task.dataset.reference, seeds)
+    defense = CWRF(0.1, criterion="delta", epochs=0)
+    scores = defense.score(task, ids, task.dataset.reference, seeds, trained)
+    masks = defense.masks(scores)
+    for given in ({"masks": masks[:2]}, {"scores": [*scores, scores[0]]}, {"masks": [*masks, masks[0]]}):
+        ((name, value),) = given.items()
+        with pytest.raises(ValueError, match=f"one for each of 3 models; got .*'{name}': {len(value)}"):
+            defense.fit_many(task, ids, task.dataset.reference, seeds, **{"trained": trained} | given)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_gap_of_half_precision_is_summed_in_float32(dtype):
+    """Against the same gradients, taken batch by batch from the half-precision model, summed in float64."""
+    model, initial, members, reference = trained_pair()
+    model, initial = model.to(dtype), initial.to(dtype)
+    members, reference = ([(x.to(dtype), y) for x, y in 5 * list(sets)] for sets in (members, reference))
+    found = gap_shares(model, initial, members, reference, points=1)
+    at = copy.deepcopy(model)
+    with torch.no_grad():
+        for (name, p), w0 in zip(at.named_parameters(), initial.parameters(), strict=True):
+            p.copy_(torch.lerp(w0.float(), model.get_parameter(name).float(), 0.5))
+    for name, p in at.named_parameters():
+        total = torch.zeros(p.shape, dtype=torch.float64)
+        for sets, sign in ((reference, 1), (members, -1)):
+            count = sum(len(y) for _, y in sets)
+            for x, y in sets:
+                value = functional.cross_entropy(at(x), y) * (sign * len(y) / count)
+                total += torch.autograd.grad(value, p)[0].double()
+        delta = model.get_parameter(name).double() - initial.get_parameter(name).double()
+        assert found[name].dtype == torch.float32
+        torch.testing.assert_close(found[name].double(), (delta * total).detach(), rtol=1e-5, atol=1e-8)
 
 
 def test_points_of_gap_reach_it():

@@ -88,6 +88,7 @@ MODELS = {
     "embedding": (lambda: nn.Sequential(nn.Embedding(7, 4), MEAN), lambda: tokens(B, 5)),
     "padding": (lambda: nn.Sequential(nn.Embedding(7, 4, padding_idx=2), MEAN), lambda: tokens(B, 5)),
     "layer norm": (lambda: nn.Sequential(nn.LayerNorm((5, 4)), Apply(torch.tanh), MEAN), lambda: torch.randn(B, 5, 4)),
+    "rms norm": (lambda: nn.Sequential(nn.RMSNorm(4), Apply(torch.tanh), MEAN), lambda: torch.randn(B, 5, 4)),
     "group norm": (lambda: nn.Sequential(nn.GroupNorm(2, 4), Apply(torch.tanh), POOL), image(4, 3, 3)),
     "checkpointed": (Checkpointed, lambda: torch.randn(B, 6)),
     "tied": (Tied, lambda: tokens(B, 4)),
@@ -198,7 +199,7 @@ def test_no_per_sample_gradient_is_in_memory():
     assert largest == 1000 * 1000
 
 
-@pytest.mark.parametrize("kind", ["linear", "few steps", "groups", "embedding", "layer norm", "group norm"])
+@pytest.mark.parametrize("kind", ["linear", "few steps", "groups", "embedding", "layer norm", "rms norm", "group norm"])
 def test_without_a_mask_clipped_sums_equal_those_of_opacus(kind):
     import opacus
 
@@ -373,6 +374,24 @@ def test_a_start_from_reference_samples_never_sees_the_members():
         defense.fit_many(task, ids, reference, seeds, trained=found)
     with pytest.raises(ValueError, match="start must be one of"):
         CWRF(0.2, start="anywhere")
+
+
+def test_scores_of_a_start_from_reference_samples_are_those_it_selects_from():
+    task, ids, seeds = small_task()
+    reference = task.dataset.reference
+    for criterion in ("taylor", "gap"):
+        defense = CWRF(0.2, criterion=criterion, start="reference", epochs=0)
+        half = [reference[: len(reference) // 2]] * 2
+        trained = PlainTraining().fit_many(task, half, reference, seeds)
+        scores = defense.score(task, ids, reference, seeds, trained)
+        assert defense.masks(scores) == [one.masks for one in defense.fit_many(task, ids, reference, seeds)]
+        other = copy.deepcopy(task.dataset)
+        other.inputs[torch.cat(ids)] = torch.nan  # no member is looked at
+        again = defense.score(Task(network, other, task.recipe), ids, reference, seeds, trained)
+        for a, b in zip(scores, again, strict=True):
+            assert all(torch.equal(score, b[name]) for name, score in a.items())
+    with pytest.raises(ValueError, match="no member may be a reference sample"):
+        defense.score(task, [reference, reference], reference, seeds, trained)
 
 
 def normed():

@@ -170,9 +170,16 @@ class CWRF(Defense):
         seeds: Sequence[int],
         trained: Sequence[Fitted],
     ) -> list[dict[str, Tensor]]:
-        """Each trained model's scores: what ``fit_many`` selects from. They do not depend on the rate."""
+        """Each trained model's scores: what ``fit_many`` selects from. They do not depend on the rate.
+
+        With start="reference" they are of the halves of the reference samples, and members are not looked at.
+
+        Raises:
+            ValueError: see ``fit_many``.
+        """
+        start_ids, reference_ids = self._start(train_ids, reference_ids)
         found = []
-        for fitted, ids, seed in zip(trained, train_ids, seeds, strict=True):
+        for fitted, ids, seed in zip(trained, start_ids, seeds, strict=True):
             sets, estimate = self._inputs(task, ids, reference_ids, seed)
             options = vars(estimate)
             found.append(critical_scores(fitted.model, fitted.initial, *sets, criterion=self.criterion, **options))
@@ -202,11 +209,15 @@ class CWRF(Defense):
         """As ``Defense.fit_many``; ``scores`` (of ``score``, shared over rates) or ``masks`` skip those steps.
 
         Raises:
-            ValueError: start is "reference", and anything computed elsewhere is given, or a member is among them.
+            ValueError: start is "reference", and anything computed elsewhere is given, or a member is among them; or
+                there are not as many of what is given as models.
         """
-        given = [name for name, x in (("trained", trained), ("scores", scores), ("masks", masks)) if x is not None]
+        elsewhere = {"trained": trained, "scores": scores, "masks": masks}
+        given = {name: len(x) for name, x in elsewhere.items() if x is not None}
         if given and self.start == "reference":
             raise ValueError(f'with start="reference" all is computed here; {", ".join(given)} must not be given')
+        if any(count != len(train_ids) for count in given.values()):
+            raise ValueError(f"what is given must be one for each of {len(train_ids)} models; got {given}")
         if self.private is not None:  # before anything is trained
             self.private.check(task.initial_model(seeds[0]), len(train_ids[0]))
         start_ids, reference_ids = self._start(train_ids, reference_ids)
