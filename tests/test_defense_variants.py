@@ -17,6 +17,7 @@ from cwfast import MaskSet, select
 from cwfast.defense import (
     CRITERIA,
     CWRF,
+    PAST,
     Estimate,
     PlainTraining,
     RelaxLoss,
@@ -365,7 +366,7 @@ def test_a_rewind_is_recalibrated_on_members_unless_told_otherwise():
         ({"rate": None}, "either rate or k must be given"),
         ({"scope": {"0.*": 0.1}}, "rate and k must not be given beside it"),
         ({"scope": {"nothing": 0.1}, "rate": None}, "'nothing' matches none"),
-        ({"criterion": "gap", "points": 0}, "points must be at least 1"),
+        ({"criterion": "gap", "points": 0}, "points must be a whole number, at least 1; got 0"),
     ],
 )
 def test_bad_variants_are_refused_before_anything_changes(given, message):
@@ -377,5 +378,50 @@ def test_bad_variants_are_refused_before_anything_changes(given, message):
 
 
 def test_a_mask_set_of_everything_freezes_nothing_under_the_critical_variant():
-    frozen = CWRF(1.0, train="critical").variant.frozen(MaskSet.from_masks({"w": torch.ones(3, dtype=torch.bool)}))
-    assert frozen.total == 0
+    everything = MaskSet.from_masks({name: torch.ones_like(p).bool() for name, p in network().named_parameters()})
+    assert CWRF(1.0, train="critical").variant.frozen(network(), everything).total == 0
+
+
+def test_masks_that_name_some_parameters_leave_the_others_where_the_variant_says():
+    task, ids, seeds = batchnorm_task()
+    trained = PlainTraining().fit_many(task, ids, task.dataset.reference, seeds)
+    whole = [MaskSet.from_masks({"0.weight": torch.ones(8, 6, dtype=torch.bool)})] * 2
+    sets = (task, ids, task.dataset.reference, seeds)
+    for one, old in zip(
+        CWRF(0.1, train="critical").fit_many(*sets, trained=trained, masks=whole), trained, strict=True
+    ):
+        moved = [name for name, p in one.model.named_parameters() if not torch.equal(p, old.model.get_parameter(name))]
+        assert moved == ["0.weight"]
+    for one, old in zip(CWRF(0.1, epochs=0).fit_many(*sets, trained=trained, masks=whole), trained, strict=True):
+        assert not torch.equal(one.model[1].running_mean, old.model[1].running_mean)  # not all is rewound: recalibrated
+
+
+@pytest.mark.parametrize("criterion", ["taylor", "gap"])
+def test_batches_without_samples_are_nothing(criterion):
+    model, initial, members, reference = trained_pair()
+    empty = [(members[0][0][:0], members[0][1][:0])]
+    options = {"rate": 0.1, "criterion": criterion, "epochs": 2, "optimizer": lambda p: torch.optim.SGD(p, 0.01)}
+    expected = copy.deepcopy(model)
+    wanted = cwrf_(expected, initial, members, reference, **options)
+    found = cwrf_(model, initial, empty + members, empty + reference, **options)
+    assert found.masks == wanted.masks
+    assert all(math.isfinite(loss) for loss in found.history)
+    assert found.history == pytest.approx(wanted.history, rel=0.02)  # the schedule counts batches
+    with pytest.raises(ValueError, match="members must hold at least one sample"):
+        cwrf_(model, initial, empty, reference, **options)
+    with pytest.raises(ValueError, match="reference must hold at least one sample"):
+        cwrf_(model, initial, members, empty, **options)
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: CWRF(1.5), "rate must lie between 0 and 1; got 1.5"),
+        (lambda: CWRF(float("nan")), "rate must lie between 0 and 1; got nan"),
+        (lambda: CWRF(0.1, epochs=-1), "epochs must be a whole number, at least 0; got -1"),
+        (lambda: PAST(epochs=-1), "epochs must be a whole number, at least 0; got -1"),
+    ],
+)
+def test_settings_that_training_cannot_take_are_refused_before_it(make, message):
+    with pytest.raises(ValueError, match=message):
+        make()

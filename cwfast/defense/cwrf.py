@@ -13,7 +13,7 @@ from cwfast._scopes import Scope
 from cwfast.data import Batches, check_reiterable
 from cwfast.defense.criteria import CRITERIA, Batch, Estimate, critical_masks, critical_scores
 from cwfast.defense.dp import DPSGD
-from cwfast.defense.tuning import Tuning, fine_tune
+from cwfast.defense.tuning import Tuning, check_epochs, fine_tune
 from cwfast.defense.variants import Variant, find_masks
 from cwfast.masks import MaskSet
 from cwfast.scoring import CRITERIA as TAYLOR_CRITERIA
@@ -102,8 +102,7 @@ def cwrf_(
     Source:
         Fang & Kim, "Learnability and Privacy Vulnerability Are Entangled in a Few Critical Weights", ICLR 2026.
     """
-    if not isinstance(epochs, int) or epochs < 0:
-        raise ValueError(f"epochs must be a whole number, at least 0; got {epochs!r}")
+    check_epochs(epochs)
     if optimizer is not None and not callable(optimizer):
         raise TypeError(f"optimizer must be called with parameters and return one; got {type(optimizer).__name__}")
     check_reiterable(members=members, reference=reference)
@@ -113,7 +112,7 @@ def cwrf_(
     masks, scores = find_masks(variant, estimate, model, initial, members, reference)
     tuning = Tuning(model, members, loss, lr, optimizer, epochs)  # before the model changes: this may refuse lr
     variant.put_(model, masks, initial, members)
-    return CWRFResult(masks, scores, tuning.run(variant.frozen(masks)))
+    return CWRFResult(masks, scores, tuning.run(variant.frozen(model, masks)))
 
 
 class CWRF(Defense):
@@ -157,6 +156,7 @@ class CWRF(Defense):
     ) -> None:
         if start not in STARTS:
             raise ValueError(f"start must be one of {STARTS}; got {start!r}")
+        check_epochs(epochs)
         self.private, self.start = private, start
         self.variant = Variant(rate, criterion, scope, exclude, rounds, value, train, recalibrate)
         self.rate, self.loss, self.criterion, self.epochs = rate, loss or cross_entropy, criterion, epochs
@@ -232,7 +232,7 @@ class CWRF(Defense):
             else:
                 found.append(masks[k])
             models.append(self.variant.put_(copy.deepcopy(fitted.model), found[k], fitted.initial, members))
-        frozen = [self.variant.frozen(one) for one in found]
+        frozen = [self.variant.frozen(model, one) for model, one in zip(models, found, strict=True)]
         options: Any = {"loss": self.loss, "epochs": self.epochs, "masks": found, "frozen": frozen}
         if self.private is not None:
             covers = "model" if self.start == "reference" else "fine-tuning"

@@ -48,8 +48,8 @@ def gap_shares(
         Kin of integrated gradients (Sundararajan et al., ICML 2017) and of Loss Change Allocation (Lan et al., NeurIPS
         2019), which allocates one loss along the training path.
     """
-    if points < 1:
-        raise ValueError(f"points must be at least 1; got {points}")
+    if not isinstance(points, int) or points < 1:
+        raise ValueError(f"points must be a whole number, at least 1; got {points!r}")
     check_reiterable(members=members, reference=reference)
     work = copy.deepcopy(model).eval()
     parameters = trainable(work)

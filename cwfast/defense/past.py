@@ -9,6 +9,7 @@ from torch import Tensor
 
 from cwfast._fleet import Fleet
 from cwfast.data import Dataset
+from cwfast.defense.tuning import check_epochs
 from cwfast.training import Defense, Fitted, Objective, Task, fit_from_scratch, train_many
 
 
@@ -36,6 +37,7 @@ class PAST(Defense):
     def __init__(self, lam: float = 1e-4, alpha: float = 2.5, *, epochs: int | None = None) -> None:
         if not (lam >= 0 and alpha >= 0):
             raise ValueError(f"lam and alpha must be at least 0; got {lam} and {alpha}")
+        check_epochs(epochs)
         self.lam, self.alpha, self.epochs = lam, alpha, epochs
 
     def fit_many(

@@ -11,7 +11,7 @@ from torch.nn import functional
 from cwfast._parameters import Initial, initial_values
 from cwfast.checkpoint import Checkpoint
 from cwfast.data import check_reiterable
-from cwfast.defense.recalibration import Batch, batchnorms, recalibrate_
+from cwfast.defense.recalibration import Batch, batchnorms, filled, recalibrate_
 from cwfast.scoring import SaliencyScorer
 
 MAX_STEPS = 1000
@@ -64,8 +64,8 @@ def vulnerability(
     """
     if not 0 <= lam <= 1:
         raise ValueError(f"lam must lie between 0 and 1; got {lam}")
-    if steps is not None and steps < 1:
-        raise ValueError(f"steps must be at least 1; got {steps}")
+    if steps is not None and (not isinstance(steps, int) or steps < 1):
+        raise ValueError(f"steps must be a whole number, at least 1; got {steps!r}")
     check_reiterable(members=members, reference=reference)
     work = copy.deepcopy(model).train()
     with torch.random.fork_rng():  # a pass over the members may draw their order
@@ -92,7 +92,7 @@ def vulnerability(
                 optimizer.step()
             count += 1
     if count == 0:
-        raise ValueError("members must hold at least one batch; got none")
+        raise ValueError("members must hold at least one sample; got none")
     return scorer.scores()
 
 
@@ -122,15 +122,15 @@ def _kl(teacher: nn.Module, model: nn.Module, inputs: Tensor) -> Tensor:
 
 def _members(batches: Iterable[Batch], steps: int | None) -> Iterator[Batch]:
     if steps is None:
-        return itertools.islice(iter(batches), MAX_STEPS)
+        return itertools.islice(filled(batches), MAX_STEPS)
     return itertools.islice(_forever("members", batches), steps)
 
 
 def _forever(name: str, batches: Iterable[Batch]) -> Iterator[Batch]:
     while True:
         empty = True
-        for batch in batches:
+        for batch in filled(batches):
             empty = False
             yield batch
         if empty:
-            raise ValueError(f"{name} must hold at least one batch, and be iterable more than once; got none")
+            raise ValueError(f"{name} must hold at least one sample, and be iterable more than once; got none")

@@ -1,12 +1,17 @@
-"""BatchNorm's running statistics, for weights that training did not leave where they are."""
+"""Batches of samples, and BatchNorm's running statistics over them for weights that training did not leave so."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from typing import TypeAlias
 
 import torch
 from torch import Tensor, nn
 
 Batch: TypeAlias = tuple[Tensor, Tensor]  # inputs and targets
+
+
+def filled(batches: Iterable[Batch]) -> Iterator[Batch]:
+    """Those with samples: the mean over none is NaN."""
+    return (batch for batch in batches if len(batch[0]))
 
 
 def batchnorms(model: nn.Module) -> dict[str, nn.modules.batchnorm._BatchNorm]:
@@ -26,7 +31,7 @@ def recalibrate_(model: nn.Module, batches: Iterable[Batch]) -> nn.Module:
     modules are in evaluation mode meanwhile, and every mode comes back. A model without BatchNorm is not run.
 
     Raises:
-        ValueError: there is no batch. After this and any other failure the statistics are as they were.
+        ValueError: there is no sample. After this and any other failure the statistics are as they were.
     """
     norms = list(batchnorms(model).values())
     if not norms:
@@ -41,11 +46,11 @@ def recalibrate_(model: nn.Module, batches: Iterable[Batch]) -> nn.Module:
             norm.momentum = None  # a plain mean
             norm.train()
         count = 0
-        for inputs, _ in batches:
+        for inputs, _ in filled(batches):
             model(inputs)
             count += 1
         if not count:
-            raise ValueError("batches must hold at least one, to measure BatchNorm's statistics by; got none")
+            raise ValueError("batches must hold at least one sample, to measure BatchNorm's statistics by; got none")
     except BaseException:
         for buffer, value in before:
             buffer.copy_(value)

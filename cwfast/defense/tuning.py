@@ -7,7 +7,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
-from cwfast.defense.recalibration import Batch
+from cwfast.defense.recalibration import Batch, filled
 from cwfast.freezing import freeze
 from cwfast.masks import MaskSet
 from cwfast.training import Fitted, Loss, Task, cosine, cross_entropy, train_many
@@ -55,7 +55,7 @@ class Tuning:
 
     def _epoch(self, epoch: int) -> float:
         total, samples = 0.0, 0
-        for inputs, targets in self._members:
+        for inputs, targets in filled(self._members):
             self._optimizer.zero_grad()
             value = self._loss(self._model(inputs), targets, epoch=epoch)
             value.backward()
@@ -63,6 +63,16 @@ class Tuning:
             self._schedule.step()
             total, samples = total + float(value.detach()) * len(targets), samples + len(targets)
         return total / max(1, samples)
+
+
+def check_epochs(epochs: int | None) -> None:
+    """A number of epochs that training can take; None: some default.
+
+    Raises:
+        ValueError: it is not.
+    """
+    if epochs is not None and (not isinstance(epochs, int) or epochs < 0):
+        raise ValueError(f"epochs must be a whole number, at least 0; got {epochs!r}")
 
 
 @contextmanager

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from cwfast._parameters import Initial
+from cwfast._parameters import Initial, trainable
 from cwfast._scopes import Scope
 from cwfast.defense.criteria import Estimate, check_criterion, critical_masks, critical_scores
 from cwfast.defense.recalibration import Batch, recalibrate_
@@ -40,6 +40,8 @@ class Variant:
             raise ValueError(f"value must be one of {VALUES}; got {self.value!r}")
         if self.train not in TRAIN:
             raise ValueError(f"train must be one of {TRAIN}; got {self.train!r}")
+        if self.rate is not None and not 0 <= self.rate <= 1:
+            raise ValueError(f"rate must lie between 0 and 1; got {self.rate}")
         if not isinstance(self.rounds, int) or self.rounds < 1:
             raise ValueError(f"rounds must be a whole number, at least 1; got {self.rounds!r}")
 
@@ -51,11 +53,12 @@ class Variant:
             scope = scope if isinstance(scope, str) else {pattern: one * share for pattern, one in scope.items()}
         return critical_masks(scores, rate, criterion=self.criterion, scope=scope, exclude=self.exclude)
 
-    def frozen(self, masks: MaskSet) -> MaskSet:
-        """What fine-tuning must not move: the critical weights, or (train="critical") all others."""
+    def frozen(self, model: nn.Module, masks: MaskSet) -> MaskSet:
+        """What fine-tuning must not move: the critical weights, or (train="critical") all others of the model."""
         if self.train == "rest":
             return masks
-        return MaskSet.from_masks({name: torch.ones_like(masks[name]) for name in masks.names}) - masks
+        others = {name: torch.ones_like(parameter, dtype=torch.bool) for name, parameter in trainable(model).items()}
+        return MaskSet.from_masks(others | {name: ~masks[name] for name in masks.names})
 
     def put_(self, model: nn.Module, masks: MaskSet, initial: Initial, members: Iterable[Batch]) -> nn.Module:
         """The selected weights get their value; then BatchNorm's statistics are measured again, unless the selection
@@ -63,7 +66,7 @@ class Variant:
         if self.value == "zero":
             initial = {name: torch.zeros_like(parameter) for name, parameter in matching(model, masks).items()}
         rewind_(model, masks, initial)
-        if self.recalibrate and 0 < masks.total < masks.numel:
+        if self.recalibrate and 0 < masks.total < sum(parameter.numel() for parameter in trainable(model).values()):
             recalibrate_(model, members)
         return model
 
