@@ -15,6 +15,7 @@ from cwfast import MaskSet, select
 from cwfast.defense import CWRF, DPSGD, ClippedGradients, PlainTraining, RelaxLoss
 from cwfast.defense.accounting import epsilon_of, noise_for
 from cwfast.defense.dp_steps import around_frozen, through_opacus
+from cwfast.networks import vit
 from cwfast.training import Recipe, Task
 
 pytest.importorskip("opacus", reason="pip install opacus")
@@ -90,6 +91,7 @@ MODELS = {
     "layer norm": (lambda: nn.Sequential(nn.LayerNorm((5, 4)), Apply(torch.tanh), MEAN), lambda: torch.randn(B, 5, 4)),
     "rms norm": (lambda: nn.Sequential(nn.RMSNorm(4), Apply(torch.tanh), MEAN), lambda: torch.randn(B, 5, 4)),
     "group norm": (lambda: nn.Sequential(nn.GroupNorm(2, 4), Apply(torch.tanh), POOL), image(4, 3, 3)),
+    "vit": (lambda: vit(8, 1, 3, patch=4, dim=8, depth=1, heads=2), image(1, 8, 8)),
     "checkpointed": (Checkpointed, lambda: torch.randn(B, 6)),
     "tied": (Tied, lambda: tokens(B, 4)),
     "loop": (Last, lambda: torch.randn(B, 3, 4)),
