@@ -161,6 +161,24 @@ def test_norms_of_float32_are_right_to_1e_5(kind):
     torch.testing.assert_close(found, wanted, rtol=1e-5, atol=0)
 
 
+@pytest.mark.parametrize("kind", ["linear", "few steps", "many steps", "groups", "windows", "vit"])
+def test_norms_stay_right_where_almost_all_of_them_is_frozen(kind):
+    """The frozen entries are those with the largest gradients: a norm less their share would be lost in rounding."""
+    model, x, y, _ = case(kind, torch.float32)
+    exact = materialised(copy.deepcopy(model).double(), x.double(), y)
+    sizes = torch.cat([g.abs().sum(dim=0).flatten() for g in exact.values()])
+    limit = sizes.sort().values[len(sizes) // 50]
+    masks = MaskSet.from_masks({name: g.abs().sum(dim=0) > limit for name, g in exact.items()})
+    whole = norms_of(exact)
+    for name, g in exact.items():
+        g[:, masks[name]] = 0
+    wanted = norms_of(exact)
+    assert (wanted < 0.05 * whole).all()
+    with ClippedGradients(model, masks=masks) as clipped:
+        found = clipped.backward(losses_of(model, x, y))
+    torch.testing.assert_close(found, wanted, rtol=1e-5, atol=0)
+
+
 @pytest.mark.parametrize("kind", ["few steps", "groups", "tied"])
 def test_one_sample_changes_the_clipped_sum_by_no_more_than_the_clipping_norm(kind):
     """What the noise is measured by, with a loss that is called with each sample alone."""

@@ -27,7 +27,8 @@ class RelaxLoss(_Settings):
     q, as in the authors' code.
 
     Args:
-        alpha: target of the mean loss, at least 0.
+        alpha: target of the mean loss, at least 0. Published for training from scratch: 1.0 on CIFAR-10 and 3.0 on
+            CIFAR-100, by a ResNet20; 0.8 with ``upper=0.3`` on Purchase100.
         upper: largest probability that a soft target gives the label, in (0, 1].
 
     Source:
