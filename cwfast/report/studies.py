@@ -97,7 +97,7 @@ def counts(report: Mapping[str, Any]) -> str:
     """How many models and samples it rests on, in one sentence."""
     parts = [
         f"{name}: {len(part['seeds'])} {'seed' if len(part['seeds']) == 1 else 'seeds'}, "
-        f"{len(part['rows'])} fleets of {report['models']} models each, {part['samples']['pool']} samples audited, "
+        f"{len(part['rows'])} cells of {report['models']} models each, {part['samples']['pool']} samples audited, "
         f"{part['samples']['reference']} for reference, {part['samples']['test']} for accuracy"
         for name, part in report["data"].items()
     ]
@@ -165,7 +165,7 @@ def missing(report: Mapping[str, Any]) -> list[str]:
         for base, why in part["left_out"].items()
     ]  # fmt: skip
     for name, seeds in report["missing"].items():
-        lacking = [f"{n} fleets of seed {seed}" for seed, n in seeds.items() if n]
+        lacking = [f"{n} cells of seed {seed}" for seed, n in seeds.items() if n]
         if lacking:
             used = report["data"].get(name, {"seeds": []})["seeds"]
             said = f"shown is seed {', '.join(map(str, used))}" if used else "nothing is shown"

@@ -41,10 +41,10 @@ def verdicts(levels_of: Mapping[str, Levels]) -> dict[str, str]:
 
 def _verdict(base: str, levels: Sequence[Sequence[Mapping[str, Any]]]) -> str:
     first = Counter(_named(curves[0]["curve"]) for curves in levels)
-    winners = ", ".join(f"{name} at {n}" for name, n in first.most_common())
+    winners = ", ".join(f"{name} at {n} of {len(levels)} levels" for name, n in first.most_common())
     places = Counter(_place(curves) for curves in levels)
     ours = ", ".join(f"{place} at {places[place]}" for place in PLACES if places[place])
-    return f"{base}: lowest AUC of {len(levels)} levels: {winners}. CWRF against the best curve without it: {ours}."
+    return f"{base}: lowest AUC at equal utility: {winners}. CWRF against the best curve without it: {ours}."
 
 
 PLACES = ("ahead", "first but not told apart", "not first but not told apart", "behind", "without a rival", "not there")

@@ -108,7 +108,7 @@ def _of_data(study: "Study", name: str, seeds: Sequence[int]) -> dict[str, Any]:
         },
         "pairs": {base: comparing.pairs(measured, base) for base in bases},
         "levels": {base: comparing.at_equal_utility(measured, base) for base in bases},
-        "fleets": sum(len(documents) for documents in found.values()),
+        "fleets": sum(cell.key in documents for documents in found.values() for cell in grid if not cell.unchanged),
         "left_out": {base: "Opacus is not installed" for base in setting.losses if base not in able_here},
         "missing": {str(seed): len(grid) - len(found[seed]) for seed in seeds},
     }  # fmt: skip
@@ -143,7 +143,7 @@ def _row(
     means = ("train_accuracy", "train_loss", "test_loss", "rewound")
     privacy = _privacy(documents)
     row = {
-        **{name: getattr(cell, name, None) for name in names},
+        **{name: getattr(cell, name) for name in names},
         **{name: float(np.mean([one[name] for one in documents])) for name in means},
         **accuracy.told("test_accuracy"),
         "test_accuracy_seeds": accuracy.seeds.tolist(),
