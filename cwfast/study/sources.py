@@ -18,8 +18,8 @@ KINDS = (".py", ".so", ".pyd")
 def code() -> str:
     """16 digits: of the names and contents of all source files of ``WHERE`` and ``STUDY``, and of the compiled _C."""
     root = Path(cwfast.__file__).parent
-    found = [*(path for pattern in WHERE for path in root.glob(pattern)), *root.glob("_C*")]
-    found += [root / "study" / name for name in STUDY]
+    patterns = (*WHERE, "_C*", *(f"study/{name}" for name in STUDY))
+    found = [path for pattern in patterns for path in root.glob(pattern)]
     whole = hashlib.sha256()
     for path in sorted({path for one in found for path in (one.rglob("*") if one.is_dir() else [one])}):
         if path.suffix in KINDS:
