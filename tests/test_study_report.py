@@ -12,7 +12,7 @@ from cwfast.report.privacy import STATEMENT
 from cwfast.study import comparing, measuring, presets
 from cwfast.study.grid import cells
 from cwfast.study.jobs import Study
-from cwfast.study.reading import is_cwrf, verdicts
+from cwfast.study.reading import verdicts
 from cwfast.study.reporting import report
 from cwfast.study.running import run
 from cwfast.training import Fitted
@@ -151,10 +151,12 @@ def test_the_summary_shows_each_curves_best_and_a_verdict_for_each_base(whole):
     digits = lines[lines.index("## digits") : lines.index("## digits_private")]
     assert sum(line.startswith("- ") for line in digits) == 5
     assert any(line.startswith("- RelaxLoss: lowest AUC at equal utility: ") for line in digits)
-    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in digits if line.startswith("|")]
-    assert {len(row) for row in rows} == {5}
+    table = [[cell.strip() for cell in line.split("|")[1:-1]] for line in digits if line.startswith("|")]
+    assert {len(row) for row in table} == {5}
+    best, rows = table[:12], table[12:]
+    assert [row[0] for row in best[2:4]] == ["none: CWRF", "none: without"]
     for column in range(1, 5):  # one curve is the first at each level, of each base
-        assert sum(row[column].startswith("**") for row in rows) == 5
+        assert sum("**" in row[column] for row in best) == sum("**" in row[column] for row in rows) == 5
     level = whole["data"]["digits"]["levels"]["none"][0]
     first = level["curves"][0]
     shown = next(row for row in rows if row[0] == first["curve"])
@@ -163,7 +165,7 @@ def test_the_summary_shows_each_curves_best_and_a_verdict_for_each_base(whole):
 
 
 def curve(name, low):
-    return {"curve": name, "behind": {"auc_low": low}}
+    return {"curve": name, "cwrf": comparing.is_cwrf(name), "behind": {"auc_low": low}}
 
 
 @pytest.mark.parametrize(
@@ -189,7 +191,7 @@ def test_verdicts(curves, said):
      ("interpolated as gap, then fine-tuned", False), ("from scratch", False)],
 )  # fmt: skip
 def test_curves_by_chance_are_not_cwrf(name, ours):
-    assert is_cwrf(name) is ours
+    assert comparing.is_cwrf(name) is ours
 
 
 def test_the_method_says_margin_overlap_and_what_is_not_corrected(whole):

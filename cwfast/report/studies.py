@@ -154,7 +154,8 @@ def method(report: Mapping[str, Any]) -> list[str]:
         f"A cell is better than another if its AUC is lower and its accuracy lower by less than {report['margin']:g} "
         f"(the whole interval), worse if its AUC is higher and its accuracy higher by less than {report['margin']:g}, "
         "a trade if the AUCs differ and the accuracy does, or may, by more than that the same way; even if the AUCs "
-        "are not told apart.",
+        "are not told apart. At equal utility, settings are chosen among those that reach the level on the seeds "
+        f"where they are chosen; a curve that then misses it by more than {report['margin']:g} is not ranked.",
     ]
 
 

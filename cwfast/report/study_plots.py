@@ -54,6 +54,7 @@ def tradeoff_figure(part: Mapping[str, Any]) -> "Figure":
         axes.axvline(0.5, **plots.GUIDE)
         axes.grid(True)
         axes.set_title(_base(base))
+        axes.tick_params(axis="x", labelbottom=True)
         axes.set_xlabel("← better    AUC of LiRA    0.5 = guessing")
     _least(panels[: len(bases)], part["rows"])
     for axes in panels[len(bases) :]:
@@ -151,7 +152,8 @@ def _curve(axes: "Axes", rows: Rows, look: tuple[str, str, str]) -> Any:
     ours = not colour[1:3] == colour[3:5] == colour[5:7]
     options: dict[str, Any] = {
         "color": colour, "marker": marker, "linestyle": dash, "linewidth": 2 if ours else 1.2,
-        "markersize": {"*": 14, ".": 6, "<": 5, ">": 5}.get(marker, 7), "markeredgecolor": "white",
+        "markerfacecolor": "white" if ours and dash != "-" else colour,
+        "markersize": {"*": 14, ".": 6, "<": 5, ">": 5}.get(marker, 7), "markeredgecolor": colour if ours and dash != "-" else "white",
         "zorder": 3 if ours else 2,
     }  # fmt: skip
     axes.errorbar(x, y, xerr=_positive(spread), fmt="none", ecolor=colour, elinewidth=0.8, alpha=0.6, zorder=1)

@@ -1,41 +1,63 @@
 """A study in a screenful of Markdown: each curve's best setting at equal utility, and who wins."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from cwfast.report.table import interval, number
 
 
 def summary(report: Mapping[str, Any]) -> list[str]:
-    """Lines: for each data set the verdicts, and a table for each base defense with a column for each accuracy."""
+    """Lines: for each data set the best curve of each base defense with and without CWRF, verdicts, and all curves."""
     lines = [f"# {report['title']}", "", f"`{report['command']}`", "", report["note"], ""]
+    lines += [
+        "LiRA AUC [95%] and test accuracy of each curve's setting of the lowest AUC among those that keep an accuracy; "
+        "in brackets the setting: rate, strength or epochs (of several seeds, as chosen for each on the others). Bold: "
+        f"lowest; =: not told apart from it; -: below the level by more than {report['margin']:g}.", "",
+    ]  # fmt: skip
     for name, part in report["data"].items():
         seeds = ", ".join(str(seed) for seed in part["seeds"])
-        chosen = "on the other seeds" if len(part["seeds"]) > 1 else "where they are measured, as there is one seed"
-        lines += [
-            f"## {name}", "",
-            f"{part['network']}; {'seeds' if len(part['seeds']) > 1 else 'seed'} {seeds}, {report['models']} models of "
-            f"each cell and seed. LiRA AUC [95%] and test accuracy of each curve's setting of the lowest AUC, chosen "
-            f"{chosen}, in brackets (of several seeds, in turn). Bold: lowest; =: not told apart from it; -: "
-            "below the level.", "",
-            *(f"- {verdict}" for verdict in part["verdicts"].values()), "",
-        ]  # fmt: skip
+        alone = "" if len(part["seeds"]) > 1 else " (alone: settings are chosen where they are measured)"
+        about = f"{part['network']}; seed {seeds}{alone}, {report['models']} models of each cell and seed."
+        lines += [f"## {name}", "", about, "", *_best(part["levels"])]
+        lines += [*(f"- {verdict}" for verdict in part["verdicts"].values()), ""]
         for base, levels in part["levels"].items():
-            lines += _table(base, levels)
+            lines += _curves(base, levels)
     return lines
 
 
-def _table(base: str, levels: Sequence[Mapping[str, Any]]) -> list[str]:
+def _best(levels_of: Mapping[str, Sequence[Mapping[str, Any]]]) -> list[str]:
+    """Of each base: the best curve with CWRF above the best one without it."""
+    levels = next(iter(levels_of.values()), [])
+    if not levels:
+        return []
+    lines = _head("base defense", (f"at no less than {level['level']}" for level in levels))
+    for base, levels in levels_of.items():
+        for what, wanted in (("CWRF", True), ("without", False)):
+            shown = []
+            for level in levels:
+                best = next((one for one in level["curves"] if one["cwrf"] is wanted), None)
+                said = "-" if best is None else f"{best['curve']} {_cell(best, first=best is level['curves'][0])}"
+                shown.append(said)
+            lines.append(f"| {' | '.join([f'{base}: {what}', *shown])} |")
+    return [*lines, ""]
+
+
+def _curves(base: str, levels: Sequence[Mapping[str, Any]]) -> list[str]:
+    """All of one base."""
     curves = dict.fromkeys(one["curve"] for level in levels for one in level["curves"])
     if not curves:
         return []
-    heads = [f"at no less than {level['level']} ({number(level['accuracy'])})" for level in levels]
+    lines = _head(base, (f"at no less than {level['level']} ({number(level['accuracy'])})" for level in levels))
     found = [{one["curve"]: one for one in level["curves"]} for level in levels]
-    lines = [f"| {' | '.join([base, *heads])} |", f"|{' --- |' * (1 + len(levels))}"]
     for curve in curves:
         shown = [_cell(level.get(curve), first=next(iter(level), None) == curve) for level in found]
         lines.append(f"| {' | '.join([curve, *shown])} |")
     return [*lines, ""]
+
+
+def _head(first: str, others: Iterable[str]) -> list[str]:
+    heads = [first, *others]
+    return [f"| {' | '.join(heads)} |", f"|{' --- |' * len(heads)}"]
 
 
 def _cell(one: Mapping[str, Any] | None, first: bool) -> str:

@@ -5,6 +5,7 @@ from typing import Any
 
 import numpy as np
 
+from cwfast.defense import CRITERIA
 from cwfast.study.intervals import Floats, Measured, stacked
 
 SHARED = (
@@ -15,10 +16,15 @@ SHARED = (
     "interpolation",
 )  # stand beside any base
 PLAIN = "fine-tuning without rewinding"
-MARGIN = 0.005  # of test accuracy: a loss that is shown to be smaller counts as none
+MARGIN = 0.005  # of test accuracy: less than this counts as none
 DROPS = (0.01, 0.0)  # test accuracy that may be given up, against the undefended models
 NEAR_BEST = (0.03, 0.01)  # and against the best of all cells
-TOLERANCE = 1e-12  # of rounding, where a curve's accuracy is the level itself
+
+
+def is_cwrf(curve: str) -> bool:
+    """Whether a curve rewinds weights by a criterion: in whatever strength, and not by chance."""
+    name = curve.partition(",")[0]
+    return name in CRITERIA and name != "random"
 
 
 def beside(one: Measured, other: Measured) -> dict[str, Any]:
@@ -76,9 +82,9 @@ def at_equal_utility(cells: Sequence[Measured], base: str) -> list[dict[str, Any
 
     Returns:
         For each level: ``level`` (in words), ``accuracy`` (mean over seeds) and ``curves``, the lowest AUC first, each
-        with ``auc``, its interval, ``accuracy``, ``settings`` (as chosen for each seed), and ``behind``: its AUC less
-        that of the first, with interval. ``short``: curves whose settings reach the level on the seeds that they are
-        chosen on and not on those left out, with what they lack; they are not ranked.
+        with ``cwrf`` (see ``is_cwrf``), ``auc``, its interval, ``accuracy``, ``settings`` and ``points`` (as chosen for
+        each seed), and ``behind``: its AUC less that of the first, with interval. ``short``: curves whose settings reach the level on the seeds that they are
+        chosen on and miss it by more than ``MARGIN`` on those left out, with what they lack; they are not ranked.
     """
     undefended = next((cell for cell in cells if cell.row["curve"] == "undefended"), None)
     if undefended is None:
@@ -98,12 +104,12 @@ def at_equal_utility(cells: Sequence[Measured], base: str) -> list[dict[str, Any
     found = []
     for words, level in levels.items():
         reached = {name: _chosen(curve, level) for name, curve in curves.items()}
-        able = [value | {"curve": name} for name, value in reached.items() if value]
-        ranked = sorted((value for value in able if value["short"] <= TOLERANCE), key=_by_auc)
+        able = [value | {"curve": name, "cwrf": is_cwrf(name)} for name, value in reached.items() if value]
+        ranked = sorted((value for value in able if value["short"] <= MARGIN), key=_by_auc)
         for value in ranked:
             value["behind"] = value["figure"].less(ranked[0]["figure"]).told("auc")
         told = [{name: value[name] for name in value if name != "figure"} for value in ranked]
-        short = {value["curve"]: value["short"] for value in able if value["short"] > TOLERANCE}
+        short = {value["curve"]: value["short"] for value in able if value["short"] > MARGIN}
         found.append({"level": words, "accuracy": float(level.mean()), "curves": told, "short": short})
     return found
 

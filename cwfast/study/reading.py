@@ -4,7 +4,7 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from cwfast.defense import CRITERIA
+from cwfast.study.comparing import is_cwrf
 from cwfast.study.presets import DEFENSES
 
 Levels = Sequence[Mapping[str, Any]]
@@ -52,8 +52,8 @@ PLACES = ("ahead", "first but not told apart", "not first but not told apart", "
 
 def _place(curves: Sequence[Mapping[str, Any]]) -> str:
     """Where the best curve of CWRF stands; ``curves``: of one level, the lowest AUC first."""
-    ours = next((one for one in curves if is_cwrf(one["curve"])), None)
-    best = next((one for one in curves if not is_cwrf(one["curve"])), None)
+    ours = next((one for one in curves if one["cwrf"]), None)
+    best = next((one for one in curves if not one["cwrf"]), None)
     if ours is None:
         return "not there"
     if best is None:
@@ -63,12 +63,6 @@ def _place(curves: Sequence[Mapping[str, Any]]) -> str:
     if ours is curves[0]:
         return "ahead" if apart else "first but not told apart"
     return "behind" if apart else "not first but not told apart"
-
-
-def is_cwrf(curve: str) -> bool:
-    """Whether a curve rewinds weights by a criterion: in whatever strength, and not by chance."""
-    name = curve.partition(",")[0]
-    return name in CRITERIA and name != "random"
 
 
 def _lead(levels_of: Mapping[str, Levels]) -> list[str]:
