@@ -150,12 +150,17 @@ def _curve(axes: "Axes", rows: Rows, look: tuple[str, str, str]) -> Any:
     x, y = [score["auc"] for score in scores], [row["test_accuracy"] for row in rows]
     spread = [[s["auc"] - s["auc_low"] for s in scores], [s["auc_high"] - s["auc"] for s in scores]]
     ours = not colour[1:3] == colour[3:5] == colour[5:7]
+    hollow = ours and dash != "-"
     options: dict[str, Any] = {
-        "color": colour, "marker": marker, "linestyle": dash, "linewidth": 2 if ours else 1.2,
-        "markerfacecolor": "white" if ours and dash != "-" else colour,
-        "markersize": {"*": 14, ".": 6, "<": 5, ">": 5}.get(marker, 7), "markeredgecolor": colour if ours and dash != "-" else "white",
-        "zorder": 3 if ours else 2,
-    }  # fmt: skip
+        "color": colour,
+        "marker": marker,
+        "linestyle": dash,
+        "linewidth": 2 if ours else 1.2,
+        "markersize": {"*": 14, ".": 6, "<": 5, ">": 5}.get(marker, 7),
+        "markerfacecolor": "white" if hollow else colour,
+        "markeredgecolor": colour if hollow else "white",
+        "zorder": 4 if marker == "*" else 3 if ours else 2,
+    }
     axes.errorbar(x, y, xerr=_positive(spread), fmt="none", ecolor=colour, elinewidth=0.8, alpha=0.6, zorder=1)
     (drawn,) = axes.plot(x, y, **options)
     return drawn

@@ -83,8 +83,9 @@ def at_equal_utility(cells: Sequence[Measured], base: str) -> list[dict[str, Any
     Returns:
         For each level: ``level`` (in words), ``accuracy`` (mean over seeds) and ``curves``, the lowest AUC first, each
         with ``cwrf`` (see ``is_cwrf``), ``auc``, its interval, ``accuracy``, ``settings`` and ``points`` (as chosen for
-        each seed), and ``behind``: its AUC less that of the first, with interval. ``short``: curves whose settings reach the level on the seeds that they are
-        chosen on and miss it by more than ``MARGIN`` on those left out, with what they lack; they are not ranked.
+        each seed), and ``behind``: its AUC less that of the first, with interval. ``short``: curves whose settings
+        reach the level on the seeds that they are chosen on and miss it by more than ``MARGIN`` on those left out, with
+        what they lack; they are not ranked.
     """
     undefended = next((cell for cell in cells if cell.row["curve"] == "undefended"), None)
     if undefended is None:
