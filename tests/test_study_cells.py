@@ -218,8 +218,8 @@ def test_a_changed_setting_has_its_cells_made_again_and_others_kept(tmp_path):
     changed = subject_of(tmp_path, other)
     assert [_do(changed, Job("digits", 0, cells[key], 0), TINY) for key in keys] == [False, True, True, False]
     assert made(subject_of(tmp_path, replace(SETTING, stops=(2, 3), rates=(0.2,))), keys[:1]) == [False]
-    longer = replace(SETTING, recipe=replace(SETTING.recipe, epochs=4))
-    assert made(subject_of(tmp_path, longer), keys[:1]) == [True]
+    for data in ({"recipe": replace(SETTING.recipe, epochs=4)}, {"reference": 50}, {"test": 100}):
+        assert made(subject_of(tmp_path, replace(SETTING, **data)), keys[:1]) == [True]
 
 
 @pytest.mark.parametrize("change", [{"bootstrap": 30}, {"fprs": (0.2,)}])

@@ -59,7 +59,7 @@ class Subject:
         about = Training((self.task, PlainTraining())).manifest
         del about["defense"]  # each cell has its own
         self.about = {**about, "plan": self.plan.sha256, "group": group}
-        made_of = digest([self.about, versions(), code(), self.device])
+        made_of = digest([self.about, len(dataset.test), versions(), code(), self.device])
         self._attacks = digest([preset.bootstrap, preset.fprs])
         self.folder = Folder(out / name / f"seed-{seed}", made_of)
 
