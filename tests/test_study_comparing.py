@@ -133,9 +133,12 @@ def test_an_accuracy_that_may_be_lower_by_more_than_the_margin_is_no_win():
     found = comparing.beside(unsure, base)
     assert found["accuracy"] == pytest.approx(0.005)
     assert found["accuracy_low"] < -comparing.MARGIN < found["accuracy_high"]
-    assert found["verdict"] == "trade"
+    assert found["verdict"] == "lower AUC, accuracy open"
+    assert comparing.beside(base, unsure)["verdict"] == "higher AUC, accuracy open"
     tested = Measured(base.row, Figure(base.accuracy.models, figure([0.8], 0.02).draws, np.eye(1)), unsure.auc)
-    assert comparing.beside(tested, base)["verdict"] == "trade"  # a small test set, if the models agree
+    assert (
+        comparing.beside(tested, base)["verdict"] == "lower AUC, accuracy open"
+    )  # a small test set, if the models agree
 
 
 # -- pairs

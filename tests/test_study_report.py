@@ -81,7 +81,7 @@ def test_any_call_reports_all_that_is_in_the_folder_and_what_it_lacks(tmp_path):
     assert document["missing"] == {"digits": {"0": 0, "1": len(whole), "3": 0, "7": 4}}
     assert [row["key"] for row in part["rows"]] == [cell.key for cell in whole]
     told = studies.missing(document)
-    assert told == [f"Incomplete: digits lacks {len(whole)} cells of seed 1, 4 cells of seed 7; shown is seed 0, 3."]
+    assert told == [f"Incomplete: digits lacks {len(whole)} cells of seed 1, 4 cells of seed 7; shown: seed 0, 3."]
     for text in (studies.text(document), studies.markdown(document), (tmp_path / "summary.md").read_text()):
         assert told[0] in text
     assert not (tmp_path / "digits" / "seed-1").exists()  # a report makes nothing
@@ -150,7 +150,7 @@ def test_the_summary_shows_each_curves_best_and_a_verdict_for_each_base(whole):
     lines = studies.summary(whole)
     digits = lines[lines.index("## digits") : lines.index("## digits_private")]
     assert sum(line.startswith("- ") for line in digits) == 5
-    assert any(line.startswith("- RelaxLoss: lowest AUC at equal utility: ") for line in digits)
+    assert any(line.startswith("- RelaxLoss: lowest AUC at equal utility (4 levels): ") for line in digits)
     table = [[cell.strip() for cell in line.split("|")[1:-1]] for line in digits if line.startswith("|")]
     assert {len(row) for row in table} == {5}
     best, rows = table[:12], table[12:]
@@ -176,12 +176,12 @@ def curve(name, low):
         ([("interpolation", 0.0), ("random as gap", 0.1), ("gap", -0.1)], "not first but not told apart"),
         ([("short training", 0.0), ("gap", 0.1)], "behind"),
         ([("gap", 0.0), ("taylor", 0.1)], "without a rival"),
-        ([("undefended", 0.0)], "not there"),
+        ([("undefended", 0.0)], "below the level"),
     ],
 )
 def test_verdicts(curves, said):
     found = verdicts({"none": [{"curves": [curve(*one) for one in curves]}, {"curves": []}]})["none"]
-    assert found.startswith("no defense: lowest AUC at equal utility: ")
+    assert found.startswith("no defense: lowest AUC at equal utility (1 levels): ")
     assert found.endswith(f"CWRF against the best curve without it: {said} at 1.")
 
 

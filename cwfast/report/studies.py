@@ -153,8 +153,8 @@ def method(report: Mapping[str, Any]) -> list[str]:
         "intervals are approximate, and none is corrected for the number of comparisons.",
         f"A cell is better than another if its AUC is lower and its accuracy lower by less than {report['margin']:g} "
         f"(the whole interval), worse if its AUC is higher and its accuracy higher by less than {report['margin']:g}, "
-        "a trade if the AUCs differ and the accuracy does, or may, by more than that the same way; even if the AUCs "
-        "are not told apart. At equal utility, settings are chosen among those that reach the level on the seeds "
+        "a trade if both are lower or both higher; the accuracy is open where its interval is too wide for any of these; "
+        "even are cells whose AUCs are not told apart. At equal utility, settings are chosen among those that reach the level on the seeds "
         f"where they are chosen; a curve that then misses it by more than {report['margin']:g} is not ranked.",
     ]
 
@@ -169,6 +169,6 @@ def missing(report: Mapping[str, Any]) -> list[str]:
         lacking = [f"{n} cells of seed {seed}" for seed, n in seeds.items() if n]
         if lacking:
             used = report["data"].get(name, {"seeds": []})["seeds"]
-            said = f"shown is seed {', '.join(map(str, used))}" if used else "nothing is shown"
+            said = f"shown: seed {', '.join(map(str, used))}" if used else "nothing is shown"
             out.append(f"Incomplete: {name} lacks {', '.join(lacking)}; {said}.")
     return out

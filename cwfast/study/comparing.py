@@ -17,6 +17,7 @@ SHARED = (
 )  # stand beside any base
 PLAIN = "fine-tuning without rewinding"
 MARGIN = 0.005  # of test accuracy: less than this counts as none
+VERDICTS = ("better", "lower AUC, accuracy open", "trade", "even", "higher AUC, accuracy open", "worse")
 DROPS = (0.01, 0.0)  # test accuracy that may be given up, against the undefended models
 NEAR_BEST = (0.03, 0.01)  # and against the best of all cells
 
@@ -32,19 +33,19 @@ def beside(one: Measured, other: Measured) -> dict[str, Any]:
 
     Returns:
         ``auc``, ``auc_low``, ``auc_high``, ``accuracy``, ``accuracy_low``, ``accuracy_high`` (see ``Figure``) and
-        ``verdict``. "even": the interval of the AUCs' difference holds 0. "better": a lower AUC, and an accuracy that
-        is lower by less than ``MARGIN`` (by the whole interval). "worse": a higher AUC, and an accuracy that is higher
-        by less than that. "trade": the AUCs differ, and the accuracy does, or may, by more than the margin the same
-        way.
+        ``verdict``, one of ``VERDICTS``. "even": the interval of the AUCs' difference holds 0. "better": a lower AUC,
+        and an accuracy that is lower by less than ``MARGIN`` (by the whole interval); "worse": a higher AUC, and an
+        accuracy that is higher by less than that. "trade": both are lower, or both higher. Otherwise the AUCs differ,
+        and the accuracies' interval is too wide to tell.
     """
     auc, accuracy = one.auc.less(other.auc), one.accuracy.less(other.accuracy)
     (low, high), (least, most) = auc.interval, accuracy.interval
     if low <= 0 <= high:
         verdict = "even"
     elif high < 0:
-        verdict = "better" if least > -MARGIN else "trade"
+        verdict = "better" if least > -MARGIN else "trade" if most < 0 else "lower AUC, accuracy open"
     else:
-        verdict = "worse" if most < MARGIN else "trade"
+        verdict = "worse" if most < MARGIN else "trade" if least > 0 else "higher AUC, accuracy open"
     return {**auc.told("auc"), **accuracy.told("accuracy"), "verdict": verdict}
 
 

@@ -4,7 +4,7 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from cwfast.study.comparing import is_cwrf
+from cwfast.study.comparing import VERDICTS, is_cwrf
 from cwfast.study.presets import DEFENSES
 
 Levels = Sequence[Mapping[str, Any]]
@@ -41,13 +41,21 @@ def verdicts(levels_of: Mapping[str, Levels]) -> dict[str, str]:
 
 def _verdict(base: str, levels: Sequence[Sequence[Mapping[str, Any]]]) -> str:
     first = Counter(_named(curves[0]["curve"]) for curves in levels)
-    winners = ", ".join(f"{name} at {n} of {len(levels)} levels" for name, n in first.most_common())
+    winners = ", ".join(f"{name} at {n}" for name, n in first.most_common())
     places = Counter(_place(curves) for curves in levels)
     ours = ", ".join(f"{place} at {places[place]}" for place in PLACES if places[place])
-    return f"{base}: lowest AUC at equal utility: {winners}. CWRF against the best curve without it: {ours}."
+    lowest = f"lowest AUC at equal utility ({len(levels)} levels): {winners}"
+    return f"{base}: {lowest}. CWRF against the best curve without it: {ours}."
 
 
-PLACES = ("ahead", "first but not told apart", "not first but not told apart", "behind", "without a rival", "not there")
+PLACES = (
+    "ahead",
+    "first but not told apart",
+    "not first but not told apart",
+    "behind",
+    "without a rival",
+    "below the level",
+)
 
 
 def _place(curves: Sequence[Mapping[str, Any]]) -> str:
@@ -55,7 +63,7 @@ def _place(curves: Sequence[Mapping[str, Any]]) -> str:
     ours = next((one for one in curves if one["cwrf"]), None)
     best = next((one for one in curves if not one["cwrf"]), None)
     if ours is None:
-        return "not there"
+        return "below the level"
     if best is None:
         return "without a rival"
     second = best if ours is curves[0] else ours
@@ -116,8 +124,8 @@ def _by_rate(base: str, pairs: Sequence[Mapping[str, Any]]) -> list[str]:
                 continue
             by = {
                 verdict: [f"{100 * pair['rate']:.3g}%" for pair in mine if pair["verdict"] == verdict]
-                for verdict in ("better", "trade", "even", "worse")
+                for verdict in VERDICTS
             }
-            told = ", ".join(f"{verdict} at {', '.join(rates)}" for verdict, rates in by.items() if rates)
+            told = "; ".join(f"{verdict} at {', '.join(rates)}" for verdict, rates in by.items() if rates)
             said.append(f"{base}, CWRF by {criterion} against {against}: {told}.")
     return said
