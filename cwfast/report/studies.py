@@ -145,17 +145,18 @@ def method(report: Mapping[str, Any]) -> list[str]:
         if overlaps
         else ""
     )
+    margin, draws = f"{report['margin']:g}", report["bootstrap"]
     return [
-        f"Intervals (95%) of an AUC or an accuracy, and of the difference of two in pairs, add two variances: over "
-        f"samples, by {report['bootstrap']} resamples of the audited samples that all models and cells of a seed "
-        f"share{correlated}; and over models, by each model's own figure, or by the seeds' means if those differ "
-        "more. The models of a fleet are each other's shadows, and a few seeds tell little of how seeds differ: the "
-        "intervals are approximate, and none is corrected for the number of comparisons.",
-        f"A cell is better than another if its AUC is lower and its accuracy lower by less than {report['margin']:g} "
-        f"(the whole interval), worse if its AUC is higher and its accuracy higher by less than {report['margin']:g}, "
-        "a trade if both are lower or both higher; the accuracy is open where its interval is too wide for any of these; "
-        "even are cells whose AUCs are not told apart. At equal utility, settings are chosen among those that reach the level on the seeds "
-        f"where they are chosen; a curve that then misses it by more than {report['margin']:g} is not ranked.",
+        "Intervals (95%) of an AUC or an accuracy, and of the difference of two in pairs, add two variances: over "
+        f"samples, by resampling ({draws} times the audited ones for an AUC, the test set for an accuracy) alike for "
+        f"all models and cells of a seed{correlated}; and over models, by each model's own figure, or by the seeds' "
+        "means if those differ more. The models of a fleet are each other's shadows, and a few seeds tell little of "
+        "how seeds differ: the intervals are approximate, and none is corrected for the number of comparisons.",
+        f"A cell is better than another if its AUC is lower and its accuracy lower by less than {margin} (the whole "
+        f"interval), worse if its AUC is higher and its accuracy higher by less than {margin}, a trade if both are "
+        "lower or both higher; the accuracy is open where its interval is too wide for any of these; even are cells "
+        "whose AUCs are not told apart. At equal utility, settings are chosen among those that reach the level on the "
+        f"seeds where they are chosen; a curve that then misses it by more than {margin} is not ranked.",
     ]
 
 
