@@ -160,7 +160,7 @@ def test_half_of_the_reference_set_is_what_gap_sees(subject):
 
 
 def test_variants_of_gap_leave_layers_out(subject):
-    [cell] = [cell for cell in CELLS.values() if cell.label.startswith("hidden layers alone")]
+    [cell] = [cell for cell in CELLS.values() if cell.label.startswith("weights between hidden layers")]
     found = making.fit(subject, cell, 0)[0]
     assert found.masks.counts["3.weight"] > 0
     assert all(not count for name, count in found.masks.counts.items() if not name.startswith("3."))

@@ -238,8 +238,8 @@ def _variants(setting: Setting) -> list[Cell]:
         "one point of the path": "points=1",
         "five points of the path": "points=5",
         "three rounds": "rounds=3",
-        "the last layer kept": f"exclude={setting.last}",
-        "hidden layers alone": f"exclude={setting.first}+{setting.last}",
+        "the last layer kept, a share of the others": f"exclude={setting.last}",
+        "weights between hidden layers alone, a share of them": f"exclude={setting.first}+{setting.last}",
     }
     found = [_variant(setting, "gap", setting.middle_rate, name, option) for name, option in variants.items()]
     return [*found, _variant(setting, "gap", setting.middle_rate, "half of the reference set", "", "half reference")]
