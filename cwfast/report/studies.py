@@ -1,4 +1,4 @@
-"""The report of ``cwfast study``: report.json, pictures of each data set, report.html, and a Markdown table."""
+"""The report of ``cwfast study``: report.json, pictures of each data set, report.html, and Markdown."""
 
 import json
 import os
@@ -8,33 +8,19 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from cwfast.checkpoint.files import atomic_write
-from cwfast.defense.specs import DEFENSES
 from cwfast.report import plots, prepare, study_tables, table
+from cwfast.report.study_plots import rates_figure, tradeoff_figure
+from cwfast.report.study_summary import summary
 from cwfast.report.table import MAIN_ATTACK, interval, number, percent
 
 if TYPE_CHECKING:
-    from matplotlib.axes import Axes
     from matplotlib.figure import Figure
-
-COMMON = {  # curves that stand in every panel
-    "undefended": ("#000000", "*", "none"),
-    "early stopping": ("#8C8C8C", "^", "-"),
-    "early stopping by the reference set": ("#8C8C8C", "P", "none"),
-    "interpolation": ("#A6A6A6", "v", "-"),
-}
-OWN = {  # curves of one base
-    "from scratch": ("#4D4D4D", "s", "--"),
-    "fine-tuning without rewinding": ("#4D4D4D", "X", "none"),
-    "fine-tuning stopped by the reference set": ("#4D4D4D", "d", "none"),
-    "random": ("#6E6E6E", ".", ":"),
-}
-OTHER = ("#A6A6A6", "h", "none")  # weight decay, mixup...
-NAMES = {"random": "random weights"}
-Rows = Sequence[Mapping[str, Any]]
 
 
 def write(report: Mapping[str, Any], out: str | os.PathLike[str]) -> list[Path]:
-    """Write report.json, report.html, report.md and two pictures of each data set; each appears whole or not at all.
+    """Write report.json, report.html, report.md, summary.md and two pictures of each data set.
+
+    Each appears whole or not at all.
 
     Raises:
         ImportError: matplotlib or jinja2 is missing.
@@ -49,6 +35,7 @@ def write(report: Mapping[str, Any], out: str | os.PathLike[str]) -> list[Path]:
         for kind, draw in (("tradeoff", tradeoff_figure), ("rates", rates_figure))
     }
     written = {"report.json": text.encode(), "report.md": markdown(report).encode()}
+    written["summary.md"] = "\n".join([*summary(report), *(f"- {line}" for line in missing(report)), ""]).encode()
     written |= {f"{name}.png": plots.png(figure) for name, figure in pictures.items()}
     written["report.html"] = page(report, pictures).encode()
     for name, content in written.items():
@@ -72,6 +59,7 @@ def page(report: Mapping[str, Any], pictures: Mapping[str, "Figure"]) -> str:
         style=style,
         pictures={name: plots.data_uri(figure) for name, figure in pictures.items()},
         head=head(report),
+        method=method,
         cells=cells,
         missing=missing,
         tables=study_tables.tables,
@@ -109,7 +97,7 @@ def counts(report: Mapping[str, Any]) -> str:
     """How many models and samples it rests on, in one sentence."""
     parts = [
         f"{name}: {len(part['seeds'])} {'seed' if len(part['seeds']) == 1 else 'seeds'}, "
-        f"{len(part['rows'])} fleets of {report['models']} models each, {part['samples']['pool']} samples audited, "
+        f"{len(part['rows'])} cells of {report['models']} models each, {part['samples']['pool']} samples audited, "
         f"{part['samples']['reference']} for reference, {part['samples']['test']} for accuracy"
         for name, part in report["data"].items()
     ]
@@ -120,9 +108,10 @@ def markdown(report: Mapping[str, Any]) -> str:
     """Return what was found and all rows as Markdown."""
     lines = [f"# {report['title']}", "", f"`{report['command']}`", "", f"{report['note']} {counts(report)}", ""]
     lines += [line for sentence in missing(report) for line in (sentence, "")]
+    lines += [" ".join(method(report)), ""]
     for name, part in report["data"].items():
         lines += [f"## {name}", "", f"{part['network']}; {part['recipe']}. {part['note']}.", ""]
-        lines += [f"- {sentence}" for sentence in part["reading"]]
+        lines += [f"- {sentence}" for sentence in (*part["verdicts"].values(), *part["reading"])]
         lines += ["", *_table(head(report), [cells(row) for row in part["rows"]])]
         for one in study_tables.tables(part):
             lines += [f"### {one.title}", "", *_table(one.head, one.rows)]
@@ -139,9 +128,36 @@ def text(report: Mapping[str, Any]) -> str:
     """What the terminal shows."""
     lines = [counts(report), report["note"]]
     for name, part in report["data"].items():
-        lines += ["", name, *(f"  {sentence}" for sentence in part["reading"])]
+        lines += ["", name, *(f"  {sentence}" for sentence in (*part["verdicts"].values(), *part["reading"]))]
     lines += ["", *missing(report)]
     return "\n".join(lines)
+
+
+def method(report: Mapping[str, Any]) -> list[str]:
+    """How sure the figures are, and what the words say."""
+    overlaps = [
+        f"{table.percent(part['overlap'])} on {name}"
+        for name, part in report["data"].items()
+        if part["overlap"] is not None
+    ]
+    correlated = (
+        f" (seeds have samples of one data set in common, {', '.join(overlaps)}, and count as correlated by that share)"
+        if overlaps
+        else ""
+    )
+    margin, draws = f"{report['margin']:g}", report["bootstrap"]
+    return [
+        "Intervals (95%) of an AUC or an accuracy, and of the difference of two in pairs, add two variances: over "
+        f"samples, by resampling ({draws} times the audited ones for an AUC, the test set for an accuracy) alike for "
+        f"all models and cells of a seed{correlated}; and over models, by each model's own figure, or by the seeds' "
+        "means if those differ more. The models of a fleet are each other's shadows, and a few seeds tell little of "
+        "how seeds differ: the intervals are approximate, and none is corrected for the number of comparisons.",
+        f"A cell is better than another if its AUC is lower and its accuracy lower by less than {margin} (the whole "
+        f"interval), worse if its AUC is higher and its accuracy higher by less than {margin}, a trade if both are "
+        "lower or both higher; the accuracy is open where its interval is too wide for any of these; even are cells "
+        "whose AUCs are not told apart. At equal utility, settings are chosen among those that reach the level on the "
+        f"seeds where they are chosen; a curve that then misses it by more than {margin} is not ranked.",
+    ]
 
 
 def missing(report: Mapping[str, Any]) -> list[str]:
@@ -150,124 +166,10 @@ def missing(report: Mapping[str, Any]) -> list[str]:
         f"Left out of {name}: {base} ({why})." for name, part in report["data"].items()
         for base, why in part["left_out"].items()
     ]  # fmt: skip
-    left = {f"{name}, seed {seed}": n for name, seeds in report["missing"].items() for seed, n in seeds.items() if n}
-    return out + [f"Not done: {n} fleets of {where}." for where, n in left.items()]
-
-
-@plots.styled
-def tradeoff_figure(part: Mapping[str, Any]) -> "Figure":
-    """Draw test accuracy against the AUC of the main attack, one panel for each base defense."""
-    from matplotlib.figure import Figure
-
-    bases = list(part["levels"])
-    columns = min(2, len(bases))
-    lines = -(-len(bases) // columns)
-    figure = Figure(figsize=(10, 1.6 + 4.1 * lines))
-    panels = list(figure.subplots(lines, columns, sharex=True, sharey=True, squeeze=False).ravel())
-    legend: dict[str, Any] = {}
-    for axes, base in zip(panels, bases, strict=False):
-        for curve, look in {**COMMON, **_looks(part["rows"])}.items():
-            rows = [row for row in part["rows"] if row["curve"] == curve and (curve in COMMON or row["base"] == base)]
-            if rows:
-                legend.setdefault(NAMES.get(curve, curve), _curve(axes, rows, look))
-        others = [row for row in part["rows"] if row["base"] == "other"]
-        if others:
-            legend.setdefault("other defenses", _curve(axes, others, OTHER))
-        axes.axvline(0.5, **plots.GUIDE)
-        axes.grid(True)
-        axes.set_title(_base(base))
-        axes.set_xlabel("← better    AUC of LiRA    0.5 = guessing")
-    _least(panels[: len(bases)], part["rows"])
-    for axes in panels[len(bases) :]:
-        axes.set_visible(False)
-    for axes in panels[: len(bases) : columns]:
-        axes.set_ylabel("test accuracy    better →")
-    figure.legend(legend.values(), legend.keys(), loc="outside lower center", ncols=3)
-    return figure
-
-
-@plots.styled
-def rates_figure(part: Mapping[str, Any]) -> "Figure":
-    """Draw AUC and test accuracy over the rate of CWRF, one column for each base defense."""
-    from matplotlib.figure import Figure
-
-    bases = list(part["levels"])
-    figure = Figure(figsize=(10, 7))
-    panels = figure.subplots(2, len(bases), sharex=True, sharey="row", squeeze=False)
-    legend: dict[str, Any] = {}
-    for column, base in enumerate(bases):
-        for curve, (colour, marker, dash) in _looks(part["rows"]).items():
-            rows = [row for row in part["rows"] if row["curve"] == curve and row["base"] == base and row["rate"]]
-            rows.sort(key=lambda row: row["rate"])
-            if not rows or curve not in (*plots.CRITERIA, "random"):
-                continue
-            rates = [row["rate"] for row in rows]
-            look: dict[str, Any] = {"color": colour, "marker": marker, "linestyle": dash, "markersize": 6}
-            scores = [row["attacks"][MAIN_ATTACK] for row in rows]
-            low, high = [s["auc_low"] for s in scores], [s["auc_high"] for s in scores]
-            panels[0, column].fill_between(rates, low, high, color=colour, alpha=0.12, linewidth=0)
-            panels[0, column].plot(rates, [s["auc"] for s in scores], **look)
-            (drawn,) = panels[1, column].plot(rates, [row["test_accuracy"] for row in rows], **look)
-            legend.setdefault(NAMES.get(curve, curve), drawn)
-        for row in part["rows"]:
-            if row["curve"] == "fine-tuning without rewinding" and row["base"] == base:
-                panels[0, column].axhline(row["attacks"][MAIN_ATTACK]["auc"], color="#4D4D4D", linestyle="--")
-                drawn = panels[1, column].axhline(row["test_accuracy"], color="#4D4D4D", linestyle="--")
-                legend.setdefault("fine-tuned without rewinding", drawn)
-        panels[0, column].set_title(_base(base).removeprefix("fine-tuned by ") if len(bases) > 2 else _base(base))
-        panels[0, column].set_xscale("log")
-        for axes in panels[:, column]:
-            axes.grid(True)
-        panels[1, column].xaxis.set_major_formatter(lambda rate, _: percent(rate))
-        panels[1, column].tick_params(axis="x", labelsize=9)
-        panels[1, column].set_xlabel("weights rewound")
-    panels[0, 0].set_ylabel("AUC of LiRA    ← better")
-    panels[1, 0].set_ylabel("test accuracy    better →")
-    figure.legend(legend.values(), legend.keys(), loc="outside lower center", ncols=5)
-    return figure
-
-
-def _looks(rows: Rows) -> dict[str, tuple[str, str, str]]:
-    """Of the curves that belong to a base: CWRF's in colours, the others in greys."""
-    criteria = {row["curve"]: row["criterion"] for row in rows if not row["curve"].startswith("ablation")}
-    ours = {
-        curve: (*plots.CRITERIA.get(criterion, ("#CC79A7", "h")), "-" if curve == criterion else "--")
-        for curve, criterion in criteria.items()
-        if criterion is not None and curve not in OWN
-    }
-    return {**OWN, **ours}
-
-
-def _curve(axes: "Axes", rows: Rows, look: tuple[str, str, str]) -> Any:
-    """Draw one curve with the intervals of its AUCs."""
-    colour, marker, dash = look
-    scores = [row["attacks"][MAIN_ATTACK] for row in rows]
-    x, y = [score["auc"] for score in scores], [row["test_accuracy"] for row in rows]
-    spread = [[s["auc"] - s["auc_low"] for s in scores], [s["auc_high"] - s["auc"] for s in scores]]
-    ours = not colour[1:3] == colour[3:5] == colour[5:7]
-    options: dict[str, Any] = {
-        "color": colour, "marker": marker, "linestyle": dash, "linewidth": 2 if ours else 1.2,
-        "markersize": {"*": 14, ".": 5}.get(marker, 7), "markeredgecolor": "white", "zorder": 3 if ours else 2,
-    }  # fmt: skip
-    axes.errorbar(x, y, xerr=_positive(spread), fmt="none", ecolor=colour, elinewidth=0.8, alpha=0.6, zorder=1)
-    (drawn,) = axes.plot(x, y, **options)
-    return drawn
-
-
-def _positive(spread: list[list[float]]) -> list[list[float]]:
-    """A bootstrap interval need not hold its estimate."""
-    return [[max(0.0, value) for value in side] for side in spread]
-
-
-def _least(panels: Sequence["Axes"], rows: Rows) -> None:
-    """Leave out what lies far below the rest, so that the rest can be told apart; the table has it."""
-    shown = [row["test_accuracy"] for row in rows if not row["curve"].startswith("ablation")]
-    top = max(shown)
-    middle = sorted(shown)[len(shown) // 2]
-    floor = max(min(shown), middle - 3 * max(top - middle, 0.02))
-    for axes in panels:
-        axes.set_ylim(floor - 0.01, top + 0.01)
-
-
-def _base(base: str) -> str:
-    return f"fine-tuned by {'cross-entropy' if base == 'none' else DEFENSES[base].label}"
+    for name, seeds in report["missing"].items():
+        lacking = [f"{n} cells of seed {seed}" for seed, n in seeds.items() if n]
+        if lacking:
+            used = report["data"].get(name, {"seeds": []})["seeds"]
+            said = f"shown: seed {', '.join(map(str, used))}" if used else "nothing is shown"
+            out.append(f"Incomplete: {name} lacks {', '.join(lacking)}; {said}.")
+    return out

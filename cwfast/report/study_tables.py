@@ -4,6 +4,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 from cwfast.report import paper
+from cwfast.report.privacy import HEAD, STATEMENT, privacy_rows
 from cwfast.report.table import MAIN_ATTACK, count, interval, number, percent
 
 
@@ -27,6 +28,9 @@ def tables(part: Mapping[str, Any]) -> list[Table]:
                 [_variant(row) for row in rows],
             )
         )
+    private = privacy_rows(part["rows"])
+    if private:
+        found.append(Table("DP-SGD: what it spent, and of what that is a guarantee", HEAD, private))
     for table in part["tables"]:
         found += _ablation(table) if "loss" in table else _entanglement(table)
     return found
@@ -36,7 +40,8 @@ def notes(part: Mapping[str, Any]) -> list[str]:
     """What to compare these tables with."""
     ablations = {table["network"]: table for table in part["tables"] if "loss" in table}
     entanglements = {table["network"]: table for table in part["tables"] if "loss" not in table}
-    return [
+    private = [STATEMENT] if privacy_rows(part["rows"]) else []
+    return private + [
         " ".join(make(found))
         for make, found in ((paper.ablation_notes, ablations), (paper.entanglement_notes, entanglements))
         if found
@@ -44,7 +49,7 @@ def notes(part: Mapping[str, Any]) -> list[str]:
 
 
 def _beside(part: Mapping[str, Any], row: Mapping[str, Any]) -> bool:
-    """The undefended models and RelaxLoss without rewinding, for comparison."""
+    """The undefended models and RelaxLoss (of any strength) without rewinding, for comparison."""
     plain = row["curve"] == "fine-tuning without rewinding" and row["base"] == "relaxloss"
     return row["curve"] == "undefended" or plain
 

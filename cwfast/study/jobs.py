@@ -3,6 +3,7 @@
 import functools
 import time
 import traceback
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
@@ -11,10 +12,12 @@ import torch
 from cwfast.mia import Signals
 from cwfast.study import measuring
 from cwfast.study.folder import log
-from cwfast.study.grid import Cell, cells
+from cwfast.study.grid import Cell, cells, unchanged
+from cwfast.study.making import Impossible, fit
 from cwfast.study.presets import PRESETS, Preset
-from cwfast.study.subject import Impossible, Subject
+from cwfast.study.subject import Subject
 from cwfast.study.tables import table
+from cwfast.training import Fitted
 
 
 @dataclass(frozen=True)
@@ -75,6 +78,7 @@ class Study:
             for name in self.data
             if seed in self.seeds_of(name)
             for cell in self.cells(name, seed)
+            if not cell.unchanged  # made with the cell whose models it has
             for group in (groups if cell.how != "table" else (0,))
         ]
         return sorted(found, key=lambda job: job.cell.how == "table")
@@ -105,7 +109,8 @@ class Study:
     def is_done(self, job: Job) -> bool:
         """Whether its cell is: measured, not only trained."""
         subject = self.subject(job.data, job.seed)
-        return subject.folder.document(job.cell.key, subject.made_of(job.cell)) is not None
+        views = (one for one in (job.cell, unchanged(job.cell)) if one is not None)
+        return all(subject.folder.document(one.key, subject.made_of(one)) is not None for one in views)
 
     def subject(self, name: str, seed: int) -> Subject:
         """The last few are kept: a worker does many jobs of each."""
@@ -121,38 +126,46 @@ def _subject(preset: str, models: int | None, name: str, seed: int, out: Path, p
 def _do(subject: Subject, job: Job, preset: Preset) -> bool:
     """Whether there was anything to do."""
     cell, folder = job.cell, subject.folder
-    made_of = subject.made_of(cell)
-    if folder.document(cell.key, made_of) is not None:
+    views = [one for one in (cell, unchanged(cell)) if one is not None]  # of the same models
+    if all(folder.document(one.key, subject.made_of(one)) is not None for one in views):
         return False
     if cell.how == "table":
-        folder.write(cell.key, {"cell": asdict(cell), "table": table(subject, cell.spec)}, made_of)
+        folder.write(cell.key, {"cell": asdict(cell), "table": table(subject, cell.spec)}, subject.made_of(cell))
         return True
-    part = folder.root / f"signals-{cell.key}-{job.group:03d}.safetensors"
-    with folder.lock(part.name):
-        if _load(part, folder.made_of + made_of) is None:
+    with folder.lock(_part(subject, cell, job.group).name):
+        if any(_load(subject, one, job.group) is None for one in views):
             try:
-                fitted = subject.fit(cell, job.group)
+                fitted = fit(subject, cell, job.group)
             except Impossible as error:
-                folder.write(cell.key, {"cell": asdict(cell), "impossible": str(error)}, made_of)
+                for one in views:
+                    folder.write(one.key, {"cell": asdict(one), "impossible": str(error)}, subject.made_of(one))
                 return True
-            values, told = measuring.observe(subject, job.group, fitted)
-            manifest = {"made_of": folder.made_of + made_of, "cell": asdict(cell), "told": told, **subject.about}
-            rows = list(subject.groups[job.group])
-            data = subject.task.dataset
-            labels, ids = data.targets[data.pool], subject.plan.ids
-            Signals(values, subject.plan.membership[rows], labels, ids, manifest).save(part)
-    _finish(subject, cell, preset, made_of)
+            for one in views:
+                _observe(subject, one, job.group, fitted)
+    for one in views:
+        _finish(subject, one, preset)
     return True
 
 
-def _finish(subject: Subject, cell: Cell, preset: Preset, made_of: str) -> None:
+def _observe(subject: Subject, cell: Cell, group: int, fitted: Sequence[Fitted]) -> None:
+    """Write what an attacker sees of a group's models."""
+    if cell.unchanged:
+        fitted = [Fitted(one.model, one.initial, one.masks) for one in fitted]
+    values, told = measuring.observe(subject, group, fitted)
+    made_of = subject.folder.made_of + subject.models_of(cell)
+    manifest = {"made_of": made_of, "cell": asdict(cell), "told": told, **subject.about}
+    data, rows = subject.task.dataset, list(subject.groups[group])
+    signals = Signals(values, subject.plan.membership[rows], data.targets[data.pool], subject.plan.ids, manifest)
+    signals.save(_part(subject, cell, group))
+
+
+def _finish(subject: Subject, cell: Cell, preset: Preset) -> None:
     """Attack, once all groups are there."""
-    folder = subject.folder
+    folder, made_of = subject.folder, subject.made_of(cell)
     with folder.lock(f"{cell.key}.json"):
         if folder.document(cell.key, made_of) is not None:
             return
-        names = [f"signals-{cell.key}-{group:03d}.safetensors" for group in range(len(subject.groups))]
-        parts = [_load(folder.root / name, folder.made_of + made_of) for name in names]
+        parts = [_load(subject, cell, group) for group in range(len(subject.groups))]
         done = [part for part in parts if part is not None]
         if len(done) < len(parts):
             return
@@ -164,8 +177,13 @@ def _finish(subject: Subject, cell: Cell, preset: Preset, made_of: str) -> None:
         folder.write(cell.key, found, made_of)
 
 
-def _load(path: Path, made_of: str) -> Signals | None:
+def _part(subject: Subject, cell: Cell, group: int) -> Path:
+    return subject.folder.root / f"signals-{cell.key}-{group:03d}.safetensors"
+
+
+def _load(subject: Subject, cell: Cell, group: int) -> Signals | None:
+    path = _part(subject, cell, group)
     if not path.exists():
         return None
     signals = Signals.load(path)
-    return signals if signals.manifest.get("made_of") == made_of else None
+    return signals if signals.manifest.get("made_of") == subject.folder.made_of + subject.models_of(cell) else None

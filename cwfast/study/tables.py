@@ -1,17 +1,25 @@
 """Tables of the paper on small networks of its kinds: what each part of the method does, and the entanglement."""
 
 import math
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from cwfast.defense import experiments
 from cwfast.defense.specs import parse_loss
-from cwfast.study.subject import Subject
+from cwfast.study.presets import Setting
+
+if TYPE_CHECKING:
+    from cwfast.study.subject import Subject
 
 MODELS = 2  # trained one by one, with a scorer on every step
 EPOCHS = 30
 
 
-def table(subject: Subject, spec: str) -> dict[str, Any]:
+def settings(setting: Setting) -> list[Any]:
+    """What a table depends on, beside its network and the data."""
+    return [MODELS, EPOCHS, setting.losses.get("relaxloss"), setting.ablation_rate]
+
+
+def table(subject: "Subject", spec: str) -> dict[str, Any]:
     """``"entanglement:ResNet18"``, ``"ablation:ViT"``: see ``cwfast.defense.experiments``."""
     kind, _, network = spec.partition(":")
     task = experiments.architectures(subject.task.dataset, epochs=EPOCHS)[network]
