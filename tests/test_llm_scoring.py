@@ -1,4 +1,4 @@
-"""Scores of a language model's weights: the plain formulas in float64, whatever the batches; the model stays as it was."""
+"""Scores of a language model's weights: the plain formulas in float64; the model stays as it was."""
 
 import copy
 

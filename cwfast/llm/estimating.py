@@ -189,8 +189,9 @@ class Estimator:
         try:
             with torch.no_grad():
                 self._base = [self._hidden(rows)[0].cpu() for rows in self.reference]
-                weight, bias, *scaling = self.body.live_head()
-                self._base_head = LMHead(weight.clone(), None if bias is None else bias.clone(), *scaling)
+                head = LMHead(*self.body.live_head())
+                bias = None if head.bias is None else head.bias.clone()
+                self._base_head = head._replace(weight=head.weight.clone(), bias=bias)
         finally:
             self.weights.put(1)
 

@@ -58,9 +58,9 @@ def score(
         points: of the path; one pass over both sets for each; only for "gap".
         batch_size: texts of a batch; changes scores by rounding only (not with granularity "batch").
         only: ``fnmatch`` patterns of parameters to score, the others get no gradient; None: all.
-        granularity: for "taylor" and "taylor_delta": "sample" as above, or "batch": ``|(1 - lam) g + lam h|`` of the mean
-            over a batch's texts, summed over the batches of members (of which reference batches are repeated if there
-            are fewer), for models with layers that have no rule.
+        granularity: for "taylor" and "taylor_delta": "sample" as above, or "batch": ``|((1 - lam) g + lam h) f|``, g and h
+            of the mean over a batch's texts, summed over the batches of members (reference batches start again where
+            they are fewer): for models with layers that have no rule.
         autocast: run the model's passes in this dtype, such as ``torch.bfloat16`` for float32 weights.
         backend: of the kernels.
         progress: show a bar on stderr.
@@ -91,11 +91,12 @@ def prepared(
     """All arguments are checked; inside, the model may hold other weights."""
     _check(settings)
     body = Body(model)
-    sides = [_documents(name, texts, body) for name, texts in (("members", members), ("reference", reference))]
+    found = [_documents(name, texts, body) for name, texts in (("members", members), ("reference", reference))]
     weights = Weights(model, initial)
     with body.ready(), weights.kept():
-        body.check(sides[0][0].ids)
-        yield Estimator(body, weights, *(rows_of(side, settings.batch_size) for side in sides), settings)
+        body.check(found[0][0].ids)
+        sides = [rows_of(side, settings.batch_size) for side in found]
+        yield Estimator(body, weights, sides[0], sides[1], settings)
 
 
 def _check(settings: Settings) -> None:
@@ -129,7 +130,7 @@ def _documents(name: str, texts: Sequence[Ids], body: Body) -> Any:
             raise TypeError(f"{name} must be 1-D int64 token ids; text {i} is {row.dtype} of shape {tuple(row.shape)}")
         if longest is not None and len(row) > longest:
             raise ValueError(f"{name} must fit into the model's {longest} tokens; text {i} has {len(row)}: cut it")
-        if len(row) and not (0 <= int(row.min()) and int(row.max()) < vocabulary):
+        if len(row) and (int(row.min()) < 0 or int(row.max()) >= vocabulary):
             raise ValueError(
                 f"{name} must hold tokens in 0 .. {vocabulary - 1}; text {i} has {int(row.min())} to {int(row.max())}"
             )
