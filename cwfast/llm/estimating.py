@@ -144,13 +144,16 @@ class Estimator:
             return self._by_batch(scorer) if batched else self._by_sample(scorer)
 
     def _by_sample(self, scorer: SaliencyScorer) -> dict[str, Tensor]:
-        """A side's losses carry its weight: what is summed over samples is the criterion."""
+        """A side's losses carry its weight: what is summed over samples is the criterion.
+
+        The graph begins at the embedding: some layers find there whose their rows are.
+        """
         lam = self.settings.lam
         for side, weight, loss in ((self.members, 1 - lam, self._mean_nll), (self.reference, lam, self._mean_kl)):
             count = sum(len(rows.ids) for rows in side)
             for i, rows in enumerate(side):
                 if weight:
-                    with scorer.batch(len(rows.ids)):
+                    with self.body.rooted(), scorer.batch(len(rows.ids)):
                         _backward(loss(i, rows).sum() * (weight / count))
                 self.progress()
         return scorer.scores()
@@ -170,7 +173,7 @@ class Estimator:
         self.body.model.zero_grad()
         return scorer.scores()
 
-    def _mean_nll(self, index: int, rows: Rows) -> Tensor:
+    def _mean_nll(self, _: int, rows: Rows) -> Tensor:
         """[B], each text's mean over its tokens."""
         return _means(self._nll(rows), rows)
 

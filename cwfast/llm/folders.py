@@ -5,7 +5,7 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -139,6 +139,16 @@ def _check_fit(source: Checkpoint, initial: Checkpoint, masks: MaskFile) -> None
                 f"{masks.path} must be of {source.path}: {name!r} has shape {source.entries[name].shape} there, "
                 f"{shape} in the mask"
             )
+    check_base(source, initial, masks.shapes)
+
+
+def check_base(source: Checkpoint, initial: Checkpoint, names: Iterable[str]) -> None:
+    """The base has these tensors as the model has them.
+
+    Raises:
+        CheckpointError: it has not.
+    """
+    for name in names:
         if name not in initial:
             raise CheckpointError(f"{initial.path} must hold the initial values of {name!r}; it has no such tensor")
         here, there = source.entries[name], initial.entry(name)

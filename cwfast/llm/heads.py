@@ -78,6 +78,16 @@ class Body:
                 for module, training in modes:
                     module.training = training
 
+    @contextmanager
+    def rooted(self) -> Iterator[None]:
+        """The embedding's output asks for a gradient: there is a graph from there on, whatever the parameters ask."""
+        embedding: nn.Module = self.model.get_input_embeddings()
+        hook = embedding.register_forward_hook(lambda module, args, out: out.requires_grad_() if out.is_leaf else None)
+        try:
+            yield
+        finally:
+            hook.remove()
+
     def hidden(self, ids: Tensor, mask: Tensor) -> Tensor:
         """[B, T, d] before the head, for ids and mask [B, T]; inside ``ready()``. No logits are made: the head gets
         none of the tokens.
