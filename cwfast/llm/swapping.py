@@ -12,6 +12,8 @@ from cwfast._parameters import Initial, check_apart, check_shapes, trainable
 from cwfast._tracking import sum_dtype
 from cwfast.checkpoint import Checkpoint
 
+FLOATS = (torch.float32, torch.bfloat16, torch.float64)
+
 
 class Weights:
     """The trainable parameters of a model, and their initial values.
@@ -30,10 +32,12 @@ class Weights:
         self.parameters = trainable(model)
         if not self.parameters:
             raise ValueError("model must have a parameter that requires a gradient; it has none")
-        strange = [name for name, p in self.parameters.items() if not p.is_floating_point() or p.is_meta]
-        if strange:
-            dtype = "on disk" if self.parameters[strange[0]].is_meta else self.parameters[strange[0]].dtype
-            raise TypeError(f"parameters must be floating-point tensors in memory; {strange[0]!r} is {dtype}")
+        for name, parameter in self.parameters.items():
+            if parameter.is_meta or parameter.dtype not in FLOATS:
+                raise TypeError(
+                    f"parameters must be in memory in one of {FLOATS} (in float16, gradients are lost); {name!r} is "
+                    f"{'on disk' if parameter.is_meta else parameter.dtype}"
+                )
         self._initial = _source(model, self.parameters, initial)
         self._trained: dict[str, Tensor] | None = None  # a copy, while the model holds something else
 
