@@ -14,7 +14,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from cwfast.checkpoint import making
+from cwfast.checkpoint import filling, making
 from cwfast.checkpoint.filling import Filling
 from cwfast.checkpoint.identity import SCORES
 from cwfast.checkpoint.reader import INDEX
@@ -168,13 +168,14 @@ def test_what_the_folder_says(given):
     )
 
 
-def test_a_folder_is_filled_in_any_order(tmp_path):
+def test_a_folder_is_filled_in_any_order(tmp_path, monkeypatch):
+    monkeypatch.setattr(filling, "PIECE", 4)  # several pieces, the last one smaller
     files = {"a.safetensors": {"x": (3, 2), "empty": (0, 4)}, "b.safetensors": {"y": ()}}
-    filling = Filling(tmp_path, files, torch.float64)
+    made = Filling(tmp_path, files, torch.float64)
     written = {"y": torch.tensor(2.0), "x": torch.arange(6.0).reshape(2, 3).T, "empty": torch.empty(0, 4)}
-    hashes = {name: filling.write(name, tensor) for name, tensor in written.items()}
-    filling.flush()
-    filling.finish()
+    hashes = {name: made.write(name, tensor) for name, tensor in written.items()}
+    made.flush()
+    made.finish()
     again = Filling(tmp_path, files, torch.float64)  # laid out already: nothing is written over
     for name, tensor in written.items():
         assert again.holds(name, hashes[name])

@@ -204,6 +204,7 @@ class Stop(Exception):
 @pytest.mark.parametrize("stop", [None, 3])
 def test_the_model_is_what_it_was(monkeypatch, criterion, kind, stop):
     model, initial = pair(kind, torch.float32)
+    model.register_buffer("seen", torch.zeros(2))
     model.train()
     model.get_submodule("transformer.h.0" if kind == "gpt2" else "model.layers.0").eval()
     frozen = list(model.parameters())[1]
@@ -218,6 +219,7 @@ def test_the_model_is_what_it_was(monkeypatch, criterion, kind, stop):
         if len(calls) == stop:
             raise Stop
         torch.rand(1)
+        model.seen.add_(1)
         return real(self, rows)
 
     monkeypatch.setattr(Estimator, "_nll", nll)
@@ -369,10 +371,12 @@ def test_a_stopped_run_goes_on_with_what_is_left(folders, tmp_path, monkeypatch)
     with pytest.raises(CheckpointError, match="with the same members"):
         scoring.score_folder(model, base, MEMBERS[1:], REFERENCE, tmp_path / "out", resume=True)
 
-    broken = next((tmp_path / ".out.partial").glob("model-*"))  # a pass whose bytes did not reach the disk
-    data = bytearray(broken.read_bytes())
-    data[-5:] = b"\x01" * 5
-    broken.write_bytes(data)
+    partial = tmp_path / ".out.partial"
+    broken = next(iter(json.loads((partial / SCORES).read_text())["tensors"]))
+    entry = Checkpoint(partial).entry(broken)  # it is in the manifest, and its bytes did not reach the disk
+    with open(entry.file, "r+b") as file:
+        file.seek(entry.begin)
+        file.write(b"\x01")
     again = []
     monkeypatch.setattr(Estimator, "scores", lambda self, names: again.append(names) or real(self, names))
     scoring.score_folder(*arguments, tmp_path / "out", params_per_pass=600, resume=True)

@@ -1,5 +1,6 @@
 """A model whose weights stand for a while between their initial and their trained values, and are put back."""
 
+import math
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -40,20 +41,27 @@ class Weights:
                 )
         self._initial = _source(model, self.parameters, initial)
         self._trained: dict[str, Tensor] | None = None  # a copy, while the model holds something else
+        self._at = 1.0  # the t at which it is
 
     def put(self, t: float) -> None:
         """Make the weights ``w0 + t (w - w0)``: rounded to their dtype, and exact at 0 and 1."""
+        if t == self._at:
+            return
         with torch.no_grad():
             if self._trained is None:
                 self._trained = {name: p.detach().clone() for name, p in self.parameters.items()}
+            self._at = math.nan  # until all are there
             for name, parameter in self.parameters.items():
                 end = self._trained[name]
                 if t == 1:
                     parameter.copy_(end)
                 else:
-                    start = self._initial(name).to(parameter.device)
+                    start = self.initial(name)
                     sums = sum_dtype(parameter.dtype)
                     parameter.copy_(start if t == 0 else torch.lerp(start.to(sums), end.to(sums), t))
+        self._at = t
+        if t == 1:
+            self._trained = None
 
     def initial(self, name: str) -> Tensor:
         """In the dtype in which it was given, on the parameter's device."""
@@ -85,9 +93,7 @@ class Weights:
                 for parameter, wanted, grad in flags:
                     parameter.requires_grad_(wanted)
                     parameter.grad = grad
-                if self._trained is not None:
-                    self.put(1)
-                    self._trained = None
+                self.put(1)
                 with torch.no_grad():
                     for module, name, value, content in buffers:
                         value.copy_(content)
