@@ -14,6 +14,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+import cwfast
 from cwfast.checkpoint import filling, making
 from cwfast.checkpoint.filling import Filling
 from cwfast.checkpoint.identity import SCORES
@@ -108,6 +109,11 @@ def test_weights_that_are_pickled_are_not_read(given):
     refuse(given, CheckpointError, r"must hold .* or \*.safetensors files; it holds neither")
 
 
+def test_an_adapter_is_not_a_model(given):
+    (given.model / "adapter_config.json").write_text("{}")
+    refuse(given, ValueError, "holds a PEFT adapter: merge it")
+
+
 def test_a_tensor_that_the_model_has_and_the_folder_has_not(given):
     change(given.model, lambda t: t.pop(NAME))
     index = json.loads((given.model / INDEX).read_text())
@@ -166,6 +172,15 @@ def test_what_the_folder_says(given):
     assert sorted(file.name for file in given.out.iterdir()) == sorted(
         {SCORES, INDEX, *(file.name for file in given.model.glob("*.safetensors"))}
     )
+
+
+@pytest.mark.parametrize("text", ["[", "{}", '{"base": 3}', '{"base": {"tensors": {"x": "00"}}}', "[" * 100_000])
+def test_scores_that_say_nonsense_of_their_base(tmp_path, text):
+    save_file({"x": torch.rand(9)}, tmp_path / "x.safetensors")
+    assert cwfast.select(tmp_path, rate=0.5).base is None
+    (tmp_path / SCORES).write_text(text)
+    with pytest.raises(CheckpointError, match=f"{SCORES} must be JSON of cwfast score"):
+        cwfast.select(tmp_path, rate=0.5)
 
 
 def test_a_folder_is_filled_in_any_order(tmp_path, monkeypatch):

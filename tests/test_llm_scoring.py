@@ -142,6 +142,29 @@ def test_batch_granularity_is_the_papers_sum_over_steps():
     assert_close(found, expected, "gpt2")
 
 
+@pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing.*:FutureWarning")
+@pytest.mark.parametrize("criterion", ["gap", "taylor_delta"])
+def test_an_adapters_own_weights(criterion):
+    """Scored are the parameters that require a gradient; the others are the same at both ends of the path."""
+    peft = pytest.importorskip("peft")
+    targets = ["q_proj", "down_proj"]
+    model = peft.get_peft_model(llm_models.small("llama"), peft.LoraConfig(r=2, target_modules=targets)).double()
+    initial = copy.deepcopy(model)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.add_(torch.randn_like(parameter), alpha=0.1)
+    found = scoring.score(model, initial, MEMBERS, REFERENCE, criterion=criterion)
+    names = [name for name, p in model.named_parameters() if p.requires_grad]
+    assert len(names) == 8
+    assert all("lora_" in name for name in names)
+    for each in (model, initial):
+        for parameter in each.parameters():
+            parameter.requires_grad_(True)
+    plain = plain_gap(model, initial, 1) if criterion == "gap" else plain_taylor(model, initial, criterion, 0.5)
+    assert_close(found, {name: plain[name] for name in names}, "llama")
+
+
 def test_a_tied_weight_may_have_another_name_in_initial():
     model, initial = pair("gpt2")
     state = initial.state_dict()
