@@ -19,6 +19,7 @@ from cwfast.checkpoint import filling, making
 from cwfast.checkpoint.filling import Filling
 from cwfast.checkpoint.identity import SCORES
 from cwfast.checkpoint.reader import INDEX
+from cwfast.cli import main
 from cwfast.errors import CheckpointError
 from cwfast.llm import score_files
 from cwfast.llm.scoring import score_folder
@@ -139,6 +140,28 @@ def test_where_it_may_be_written_and_by_whom(given, monkeypatch):
     partial.mkdir()
     with making.exclusive(partial), pytest.raises(RuntimeError, match="one run at a time"):
         score_folder(given.model, given.base, MEMBERS, REFERENCE, given.out, resume=True)
+
+
+def test_the_command_says_what_is_wrong(given, capsys, tmp_path):
+    llm_models.tokenizer().save_pretrained(given.model)
+    for name, rows in (("m", ["w3 w4", "w5 w6"]), ("r", ["w5 w6"]), ("short", ["w3"]), ("none", [])):
+        (tmp_path / name).write_text("".join(json.dumps({"text": text}) + "\n" for text in rows))
+
+    def said(members, reference, *more, model=given.model):
+        texts = ["--members", tmp_path / members, "--reference", tmp_path / reference]
+        command = ["score", model, "--base", given.base, *texts, "--out", given.out, *more]
+        assert main([str(part) for part in command]) == 1
+        assert not given.out.exists()
+        return capsys.readouterr().err.splitlines()[-1]
+
+    assert "members and reference must share no text; got 1 in both" in said("m", "r")
+    assert "reference: texts must have a token to score" in said("m", "short")
+    assert "reference must hold at least one text; got none" in said("m", "none")
+    assert "there is none at" in said("m", "absent")
+    assert "MODEL must be a folder of transformers" in said("m", "short", model=tmp_path / "absent")
+    with pytest.raises(SystemExit, match="2"):
+        said("m", "short", "--max-tokens", "1")
+    assert "--max-tokens must be at least 2; got 1" in capsys.readouterr().err
 
 
 def test_passes_are_as_large_as_asked_for(given):

@@ -131,7 +131,7 @@ def score_folder(
         autocast: see ``score``.
         dtype: of the weights in memory; None: as they are saved. Between bfloat16 weights that differ by one step there
             is no point of the path: float32 has it.
-        device: of the model.
+        device: of the model; only "cpu" has been run so far.
         backend: of the kernels.
         params_per_pass: score at most so many weights at a time (one module's own at least), with a pass over the
             texts for each such part; None: all at once.
