@@ -6,6 +6,8 @@ import json
 import llm_models
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 import cwfast
 from cwfast import MaskSet
@@ -13,6 +15,7 @@ from cwfast.checkpoint import Checkpoint
 from cwfast.checkpoint.identity import SCORES
 from cwfast.cli import main
 from cwfast.errors import CheckpointError
+from cwfast.layers import heads
 from cwfast.llm import score_files, scoring
 from cwfast.llm.estimating import Estimator
 from cwfast.llm.folders import rewind_folder
@@ -194,6 +197,33 @@ def test_many_batches_of_bfloat16_gradients_are_summed_in_float32(criterion):
     often = scoring.score(model, initial, members, reference, criterion=criterion, batch_size=1)
     for name, value in once.items():
         assert float((often[name] - value).norm()) <= 1e-4 * float(value.norm()) + 1e-30, name
+
+
+class Largest(TorchDispatchMode):
+    """Entries of the largest tensor that an operation outside of the kernels makes."""
+
+    def __init__(self):
+        super().__init__()
+        self.numel = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        made = [x.numel() for x in tree_leaves(result) if isinstance(x, torch.Tensor)]
+        self.numel = max([self.numel, *made])
+        return result
+
+
+@pytest.mark.parametrize("criterion", ["gap", "taylor", "taylor_delta"])
+@pytest.mark.parametrize("kind", ["gpt2", "llama"])  # tied to the embedding, and not
+def test_logits_never_exist(monkeypatch, kind, criterion):
+    monkeypatch.setattr(heads, "TILE", 1 << 16)
+    vocabulary = 5000
+    model = llm_models.small(kind, torch.float32)
+    model.resize_token_embeddings(vocabulary)
+    texts = [torch.randint(vocabulary, (50,)).tolist() for _ in range(16)]
+    with Largest() as largest:
+        scoring.score(model, copy.deepcopy(model), texts[:8], texts[8:], criterion=criterion)
+    assert largest.numel <= vocabulary * 16 < 8 * 49 * vocabulary, "the head's weight, not its logits"
 
 
 # -- the model afterwards
