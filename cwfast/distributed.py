@@ -8,10 +8,9 @@ from typing import NamedTuple
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.distributed.tensor import DTensor, Replicate
-from torch.distributed.tensor import Shard as ShardOf
+from torch.distributed.tensor import DTensor
 
-from cwfast import _checks, _picks, _radix
+from cwfast import _checks, _picks, _radix, _shards
 from cwfast.checkpoint.reader import PIECE
 from cwfast.ops._lm_token_parts import Parts, finish, merge
 from cwfast.ops._lm_token_tiles import parts_of, target_logits
@@ -45,17 +44,7 @@ def shard_of(value: DTensor, tensor: int) -> Shard:
     """
     if not isinstance(value, DTensor):
         raise TypeError(f"value must be a DTensor; got {type(value).__name__}")
-    sharded = [i for i, placement in enumerate(value.placements) if not isinstance(placement, Replicate)]
-    by_rows = all(type(p) is ShardOf and p.dim == 0 for p in value.placements if not isinstance(p, Replicate))
-    if not by_rows or len(sharded) > 1:
-        raise ValueError(f"value must be sharded along dimension 0 of one mesh dimension; got {value.placements}")
-    offset = 0
-    if sharded:
-        ranks = value.device_mesh.size(sharded[0])
-        rows = -(-value.shape[0] // ranks)  # torch.chunk's size; the last ranks may have fewer rows, or none
-        first = min(value.device_mesh.get_local_rank(sharded[0]) * rows, value.shape[0])
-        offset = first * (value.numel() // value.shape[0] if value.shape[0] else 0)
-    return Shard(value.to_local(), tensor, offset)
+    return Shard(_shards.local(value), tensor, _shards.part_of(value).begin)
 
 
 def select_topk(
