@@ -76,8 +76,10 @@ def part_of(value: Any, name: str = "value") -> Part:
 
 def local(value: Tensor) -> Tensor:
     """This rank's part of a DTensor, in its own memory; another tensor itself, detached."""
+    if not is_sharded(value):
+        return value.detach()
     with torch.no_grad():
-        return value.to_local() if is_sharded(value) else value.detach()
+        return value.to_local()
 
 
 def local_like(value: Tensor, like: Tensor, name: str = "value") -> Tensor:
