@@ -1,6 +1,6 @@
 """What ranks tell one another besides the tensors themselves: a few numbers, one failure."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import torch
 import torch.distributed as dist
@@ -30,15 +30,22 @@ def total(count: int, group: dist.ProcessGroup | None) -> int:
     return sum(row[0] for row in gather_rows([[count]], group, columns=1))
 
 
-def all_raise(error: Exception | None, what: str, group: dist.ProcessGroup | None) -> None:
+def all_raise(error: Exception | None, what: str, groups: Iterable[dist.ProcessGroup | None]) -> None:
     """Raise on every rank if one has an error; all ranks wait for one another here.
+
+    Args:
+        error: this rank's, or None.
+        what: who must succeed, for the message on the others.
+        groups: of a mesh's dimensions, which together hold all ranks.
 
     Raises:
         Exception: the rank's own error.
         RuntimeError: another rank has one.
     """
-    failed = [row[0] for row in gather_rows([[error is not None]], group, columns=1)]
+    failed = error is not None
+    for group in groups:  # all of them, before anyone leaves
+        failed = total(failed, group) > 0
     if error is not None:
         raise error
-    if any(failed):
-        raise RuntimeError(f"{what} must succeed on every rank; it failed on rank {failed.index(1)} of the group")
+    if failed:
+        raise RuntimeError(f"{what} must succeed on every rank; it failed on another one, whose error says why")

@@ -99,8 +99,7 @@ class ShardedMaskSet(MaskSet):
                 whole.save(path)
             except OSError as caught:
                 error = caught
-        for group in [] if mesh is None else reversed(mesh.get_all_groups()):  # rows first, then copies of them
-            _ranks.all_raise(error, "MaskSet.save", group)
+        _ranks.all_raise(error, "MaskSet.save", [] if mesh is None else mesh.get_all_groups())
 
     def random_like(self, seed: int) -> "ShardedMaskSet":
         """This rank's part of ``whole().random_like(seed)``; all ranks must call this."""

@@ -177,6 +177,11 @@ def _copies(
     if isinstance(also, nn.Module | Mapping) or not all(isinstance(copy, nn.Module | Mapping) for copy in also):
         kinds = type(also).__name__ if isinstance(also, nn.Module | Mapping) else [type(copy).__name__ for copy in also]
         raise TypeError(f"also must be a sequence of modules and {{name: tensor}} mappings; got {kinds}")
+    for i, copy in enumerate(also):
+        have = dict(copy.named_parameters(remove_duplicate=False)) if isinstance(copy, nn.Module) else copy
+        for name in expected:  # of whole copies, nobody would hold the other ranks' rows
+            if is_sharded(expected[name]) and name in have and not is_sharded(have[name]):
+                raise ValueError(f"also[{i}][{name!r}] must be a DTensor, as the parameter is; got a plain tensor")
     return [initial_values(copy, expected, what=f"also[{i}]") for i, copy in enumerate(also)]
 
 
