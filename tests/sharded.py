@@ -21,6 +21,7 @@ from torch.nn.functional import cross_entropy
 import cwfast
 from cwfast import MaskSet
 from cwfast.checkpoint import Checkpoint
+from cwfast.defense.gap import gap_gradients, gap_shares
 from cwfast.distributed import ShardedMaskSet, sum_scores
 from cwfast.errors import UnsupportedLayer
 
@@ -75,10 +76,10 @@ def loss_of(model, ids):
     return cross_entropy(model(ids[:, :-1]).flatten(0, 1), ids[:, 1:].flatten())
 
 
-def assert_same(sharded, whole):
+def assert_same(sharded, whole, atol=1e-7):
     assert list(sharded) == list(whole)
     for name, score in whole.items():
-        torch.testing.assert_close(sharded[name].full_tensor(), score, rtol=1e-5, atol=1e-7)
+        torch.testing.assert_close(sharded[name].full_tensor(), score, rtol=1e-5, atol=atol)
 
 
 def scores(rank, ranks):
@@ -340,6 +341,31 @@ def variants(rank, ranks):
     assert_same(score(double, [mine], fallback="loop").scores(), whole)
 
 
+def gap(rank, ranks):
+    """Uneven batches of both sets; weights, gradients and modes are put back."""
+    initial, plain, model = models(mesh_of(ranks))
+    ids, mine = samples(rank, ranks)
+
+    def both(ids):
+        pairs = (ids[:, :-1], ids[:, 1:])
+        return [pairs], [(pairs[0].roll(1, 1), pairs[1])]
+
+    def loss(logits, targets, **_):
+        return cross_entropy(logits.flatten(0, 1), targets.flatten())
+
+    expected = gap_shares(plain, initial, *both(ids), loss=loss)
+    loss_of(model, mine).backward()
+    grads = {name: p.grad.full_tensor() for name, p in model.named_parameters()}
+    model.middle.train()
+    assert_same(gap_shares(model, initial, *both(mine), loss=loss), expected, atol=1e-6)  # differences
+    assert model.training
+    for name, p in plain.named_parameters():
+        assert torch.equal(model.get_parameter(name).full_tensor(), p)
+        assert torch.equal(model.get_parameter(name).grad.full_tensor(), grads[name])
+    gradients = gap_gradients(model, *both(mine), loss=loss)
+    assert_same(gradients, gap_gradients(plain, *both(ids), loss=loss), atol=1e-6)
+
+
 def shard_wrapped(model, mesh):
     fully_shard(model.middle[0], mesh=mesh)
     return fully_shard(model, mesh=mesh)
@@ -392,6 +418,16 @@ def refusals(rank, ranks):
         parallelize_module(parallel, mesh, {"0": ColwiseParallel(), "1": RowwiseParallel()})
         with pytest.raises(UnsupportedLayer, match=r"'0.weight' has \(Shard\(dim=0\),\) on .*tensor parallelism"):
             cwfast.SaliencyScorer(parallel).__enter__()
+        whole = nn.Sequential(nn.Linear(6, 8), nn.Linear(8, 6))
+        whole.load_state_dict({name: p.full_tensor() for name, p in parallel.state_dict().items()})
+        batch = {}
+        for net in (whole, parallel):
+            scorer = cwfast.SaliencyScorer(net, granularity="batch")
+            with scorer:
+                net(x).square().sum().backward()
+                scorer.step()
+            batch[net] = scorer.scores()
+        assert_same(batch[parallel], batch[whole])
     else:
         parallelize_module(parallel, mesh["shard"], {"0": ColwiseParallel(), "1": RowwiseParallel()})
         fully_shard(parallel, mesh=mesh["copy"])

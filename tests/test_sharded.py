@@ -8,10 +8,12 @@ import torch
 @pytest.mark.parametrize(
     ("ranks", "works"),
     [
-        (2, ["scores", "selection", "files", "rewind", "freezing", "variants", "refusals", "ddp"]),
+        (2, ["scores", "selection", "files", "rewind", "freezing", "variants", "gap", "refusals", "ddp"]),
         (3, ["selection", "freezing", "variants"]),
-        pytest.param(3, ["scores", "files", "rewind", "refusals", "ddp"], marks=pytest.mark.slow),
-        pytest.param(4, ["scores", "selection", "files", "rewind", "freezing", "refusals"], marks=pytest.mark.slow),
+        pytest.param(3, ["scores", "files", "rewind", "gap", "refusals", "ddp"], marks=pytest.mark.slow),
+        pytest.param(
+            4, ["scores", "selection", "files", "rewind", "freezing", "gap", "refusals"], marks=pytest.mark.slow
+        ),
     ],
     ids=["2", "3", "3, the rest", "4: two copies of two shards"],
 )
