@@ -32,7 +32,8 @@ class ShardedMaskSet(MaskSet):
     def __init__(self, bits: Mapping[str, Bits], parts: Mapping[str, Part], *, zero_score_selected: int = 0) -> None:
         super().__init__(bits, {n: part.local for n, part in parts.items()}, zero_score_selected=zero_score_selected)
         self.parts = dict(parts)
-        group_of(self.parts)
+        if parts:
+            group_of(self.parts)
 
     @classmethod
     def of(cls, masks: MaskSet, model: nn.Module) -> "ShardedMaskSet":

@@ -40,6 +40,7 @@ from cwfast.layers.samples import Batch, Layout
 CRITERIA = {"taylor": 1, "taylor_delta": 1, "grad": 1, "fisher": 2}  # name -> power
 GRANULARITIES = ("sample", "batch")
 REDUCTIONS = ("sum", "mean", "token_mean")
+BUSY = "a parameter can be scored by one scorer at a time; {!r} already is by another"
 
 
 class SaliencyScorer:
@@ -57,6 +58,9 @@ class SaliencyScorer:
 
     No module is wrapped and no forward is replaced: for the duration of ``with``, the parameters' class intercepts the
     calls that take them. Memory: one score buffer per parameter, float32 (float64 for float64 parameters).
+
+    Of parameters that FSDP2 shards, each rank has the scores of its own rows, summed over the samples of all ranks;
+    beside them, in backward, the scores of one whole parameter at a time. All ranks must make the same calls.
 
     Args:
         model: its parameters that require a gradient are scored, by the names of ``named_parameters``.
@@ -144,7 +148,7 @@ class SaliencyScorer:
     def __enter__(self) -> "SaliencyScorer":
         busy = [name for name, parameter in self._parameters.items() if isinstance(parameter, Tracked)]
         if busy:
-            raise RuntimeError(f"a parameter can be scored by one scorer at a time; {busy[0]!r} already is by another")
+            raise RuntimeError(BUSY.format(busy[0]))
         stand_ins = None
         if self._sharded and self._granularity == "sample":
             reshard(self._model)
@@ -321,6 +325,8 @@ class SaliencyScorer:
 
     def _stands_for(self, name: str, whole: Tensor) -> None:
         """Track what FSDP2 puts in the place of a sharded parameter."""
+        if isinstance(whole, Tracked):
+            raise RuntimeError(BUSY.format(name))
         self._names[id(whole)] = name
         self._restore.append(lambda: self._names.pop(id(whole)))  # and so it stays alive, and its id its own
         self._shared[StorageWeakRef(whole.untyped_storage())] = name

@@ -3,6 +3,7 @@
 import copy
 import os
 import warnings
+import weakref
 from pathlib import Path
 
 import pytest
@@ -82,6 +83,22 @@ def assert_same(sharded, whole, atol=1e-7):
         torch.testing.assert_close(sharded[name].full_tensor(), score, rtol=1e-5, atol=atol)
 
 
+def one_at_a_time(scorer):
+    """From now on, two parameters' whole scores at once are an error; how many there have been is counted."""
+    made, make = [0, lambda: None], scorer._sums
+
+    def counted(name, device):
+        if device == "meta":
+            return make(name, device)
+        assert made[1]() is None
+        sums = make(name, device)
+        made[0], made[1] = made[0] + 1, weakref.ref(sums)
+        return sums
+
+    scorer._sums = counted
+    return made
+
+
 def scores(rank, ranks):
     mesh = mesh_of(ranks)
     ids, mine = samples(rank, ranks)
@@ -92,6 +109,7 @@ def scores(rank, ranks):
             options |= {"initial": initial} if criterion == "taylor_delta" else {}
             pairs = [(plain, ids), (model, mine)]
             scorers = [cwfast.SaliencyScorer(net, **options) for net, _ in pairs]
+            alive = one_at_a_time(scorers[1])
             optimizers = [torch.optim.SGD(net.parameters(), 0.1) for net, _ in pairs]
             for scorer, optimizer, (net, data) in zip(scorers, optimizers, pairs, strict=True):
                 with scorer:
@@ -104,6 +122,7 @@ def scores(rank, ranks):
                     optimizer.step()  # folds the factor
                     loss_of(net, data).backward()
             assert_same(scorers[1].scores(), scorers[0].scores())
+            assert alive[0] == 3 * len(list(plain.parameters()))
             assert scorers[1].samples == 3 * len(mine)
             norms = scorers[0].norms().reshape(3, 7)[:, EDGES[ranks][rank] : EDGES[ranks][rank + 1]]
             torch.testing.assert_close(scorers[1].norms(), norms.flatten(), rtol=1e-5, atol=1e-7)
@@ -283,13 +302,36 @@ def full(masks):
     return MaskSet.from_masks({name: torch.ones(part.shape, dtype=torch.bool) for name, part in masks.parts.items()})
 
 
-def score(model, batches, **options):
+def sum_of(model, ids):
+    return cross_entropy(model(ids[:, :-1]).flatten(0, 1), ids[:, 1:].flatten(), reduction="sum")
+
+
+def score(model, batches, loss=loss_of, **options):
     scorer = cwfast.SaliencyScorer(model, **options)
     with scorer:
         for ids in batches:
-            loss_of(model, ids).backward()
+            loss(model, ids).backward()
         scorer.step()
     return scorer
+
+
+def layers(rank, ranks):
+    """Attention, whose weights its own module never uses by themselves; convolutions, whose scores come by chunks."""
+    mesh = mesh_of(ranks)
+    torch.manual_seed(0)
+    attention = nn.TransformerEncoderLayer(8, 2, 12, dropout=0.0, batch_first=True)
+    images = nn.Sequential(nn.Conv2d(3, 7, 3), nn.GroupNorm(7, 7), nn.ReLU(), nn.Conv2d(7, 5, 3, groups=1))
+    begin, end = EDGES[ranks][rank], EDGES[ranks][rank + 1]
+    for plain, x in ((attention, torch.randn(7, 5, 8)), (images, torch.randn(7, 3, 8, 8))):
+        model = fully_shard(copy.deepcopy(plain), mesh=mesh)
+        found, expected = (
+            score(net, [batch], loss=lambda net, x: net(x).sin().flatten(1).sum(1).mean()).scores()
+            for net, batch in ((model, x[begin:end]), (plain, x))
+        )
+        assert_same(found, expected, atol=1e-6)
+        empty = score(plain, [x[:0]], reduction="sum", loss=lambda net, x: net(x).sum())
+        assert empty.samples == 0
+        assert not any(s.any() for s in empty.scores().values())
 
 
 def variants(rank, ranks):
@@ -333,6 +375,16 @@ def variants(rank, ranks):
     for name, rough in score(low, [mine]).scores().items():
         assert rough.dtype == torch.float32
         torch.testing.assert_close(rough.full_tensor(), expected[name], rtol=0.3, atol=0.05 * expected[name].max())
+
+    exact = copy.deepcopy(plain).double()
+    found, whole = (score(net, [x]).scores() for net, x in ((shard(copy.deepcopy(exact), mesh), mine), (exact, ids)))
+    for name in whole:
+        torch.testing.assert_close(found[name].full_tensor(), whole[name], rtol=1e-11, atol=1e-14)
+
+    some = ids[:0] if rank == 0 else ids[rank : rank + 2]  # the first rank has no sample
+    others = torch.cat([ids[r : r + 2] for r in range(1, ranks)])
+    found = score(shard(copy.deepcopy(plain), mesh), [some], reduction="sum", loss=sum_of).scores()
+    assert_same(found, score(copy.deepcopy(plain), [others], reduction="sum", loss=sum_of).scores(), atol=1e-6)
 
     looped = copy.deepcopy(plain)
     looped.middle[0] = Odd(7, 7, 6)
@@ -413,6 +465,9 @@ def refusals(rank, ranks):
         pytest.raises(UnsupportedLayer, match="in the forward pass of a module that"),
     ):
         module.encode(x).mean(0).sum().backward()
+    already = pytest.raises(RuntimeError, match="one scorer at a time; 'weight' already is by another")
+    with cwfast.SaliencyScorer(moved), cwfast.SaliencyScorer(moved), already:
+        moved(x)
     parallel = nn.Sequential(nn.Linear(6, 8), nn.Linear(8, 6))
     if ranks < 4:
         parallelize_module(parallel, mesh, {"0": ColwiseParallel(), "1": RowwiseParallel()})

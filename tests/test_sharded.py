@@ -8,9 +8,9 @@ import torch
 @pytest.mark.parametrize(
     ("ranks", "works"),
     [
-        (2, ["scores", "selection", "files", "rewind", "freezing", "variants", "gap", "refusals", "ddp"]),
+        (2, ["scores", "selection", "files", "rewind", "freezing", "variants", "layers", "gap", "refusals", "ddp"]),
         (3, ["selection", "freezing", "variants"]),
-        pytest.param(3, ["scores", "files", "rewind", "gap", "refusals", "ddp"], marks=pytest.mark.slow),
+        pytest.param(3, ["scores", "files", "rewind", "layers", "gap", "refusals", "ddp"], marks=pytest.mark.slow),
         pytest.param(
             4, ["scores", "selection", "files", "rewind", "freezing", "gap", "refusals"], marks=pytest.mark.slow
         ),
