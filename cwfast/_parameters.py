@@ -7,6 +7,7 @@ from typing import TypeAlias
 import torch
 from torch import Tensor, nn
 
+from cwfast._shards import is_sharded, local, local_like, part_of
 from cwfast.checkpoint import Checkpoint
 
 Initial: TypeAlias = nn.Module | Mapping[str, Tensor] | str | os.PathLike[str]
@@ -23,7 +24,8 @@ def initial_values(initial: Initial, expected: Mapping[str, Tensor], what: str =
     Args:
         initial: a module of the same architecture, a mapping (a ``state_dict``), or a safetensors file or folder, of
             which the expected tensors are read.
-        expected: what must be there, with these shapes.
+        expected: what must be there, with these shapes. Of a DTensor (FSDP2), this rank's part of the initial tensor is
+            returned, and of a file nothing else is read.
         what: the argument's name, for messages.
 
     Raises:
@@ -37,13 +39,21 @@ def initial_values(initial: Initial, expected: Mapping[str, Tensor], what: str =
     elif isinstance(initial, str | os.PathLike):
         checkpoint = Checkpoint(initial)
         check_shapes({name: checkpoint.entry(name).shape for name in expected if name in checkpoint}, expected, what)
-        found = {name: checkpoint.tensor(name) for name in expected}
+        return {name: _read(checkpoint, name, tensor) for name, tensor in expected.items()}
     else:
         raise TypeError(
             f"{what} must be a module, a mapping, or a safetensors file or folder; got {type(initial).__name__}"
         )
     check_shapes({name: tuple(found[name].shape) for name in expected if name in found}, expected, what)
-    return {name: found[name].detach() for name in expected}
+    return {name: local_like(found[name], tensor, f"{what}[{name!r}]") for name, tensor in expected.items()}
+
+
+def _read(checkpoint: Checkpoint, name: str, expected: Tensor) -> Tensor:
+    if not is_sharded(expected):
+        return checkpoint.tensor(name)
+    part = part_of(expected, repr(name))
+    pieces = [*checkpoint.pieces(name, max(part.end - part.begin, 1), begin=part.begin, end=part.end)]
+    return pieces[0].view(part.local) if pieces else torch.empty(part.local, dtype=checkpoint.entry(name).dtype)
 
 
 def check_shapes(found: Mapping[str, tuple[int, ...]], expected: Mapping[str, Tensor], what: str = "initial") -> None:
@@ -73,7 +83,7 @@ def check_apart(initial: Initial, parameters: Mapping[str, Tensor]) -> None:
     if isinstance(initial, Mapping):
         for name, parameter in parameters.items():
             value = initial.get(name)
-            if value is not None and value.numel() and value.data_ptr() == parameter.data_ptr():
+            if value is not None and local(value).numel() and local(value).data_ptr() == local(parameter).data_ptr():
                 raise ValueError(
                     f"initial must be a copy made before training (copy.deepcopy(model)); "
                     f"initial[{name!r}] is the model's own memory"

@@ -10,7 +10,9 @@ import torch
 from torch import Tensor
 
 from cwfast import _streaming, ops
+from cwfast._ranks import total
 from cwfast._scopes import Scope, groups_of
+from cwfast._shards import Part, is_sharded, local, part_of
 from cwfast.checkpoint import Checkpoint
 from cwfast.checkpoint.identity import base_of_scores
 from cwfast.masks import MaskSet
@@ -35,6 +37,7 @@ def select(
     Args:
         scores: ``{name: scores}``, as ``SaliencyScorer.scores`` gives them; at least 0. Or a safetensors file or folder
             of them, on the CPU: it is read in pieces, so that it may be larger than memory, and gives the same masks.
+            Or DTensors, sharded by rows (FSDP2): all ranks must call this, with the same arguments.
         rate: share of the N weights that ``exclude`` leaves, 0 to 1; exact (0.3 of 10 is 3). Or
         k: how many.
         scope: "global": the largest of all. "layer": the rate in each parameter. ``{pattern: rate}``: each parameter
@@ -44,10 +47,12 @@ def select(
         backend: see ``cwfast.ops.select_topk``.
 
     Returns:
-        A MaskSet over all parameters of ``scores``. Its ``zero_score_selected`` counts selected weights whose score is
+        A MaskSet over all parameters of ``scores``; of DTensors this rank's part of it, a
+        ``cwfast.distributed.ShardedMaskSet``. Its ``zero_score_selected`` counts selected weights whose score is
         exactly 0, which say nothing; above 1% of the selection there is a warning that names the largest useful rate.
 
     Raises:
+        TypeError: some scores are DTensors and some plain tensors.
         ValueError: rate and k do not fit scope or each other, a pattern of scope matches nothing, or scores are NaN or
             negative.
     """
@@ -55,6 +60,7 @@ def select(
         raise TypeError(f"scores must be {{name: tensor}} or a safetensors file or folder; got {type(scores).__name__}")
     source = scores if isinstance(scores, Mapping) else Checkpoint(scores)
     shapes = {n: tuple(s.shape) for n, s in source.items()} if isinstance(source, Mapping) else source.shapes
+    parts = _parts(scores) if isinstance(scores, Mapping) else {}
     groups = groups_of({name: math.prod(shape) for name, shape in shapes.items()}, rate, k, scope, exclude)
     picks: dict[str, Bits] = {}
     zeros, poorest = 0, (math.inf, "", 0)  # share of positive scores, where, how many
@@ -69,13 +75,21 @@ def select(
     for name, shape in shapes.items():
         if name not in picks:  # excluded, or no pattern matches
             device = scores[name].device if isinstance(scores, Mapping) else "cpu"
-            picks[name] = torch.zeros(packed_bytes(math.prod(shape)), dtype=torch.uint8, device=device)
-    base = None if isinstance(scores, Mapping) else base_of_scores(scores)
-    masks = MaskSet({name: picks[name] for name in shapes}, shapes, zero_score_selected=zeros, base=base)
-    if zeros > 0.01 * masks.total:
+            numel = math.prod(parts[name].local if parts else shape)
+            picks[name] = torch.zeros(packed_bytes(numel), dtype=torch.uint8, device=device)
+    picks = {name: picks[name] for name in shapes}
+    if parts:
+        from cwfast._sharded_masks import ShardedMaskSet
+
+        masks: MaskSet = ShardedMaskSet(picks, parts, zero_score_selected=zeros)
+    else:
+        base = None if isinstance(scores, Mapping) else base_of_scores(scores)
+        masks = MaskSet(picks, shapes, zero_score_selected=zeros, base=base)
+    selected = sum(count for _, count in groups)
+    if zeros > 0.01 * selected:
         share, where, useful = poorest
         warnings.warn(
-            f"{zeros} of {masks.total} selected weights have score 0, which ranks nothing; the largest useful "
+            f"{zeros} of {selected} selected weights have score 0, which ranks nothing; the largest useful "
             f"rate{where} is {share:.6f} ({useful} weights have a positive score)",
             stacklevel=2,
         )
@@ -87,10 +101,23 @@ def _select_group(
 ) -> tuple[Sequence[Bits], float]:
     if isinstance(scores, Checkpoint):
         return _streaming.select_topk(scores, names, k, nan, backend)
+    sharded = any(is_sharded(scores[name]) for name in names)
+    if sharded and backend != "auto":
+        raise ValueError(f"backend must be 'auto' for scores that are spread over ranks; got {backend!r}")
     try:
-        selection = ops.select_topk([scores[name] for name in names], k, nan=nan, backend=backend)
+        if sharded:
+            from cwfast import distributed  # seconds of imports, for those who have made them already
+
+            parts = [part_of(scores[name]) for name in names]
+            flat = [local(scores[name]) for name in names]
+            shards = [distributed.Shard(x, i, part.begin) for i, (x, part) in enumerate(zip(flat, parts, strict=True))]
+            selection = distributed.select_topk(shards, k, nan=nan, group=parts[0].group)
+        else:
+            selection = ops.select_topk([scores[name] for name in names], k, nan=nan, backend=backend)
     except (TypeError, ValueError) as error:  # the ops know places, not names
-        message = re.sub(r"scores\[(\d+)\]", lambda place: f"scores[{names[int(place[1])]!r}]", str(error))
+        message = re.sub(
+            r"(?:scores\[|of tensor )(\d+)\]?", lambda place: f"scores[{names[int(place[1])]!r}]", str(error)
+        )
         raise type(error)(message) from None
     return selection.bits, selection.threshold
 
@@ -98,4 +125,21 @@ def _select_group(
 def _positive(scores: Mapping[str, Tensor] | Checkpoint, names: list[str]) -> int:
     if isinstance(scores, Checkpoint):
         return _streaming.positive(scores, names)
-    return sum(int((scores[name] > 0).sum()) for name in names)
+    found = sum(int((local(scores[name]) > 0).sum()) for name in names)
+    return total(found, part_of(scores[names[0]]).group) if is_sharded(scores[names[0]]) else found
+
+
+def _parts(scores: Mapping[str, Tensor]) -> dict[str, Part]:
+    """Where this rank's rows of DTensors lie; empty for plain tensors."""
+    plain = [name for name, score in scores.items() if not is_sharded(score)]
+    if len(plain) == len(scores):
+        return {}
+    if plain:
+        raise TypeError(
+            f"scores must be DTensors all, or none; {plain[0]!r} is a plain tensor (of this rank's samples)"
+        )
+    parts = {name: part_of(score, f"scores[{name!r}]") for name, score in scores.items()}
+    from cwfast._sharded_masks import group_of
+
+    group_of(parts)
+    return parts

@@ -145,19 +145,26 @@ def positive(scores: Checkpoint, names: Sequence[str]) -> int:
     return sum(int((piece > 0).sum()) for name in names for piece in scores.pieces(name))
 
 
-def gather(source: Checkpoint, picks: Mapping[str, Bits], names: Mapping[str, str]) -> list[Tensor]:
+def gather(
+    source: Checkpoint,
+    picks: Mapping[str, Bits],
+    names: Mapping[str, str],
+    ranges: Mapping[str, tuple[int, int]] | None = None,
+) -> list[Tensor]:
     """The selected entries of tensors on disk, in their dtype on the CPU: everything is read once.
 
     Args:
         source: the file or folder.
         picks: of each tensor, on the CPU; one compact 1-D tensor comes back for each.
         names: what each is called in ``source``.
+        ranges: of tensors whose picks count from ``begin`` to ``end`` of the flat tensor; only that is read.
     """
     found = []
     for name, bits in picks.items():
         parts = [torch.empty(0, dtype=source.entry(names[name]).dtype)]
         if _picks.count(bits):
-            for begin, piece in _numbered(source.pieces(names[name])):
+            first, last = (ranges or {}).get(name, (0, None))
+            for begin, piece in _numbered(source.pieces(names[name], begin=first, end=last)):
                 parts += ops.gather([piece], [_picks.part(bits, begin, begin + len(piece))])
         found.append(torch.cat(parts))
     return found

@@ -119,11 +119,11 @@ def sum_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
-def buffer(parameter: nn.Parameter) -> Tensor:
+def buffer(parameter: Tensor) -> Tensor:
     return torch.zeros(parameter.shape, dtype=sum_dtype(parameter.dtype), device=parameter.device)
 
 
-def swap_class(parameter: nn.Parameter, tracked: type) -> Callable[[], object]:
+def swap_class(parameter: Tensor, tracked: type) -> Callable[[], object]:
     original = type(parameter)
     parameter.__class__ = tracked
 

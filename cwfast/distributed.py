@@ -2,16 +2,17 @@
 
 import functools
 import itertools
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.distributed.tensor import DTensor, Replicate
-from torch.distributed.tensor import Shard as ShardOf
+from torch.distributed.tensor import DTensor
 
-from cwfast import _checks, _picks, _radix
+from cwfast import _checks, _picks, _radix, _shards
+from cwfast._ranks import device_of, gather_rows
+from cwfast._sharded_masks import ShardedMaskSet
 from cwfast.checkpoint.reader import PIECE
 from cwfast.ops._lm_token_parts import Parts, finish, merge
 from cwfast.ops._lm_token_tiles import parts_of, target_logits
@@ -34,6 +35,9 @@ class Shard(NamedTuple):
     offset: int = 0
 
 
+__all__ = ["Shard", "ShardedMaskSet", "lm_token_stats", "select_topk", "shard_of", "sum_scores"]
+
+
 def shard_of(value: DTensor, tensor: int) -> Shard:
     """This rank's part of a DTensor sharded along its first dimension, as FSDP2 shards parameters.
 
@@ -45,17 +49,7 @@ def shard_of(value: DTensor, tensor: int) -> Shard:
     """
     if not isinstance(value, DTensor):
         raise TypeError(f"value must be a DTensor; got {type(value).__name__}")
-    sharded = [i for i, placement in enumerate(value.placements) if not isinstance(placement, Replicate)]
-    by_rows = all(type(p) is ShardOf and p.dim == 0 for p in value.placements if not isinstance(p, Replicate))
-    if not by_rows or len(sharded) > 1:
-        raise ValueError(f"value must be sharded along dimension 0 of one mesh dimension; got {value.placements}")
-    offset = 0
-    if sharded:
-        ranks = value.device_mesh.size(sharded[0])
-        rows = -(-value.shape[0] // ranks)  # torch.chunk's size; the last ranks may have fewer rows, or none
-        first = min(value.device_mesh.get_local_rank(sharded[0]) * rows, value.shape[0])
-        offset = first * (value.numel() // value.shape[0] if value.shape[0] else 0)
-    return Shard(value.to_local(), tensor, offset)
+    return Shard(_shards.local(value), tensor, _shards.part_of(value).begin)
 
 
 def select_topk(
@@ -89,7 +83,7 @@ def select_topk(
     skip, absolute = nan == "skip", transform == "abs"
     header = [refusal is not None, -1 if dtype is None else _checks.FLOATS.index(dtype)]
     header += [0, 0, 0] if refusal else [k, skip, absolute]
-    headers = _gather_rows([header], group)
+    headers = gather_rows([header], group)
     if refusal is not None:
         raise refusal
     if any(row[0] for row in headers):
@@ -110,7 +104,7 @@ def select_topk(
 
     def histogram(*bins: int) -> Tensor:
         keys = (_radix.keys(piece).cpu() for flat in flats for piece in flat.split(PIECE))
-        counts = _radix.histogram(keys, *bins).to(_device(group))
+        counts = _radix.histogram(keys, *bins).to(device_of(group))
         dist.all_reduce(counts, group=group)
         return counts.cpu()
 
@@ -123,6 +117,29 @@ def select_topk(
             parts.append(part)
         bits.append(torch.cat(parts))
     return Selection(bits, [_picks.count(b) for b in bits], _radix.score_of(key, dtype), k)
+
+
+def sum_scores(scores: Mapping[str, Tensor], *, group: dist.ProcessGroup | None = None) -> dict[str, Tensor]:
+    """The sums of all ranks' scores, where each rank has scored whole parameters by its own samples: under DDP.
+
+    New tensors: a scorer's own go on being this rank's. All ranks of the group must call this, with the same names.
+    Under FSDP2 a scorer has done it, and shards the sums.
+
+    Args:
+        scores: ``{name: scores}``, as ``SaliencyScorer.scores`` gives them.
+        group: of ``torch.distributed``; None: all ranks.
+
+    Raises:
+        TypeError: scores are DTensors.
+    """
+    found = {}
+    for name, score in scores.items():
+        if _shards.is_sharded(score):
+            raise TypeError(f"scores must be plain tensors; {name!r} is a DTensor, which holds the sums already")
+        found[name] = score.to(device_of(group), copy=True)
+        dist.all_reduce(found[name], group=group)
+        found[name] = found[name].to(score.device)
+    return found
 
 
 def lm_token_stats(
@@ -166,7 +183,7 @@ def lm_token_stats(
     except (TypeError, ValueError) as error:
         refusal = error
     row = [1, 0, 0, 0, 0] if refusal else [0, first, len(weight), len(hidden), topk]
-    rows = _gather_rows([row], group)
+    rows = gather_rows([row], group)
     if refusal is not None:
         raise refusal
     if any(other[0] for other in rows):
@@ -234,7 +251,7 @@ def _check_shards(
         for piece in flat.split(PIECE):
             bad += _radix.check(piece, absolute)
         rows.append([shard.tensor, shard.offset, len(flat), *bad.tolist()])
-    everyone = sorted(row for row in _gather_rows(rows, group, columns=5) if row[2])
+    everyone = sorted(row for row in gather_rows(rows, group, columns=5) if row[2])
     for (tensor, offset, numel, *_), after in itertools.pairwise(everyone):
         if tensor == after[0] and offset + numel > after[1]:
             raise ValueError(
@@ -265,29 +282,10 @@ def _quotas(
         equal = sum(int((_radix.keys(piece) == key).sum()) for piece in flat.split(PIECE))
         rows.append([shard.tensor, shard.offset, equal])
     quota: dict[tuple[int, int], int] = {}
-    for tensor, offset, equal in sorted(row for row in _gather_rows(rows, group, columns=3) if row[2]):
+    for tensor, offset, equal in sorted(row for row in gather_rows(rows, group, columns=3) if row[2]):
         quota[tensor, offset] = min(equal, ties)
         ties -= quota[tensor, offset]
     return [
         quota.get((shard.tensor, shard.offset), 0) if len(flat) else 0
         for shard, flat in zip(shards, flats, strict=True)
     ]
-
-
-def _gather_rows(rows: Sequence[Sequence[int]], group: dist.ProcessGroup | None, columns: int = 5) -> list[list[int]]:
-    """The rows of int64 of all ranks, by rank."""
-    device, ranks = _device(group), dist.get_world_size(group)
-    sizes = [torch.zeros(1, dtype=torch.int64, device=device) for _ in range(ranks)]
-    dist.all_gather(sizes, torch.tensor([len(rows)], device=device), group=group)
-    longest = max(int(size) for size in sizes)
-    mine = torch.zeros(longest, columns, dtype=torch.int64, device=device)
-    if rows:
-        mine[: len(rows)] = torch.tensor(rows, dtype=torch.int64)
-    tables = [torch.empty_like(mine) for _ in range(ranks)]
-    dist.all_gather(tables, mine, group=group)
-    return [row for table, size in zip(tables, sizes, strict=True) for row in table[: int(size)].tolist()]
-
-
-def _device(group: dist.ProcessGroup | None) -> torch.device:
-    """Where this group's messages lie."""
-    return torch.device("cuda" if dist.get_backend(group) == "nccl" else "cpu")

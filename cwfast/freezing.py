@@ -12,8 +12,9 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from cwfast import _picks, ops
 from cwfast._parameters import Initial, initial_values
+from cwfast._shards import is_sharded, local
 from cwfast.checkpoint import Checkpoint
-from cwfast.masks import MaskSet, matching, streamed
+from cwfast.masks import MaskSet, matching, placed, streamed
 from cwfast.ops._entries import Entries, write, write_one
 
 
@@ -32,6 +33,8 @@ def freeze(
     Masking the gradient alone is not enough: momentum and weight decay still move such entries. So their gradients are
     zeroed as they arrive (before any clipping, so that they do not count in its norm), and their values are restored
     after each step. A step that calls a closure several times (LBFGS) may move them in between.
+
+    Of a model that FSDP2 shards, each rank holds its own rows, of sharded gradients as of sharded weights.
 
     Memory, for the model and again for each member of ``also``: values and positions of the selected entries; in
     float32 6 bytes each where they are below 1/16 of a parameter, else 4 bytes each and 1/8 byte a weight. Besides,
@@ -53,19 +56,20 @@ def freeze(
             their tensors; nothing has been changed. From a step: a parameter has been replaced in ``model``, or got
             another shape, dtype or device. From ``backward``: a gradient is sparse (TypeError).
     """
-    parameters = {name: p for name, p in matching(model, masks).items() if masks.counts[name]}
+    masks = placed(model, masks)
+    parameters = {name: p for name, p in matching(model, masks, sharded=True).items() if masks.counts[name]}
     inner = _inner(optimizer)
     values = _values(model, masks, parameters, initial)
     targets: list[Mapping[str, Tensor]] = [parameters, *_copies(also, parameters)]
     held = [_Held(target, values, masks, backend) for target in targets]
     del values  # where they are of another dtype or device, held has copies
     stepped = {
-        p.untyped_storage().data_ptr()
+        local(p).untyped_storage().data_ptr()
         for group in inner.param_groups
         for p in group["params"]
-        if not is_traceable_wrapper_subclass(p)  # which have no memory of their own, and are none of held's
+        if is_sharded(p) or not is_traceable_wrapper_subclass(p)  # others have no memory of their own
     }
-    if parameters and not any(w.untyped_storage().data_ptr() in stepped for target in held for w in target.weights):
+    if parameters and not any(w.untyped_storage().data_ptr() in stepped for target in held for w in target.memory()):
         raise ValueError("optimizer must hold parameters of model or tensors of also; it holds others only")
     places = [(*_place(model, name), parameter) for name, parameter in parameters.items()]
 
@@ -74,7 +78,8 @@ def freeze(
         for target in held:
             target.restore()
         for owner, name, parameter in places:
-            if owner.get(name) is not parameter:
+            now = owner.get(name)
+            if now is not parameter and not (is_sharded(parameter) and now is not None and not is_sharded(now)):
                 raise ValueError(
                     f"a parameter must not be replaced while it is frozen; another {name!r} is in its place"
                 )
@@ -103,14 +108,18 @@ class _Held:
     ) -> None:
         self.weights = list(targets.values())
         self.entries = [
-            Entries(name, weight.detach(), _picks.to_device(masks.picks(name), weight.device), backend=backend)
-            for name, weight in targets.items()
+            Entries(name, weight, _picks.to_device(masks.picks(name), weight.device), backend=backend)
+            for name, weight in zip(targets, self.memory(), strict=True)
         ]
-        self._values = [values[name].to(weight).contiguous() for name, weight in targets.items()]
+        self._values = [values[n].to(weight).contiguous() for n, weight in zip(targets, self.memory(), strict=True)]
+
+    def memory(self) -> list[Tensor]:
+        """What is written: of a DTensor, the part on this rank, which FSDP2 may have moved."""
+        return [local(weight) for weight in self.weights]
 
     def restore(self) -> None:
         """As the tensors lie now: their memory may have been exchanged through ``.data``."""
-        write(self.entries, self.weights, self._values)
+        write(self.entries, self.memory(), self._values)
 
 
 class _Zeros:
@@ -136,6 +145,7 @@ def _zeroing(entries: Entries, zeros: _Zeros) -> Callable[[Tensor], None]:
         gradient = parameter.grad
         if gradient is None:
             return
+        gradient = local(gradient)
         if gradient.layout is not torch.strided:
             raise TypeError(
                 f"gradients must be dense to be frozen in part; that of {entries.name!r} is {gradient.layout}"
@@ -157,7 +167,7 @@ def _values(
     found = {}
     for name, tensor in source.items():
         picks = _picks.to_device(masks.picks(name), tensor.device)
-        found[name] = ops.gather([tensor.detach()], [picks])[0]
+        found[name] = ops.gather([local(tensor)], [picks])[0]
     return found
 
 
@@ -167,6 +177,11 @@ def _copies(
     if isinstance(also, nn.Module | Mapping) or not all(isinstance(copy, nn.Module | Mapping) for copy in also):
         kinds = type(also).__name__ if isinstance(also, nn.Module | Mapping) else [type(copy).__name__ for copy in also]
         raise TypeError(f"also must be a sequence of modules and {{name: tensor}} mappings; got {kinds}")
+    for i, copy in enumerate(also):
+        have = dict(copy.named_parameters(remove_duplicate=False)) if isinstance(copy, nn.Module) else copy
+        for name in expected:  # of whole copies, nobody would hold the other ranks' rows
+            if is_sharded(expected[name]) and name in have and not is_sharded(have[name]):
+                raise ValueError(f"also[{i}][{name!r}] must be a DTensor, as the parameter is; got a plain tensor")
     return [initial_values(copy, expected, what=f"also[{i}]") for i, copy in enumerate(also)]
 
 

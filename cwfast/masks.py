@@ -12,6 +12,7 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from cwfast import _checks, _mask_files, _mask_view, _picks, _streaming, ops, reference
 from cwfast._parameters import Initial, check_apart, check_shapes, initial_values
+from cwfast._shards import is_sharded, local, part_of, reshard
 from cwfast.checkpoint import Checkpoint
 from cwfast.errors import CheckpointError
 from cwfast.ops.rewind import Bits
@@ -69,7 +70,8 @@ class MaskSet:
         for name, mask in masks.items():
             if mask.dtype != torch.bool:
                 raise TypeError(f"masks[{name!r}] must be bool; got {mask.dtype}")
-        return cls({n: reference.pack(mask) for n, mask in masks.items()}, {n: mask.shape for n, mask in masks.items()})
+        bits = {name: reference.pack(mask) for name, mask in masks.items()}
+        return MaskSet(bits, {name: mask.shape for name, mask in masks.items()})
 
     @property
     def names(self) -> list[str]:
@@ -171,7 +173,13 @@ class MaskSet:
             )
         names = list(self.shapes)
         bits = {n: operation(a, b) for n, (a, b) in zip(names, self._pairs(other), strict=True)}
-        return MaskSet(bits, self.shapes, base=self.base if self.base == other.base else None)
+        return self._with(bits, base=self.base if self.base == other.base else None)
+
+    def _with(
+        self, bits: Mapping[str, Bits], zero_score_selected: int = 0, base: Mapping[str, str] | None = None
+    ) -> "MaskSet":
+        """Another set of the same parameters."""
+        return MaskSet(bits, self.shapes, zero_score_selected=zero_score_selected, base=base)
 
     def _pairs(self, other: "MaskSet") -> Iterator[tuple[Tensor, Tensor]]:
         """Packed bits of both, made one parameter at a time."""
@@ -207,12 +215,8 @@ class MaskSet:
 
     def to(self, device: torch.device | str) -> "MaskSet":
         """The same set on another device."""
-        return MaskSet(
-            {name: _picks.to_device(self._given(name), device) for name in self.shapes},
-            self.shapes,
-            zero_score_selected=self.zero_score_selected,
-            base=self.base,
-        )
+        picks = {name: _picks.to_device(self._given(name), device) for name in self.shapes}
+        return self._with(picks, self.zero_score_selected, self.base)
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write a safetensors file, whole or not at all: per parameter ``<name>/low`` uint16, the positions inside
@@ -235,7 +239,7 @@ class MaskSet:
         """
         picks, shapes, zeros, base = _mask_files.load(path)
         try:
-            return cls(picks, shapes, zero_score_selected=zeros, base=base)
+            return MaskSet(picks, shapes, zero_score_selected=zeros, base=base)
         except ValueError as error:
             raise CheckpointError(f"{path} must hold the masks that its shapes promise; {error}") from error
 
@@ -262,6 +266,8 @@ class _PackedBits(Mapping[str, Tensor]):
 def rewind_(model: nn.Module, masks: MaskSet, initial: Initial, *, backend: str = "auto") -> nn.Module:
     """Put the selected weights back to their initial values, in place; the others are not touched.
 
+    Of a model that FSDP2 shards, each rank writes its own rows, and reads nothing else of ``initial``.
+
     Args:
         model: the trained model.
         masks: of this model.
@@ -276,9 +282,11 @@ def rewind_(model: nn.Module, masks: MaskSet, initial: Initial, *, backend: str 
         ValueError: ``masks`` or ``initial`` is not of this model, or ``initial`` is the model's own memory; nothing has
             been changed.
     """
-    parameters = matching(model, masks)
-    for name, parameter in parameters.items():  # all, before any is written
-        _checks.written(name, parameter)
+    masks = placed(model, masks)
+    parameters = matching(model, masks, sharded=True)
+    weights_of = {name: local(parameter) for name, parameter in parameters.items()}
+    for name, weight in weights_of.items():  # all, before any is written
+        _checks.written(name, weight)
     if isinstance(initial, str | os.PathLike):
         compact = True
         values = dict(zip(parameters, streamed(model, masks, parameters, Checkpoint(initial)), strict=True))
@@ -286,8 +294,8 @@ def rewind_(model: nn.Module, masks: MaskSet, initial: Initial, *, backend: str 
         compact = False
         check_apart(initial, parameters)
         values = initial_values(initial, parameters)
-    for device in dict.fromkeys(parameter.device for parameter in parameters.values()):
-        here = {name: p.detach() for name, p in parameters.items() if p.device == device}
+    for device in dict.fromkeys(weight.device for weight in weights_of.values()):
+        here = {name: weight for name, weight in weights_of.items() if weight.device == device}
         picks = [_picks.to_device(masks.picks(name), device) for name in here]
         weights, before = list(here.values()), [values[name].to(weight) for name, weight in here.items()]
         if compact:
@@ -314,11 +322,27 @@ def streamed(
     shapes = {name: source.entry(stored).shape for name, stored in names.items() if stored in source}
     check_shapes(shapes, parameters)
     picks = {name: _picks.to_device(masks.picks(name), "cpu") for name in parameters}
-    return _streaming.gather(source, picks, names)
+    ranges = {name: part_of(p, repr(name)) for name, p in parameters.items() if is_sharded(p)}
+    return _streaming.gather(source, picks, names, {name: (part.begin, part.end) for name, part in ranges.items()})
 
 
-def matching(model: nn.Module, masks: MaskSet) -> dict[str, nn.Parameter]:
+def placed(model: nn.Module, masks: MaskSet) -> MaskSet:
+    """The set whose entries are of the memory that this rank has: of a sharded model, this rank's part of the set."""
+    reshard(model)
+    if not isinstance(masks, MaskSet) or not any(map(is_sharded, model.parameters())):
+        return masks
+    from cwfast._sharded_masks import ShardedMaskSet  # built on this module; for those who shard
+
+    return masks if isinstance(masks, ShardedMaskSet) else ShardedMaskSet.of(masks, model)
+
+
+def matching(model: nn.Module, masks: MaskSet, *, sharded: bool = False) -> dict[str, nn.Parameter]:
     """The parameters that ``masks`` names, in its order.
+
+    Args:
+        model: the model.
+        masks: as ``placed`` gives them, if ``sharded``.
+        sharded: whether DTensors are among what the caller can take.
 
     Raises:
         TypeError: ``masks`` is no MaskSet, or a parameter is a wrapper of other tensors (DTensor, quantized).
@@ -332,15 +356,12 @@ def matching(model: nn.Module, masks: MaskSet) -> dict[str, nn.Parameter]:
     for name, shape in masks.shapes.items():
         if name not in have:
             raise ValueError(f"masks must be of this model, which has no parameter {name!r}")
-        if is_traceable_wrapper_subclass(have[name]):  # it has no memory of its own to write into
-            raise TypeError(
-                f"parameters must be plain tensors; {name!r} is a {type(have[name].data).__name__} (of a sharded one, "
-                "rewind the local part)"
+        if is_traceable_wrapper_subclass(have[name]) and not (sharded and is_sharded(have[name])):
+            raise TypeError(  # it has no memory of its own to write into
+                f"parameters must be plain tensors; {name!r} is a {type(have[name].data).__name__}"
             )
-        if tuple(have[name].shape) != shape:
-            raise ValueError(
-                f"masks must be of this model: {name!r} has shape {tuple(have[name].shape)} there, {shape} here"
-            )
+        if (found := tuple(local(have[name]).shape)) != shape:
+            raise ValueError(f"masks must be of this model: {name!r} has shape {found} there, {shape} here")
     return {name: have[name] for name in masks.shapes}
 
 

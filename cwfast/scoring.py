@@ -13,6 +13,8 @@ from torch.optim.optimizer import register_optimizer_step_pre_hook
 from torch.utils._pytree import tree_leaves
 
 from cwfast._parameters import Initial, initial_values, trainable
+from cwfast._shards import is_sharded, local, reshard, summed, versions, whole_like
+from cwfast._stand_ins import StandIns
 from cwfast._tracking import (
     NESTED,
     Pass,
@@ -28,8 +30,9 @@ from cwfast._tracking import (
     swap_class,
     unsupported,
 )
+from cwfast.errors import UnsupportedLayer
 from cwfast.layers import rule_for
-from cwfast.layers.loop import Looped
+from cwfast.layers.loop import Looped, LoopedPiece
 from cwfast.layers.pieces import Piece
 from cwfast.layers.places import Place, merged
 from cwfast.layers.samples import Batch, Layout
@@ -37,6 +40,7 @@ from cwfast.layers.samples import Batch, Layout
 CRITERIA = {"taylor": 1, "taylor_delta": 1, "grad": 1, "fisher": 2}  # name -> power
 GRANULARITIES = ("sample", "batch")
 REDUCTIONS = ("sum", "mean", "token_mean")
+BUSY = "a parameter can be scored by one scorer at a time; {!r} already is by another"
 
 
 class SaliencyScorer:
@@ -54,6 +58,9 @@ class SaliencyScorer:
 
     No module is wrapped and no forward is replaced: for the duration of ``with``, the parameters' class intercepts the
     calls that take them. Memory: one score buffer per parameter, float32 (float64 for float64 parameters).
+
+    Of parameters that FSDP2 shards, each rank has the scores of its own rows, summed over the samples of all ranks;
+    beside them, in backward, the scores of one whole parameter at a time. All ranks must make the same calls.
 
     Args:
         model: its parameters that require a gradient are scored, by the names of ``named_parameters``.
@@ -110,6 +117,7 @@ class SaliencyScorer:
             raise ValueError(f"fallback must be None or 'loop'; got {fallback!r}")
         if granularity == "batch" and not grads:
             raise ValueError("granularity 'batch' reads .grad and needs grads=True; got grads=False")
+        reshard(model)
         self._parameters = chosen(trainable(model), include, exclude)
         if (criterion == "taylor_delta") != (initial is not None):
             raise ValueError(f"initial must be given for criterion 'taylor_delta' and only there; got {criterion!r}")
@@ -119,7 +127,7 @@ class SaliencyScorer:
         self._grad_scaler, self._backend, self._want_norms = grad_scaler, backend, norms
         self._fallback = fallback
         self._names = {id(parameter): name for name, parameter in self._parameters.items()}
-        self._scores = {name: buffer(parameter) for name, parameter in self._parameters.items()}
+        self._scores = {name: buffer(local(parameter)) for name, parameter in self._parameters.items()}
         self.batch_now = Batch(None, None, None)  # of the current forward pass
         self.wants_gradients = grads
         self._shared: dict[StorageWeakRef, str] = {}  # the model's own memory, and whose it is
@@ -130,6 +138,8 @@ class SaliencyScorer:
         # Uses whose backward has not run and still may: a graph that is dropped takes its uses along.
         self._outstanding: dict[str, WeakSet[Use]] = {name: WeakSet() for name in self._parameters}
         self._restore: list[Callable[[], object]] = []
+        self._sharded = {name: parameter for name, parameter in self._parameters.items() if is_sharded(parameter)}
+        self._whole: dict[str, Tensor] = {}  # what stands for a sharded one in its module's forward
         self._seen = 0  # samples in forward passes since step(), for granularity "batch"
         self.reset()
 
@@ -138,19 +148,28 @@ class SaliencyScorer:
     def __enter__(self) -> "SaliencyScorer":
         busy = [name for name, parameter in self._parameters.items() if isinstance(parameter, Tracked)]
         if busy:
-            raise RuntimeError(f"a parameter can be scored by one scorer at a time; {busy[0]!r} already is by another")
+            raise RuntimeError(BUSY.format(busy[0]))
+        stand_ins = None
+        if self._sharded and self._granularity == "sample":
+            reshard(self._model)
+            stand_ins = StandIns(self._model, self._sharded, self._stands_for)
+            self._whole = stand_ins.adopted
         owners = [*self._model.named_parameters(), *self._model.named_buffers()]
-        self._shared = {StorageWeakRef(x.untyped_storage()): name for name, x in owners if x.layout is torch.strided}
+        self._shared = {
+            StorageWeakRef(local(x).untyped_storage()): name for name, x in owners if x.layout is torch.strided
+        }
         # Not the bound method: copy.deepcopy(model) would copy the scorer with it.
         hook = self._model.register_forward_pre_hook(lambda *call: self._see_input(*call), with_kwargs=True)
         self._restore.append(hook.remove)
         if self._granularity == "sample":
             self._restore.append(register_optimizer_step_pre_hook(lambda *_: self._fold()).remove)
-            tracked = type("TrackedParameter", (Tracked,), {"tracker": self})
+            self._tracked = type("TrackedParameter", (Tracked,), {"tracker": self})
             self._view_class = type("TrackedParameterView", (TrackedView,), {"tracker": self})
             for name, parameter in self._parameters.items():
-                self._restore.append(parameter.register_hook(lambda _, name=name: self._gradient_arrived(name)).remove)
-                self._restore.append(swap_class(parameter, tracked))
+                if name not in self._sharded:
+                    self._track(name, parameter)
+            if stand_ins is not None:
+                self._restore += stand_ins.watch()
         return self
 
     def __exit__(
@@ -190,12 +209,15 @@ class SaliencyScorer:
             scale = self._unscale()
             for name, parameter in self._parameters.items():
                 if parameter.grad is not None:
-                    add_tiled(self._scores[name], parameter.grad, self._factor(name), scale, self._power)
+                    add_tiled(self._scores[name], local(parameter.grad), self._factor(name), scale, self._power)
             self.samples += self._seen
             self._seen = 0
 
     def scores(self) -> dict[str, Tensor]:
         """``{name: scores}``, shaped as the parameters. They are the buffers themselves: later batches add to them.
+
+        Of parameters that FSDP2 shards, DTensors sharded likewise: sums over the samples of all ranks. Of others, sums
+        over this rank's samples (under DDP: ``cwfast.distributed.sum_scores``).
 
         Raises:
             RuntimeError: a weight changed unseen, or granularity "batch" saw samples but no ``step()``.
@@ -203,7 +225,7 @@ class SaliencyScorer:
         if self._granularity == "batch" and self._seen and not self.samples:
             raise RuntimeError("granularity 'batch' adds at scorer.step(), after each backward pass; it was not called")
         self._fold()
-        return dict(self._scores)
+        return {n: whole_like(s, self._sharded[n]) if n in self._sharded else s for n, s in self._scores.items()}
 
     def reset(self) -> None:
         """Forget everything accumulated."""
@@ -213,7 +235,9 @@ class SaliencyScorer:
         self._square_norms: list[Tensor] = []
         self._seen = 0
         self._eager = False
-        self._versions: dict[str, int] = {}  # of the weights behind sums that are not yet multiplied by the factor
+        self._versions: dict[
+            str, tuple[int, ...]
+        ] = {}  # of the weights behind sums that are not yet multiplied by the factor
 
     def norms(self) -> Tensor:
         """``[samples]`` float32 (float64): the norm of each sample's own gradient over all scored parameters, in the
@@ -279,15 +303,34 @@ class SaliencyScorer:
         outstanding.discard(use)
         # Where no other use can follow, the unit closes now: nothing is kept.
         closes = first_time and not outstanding and len(unit.pieces) == 1 and not isinstance(self._reduction, Tensor)
+        if use.name in self._sharded and not closes and isinstance(piece, LoopedPiece):
+            raise UnsupportedLayer(
+                "fallback='loop' scores a parameter that FSDP2 shards where it is used once in a backward pass, and "
+                f"the reduction is no tensor; {use.name!r} must be known whole at once"
+            )
         grad = None
         if self._grads:
-            out = place.of(self._scores[use.name])
-            grad = torch.empty_like(out) if closes else piece.total(out.shape, out.dtype, out.device)
+            device = self._whole.get(use.name, self._scores[use.name]).device
+            out = place.of(self._sums(use.name, "meta"))
+            grad = torch.empty_like(out, device=device) if closes else piece.total(out.shape, out.dtype, device)
         if closes:
             self._close(use.name, unit, grad)  # the same pass over the rows gives the gradient as well
         return grad
 
     # -- inside
+
+    def _track(self, name: str, parameter: Tensor) -> None:
+        self._restore.append(parameter.register_hook(lambda _: self._gradient_arrived(name)).remove)
+        self._restore.append(swap_class(parameter, self._tracked))
+
+    def _stands_for(self, name: str, whole: Tensor) -> None:
+        """Track what FSDP2 puts in the place of a sharded parameter."""
+        if isinstance(whole, Tracked):
+            raise RuntimeError(BUSY.format(name))
+        self._names[id(whole)] = name
+        self._restore.append(lambda: self._names.pop(id(whole)))  # and so it stays alive, and its id its own
+        self._shared[StorageWeakRef(whole.untyped_storage())] = name
+        self._track(name, whole)
 
     def _see_input(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if module is not self._model:  # a copy of it
@@ -393,9 +436,24 @@ class SaliencyScorer:
             self.samples += batch.samples
             batch.counted = True
         score, factor = self._scores[name], self._deferred_factor(name)
-        factor = None if factor is None else factor.contiguous()
+        if name in self._sharded:  # every rank adds to a whole of its own; the sum of these goes where it belongs
+            sums = self._sums(name, self._whole[name].device).zero_()
+            self._accumulate(batch, placed, sums, None, scale, grad)
+            score.add_(summed(sums, self._sharded[name]).to(score) * (1 if factor is None else factor.abs()))
+        else:
+            self._accumulate(batch, placed, score, None if factor is None else factor.contiguous(), scale, grad)
+
+    def _accumulate(
+        self,
+        batch: Batch,
+        placed: list[tuple[Place, Piece]],
+        sums: Tensor,
+        factor: Tensor | None,
+        scale: float,
+        grad: Tensor | None,
+    ) -> None:
         for place, piece in merged(placed):
-            out, f = (x if place is None or x is None else place.of(x) for x in (score, factor))
+            out, f = (x if place is None or x is None else place.of(x) for x in (sums, factor))
             assert out is not None
             piece.accumulate_(out, self._power, f, scale, grad, self._backend)
             if self._want_norms:
@@ -403,14 +461,17 @@ class SaliencyScorer:
                 norms = self._pass.square_norms
                 norms[id(batch)] = norms[id(batch)] + squares if id(batch) in norms else squares
 
+    def _sums(self, name: str, device: torch.device | str) -> Tensor:
+        return torch.empty(self._parameters[name].shape, dtype=self._scores[name].dtype, device=device)
+
     def _unscale(self) -> float:
         return 1.0 if self._grad_scaler is None else 1.0 / float(self._grad_scaler.get_scale())
 
     def _factor(self, name: str) -> Tensor | None:
         if self._criterion == "taylor":
-            return self._parameters[name].detach()
+            return local(self._parameters[name])
         if self._initial is not None:
-            weight = self._parameters[name].detach()
+            weight = local(self._parameters[name])
             return weight - self._initial[name].to(weight)
         return None
 
@@ -420,7 +481,7 @@ class SaliencyScorer:
             return None
         if self._eager:
             return self._factor(name)
-        version = self._parameters[name]._version
+        version = versions(self._parameters[name])
         if self._versions.setdefault(name, version) != version:
             raise RuntimeError(
                 f"the weight {name!r} was changed in place after a backward pass whose scores need it; change weights "

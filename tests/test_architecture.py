@@ -13,10 +13,12 @@ ROOT = Path(__file__).resolve().parent.parent
 SOURCE = ROOT / "cwfast"
 # Lowest first; a module may import from its own level and from those before it.
 LEVELS = [
-    {"errors", "networks", "_checks", "_backends", "_parameters", "_scopes", "reference", "testing", "checkpoint"},
+    {"errors", "networks", "_checks", "_backends", "_parameters", "_scopes", "_shards", "_ranks"}
+    | {"reference", "testing", "checkpoint"},
     {"ops"},
     {"layers", "_picks", "_radix", "_streaming", "_mask_files", "_mask_view"},
-    {"masks", "_selecting", "_tracking", "scoring", "freezing", "optim", "distributed", "data"},
+    {"masks", "_selecting", "_sharded_masks", "_stand_ins", "_tracking", "scoring", "freezing", "optim", "distributed"}
+    | {"data"},
     {"training", "_fleet"},
     {"defense", "mia"},
     {"integrations", "llm", "shadow"},

@@ -35,6 +35,7 @@ def test_every_page_with_a_program_has_a_test():
             "fine-tune-a-transformer",
             "load-data",
             "run-on-a-gpu",
+            "run-on-several-ranks",
             "score-a-custom-layer",
             "train-with-dp-sgd",
             "vary-cwrf",
@@ -153,6 +154,14 @@ def test_fine_tune_a_transformer(capsys):
 def test_run_on_a_gpu(capsys):
     snippets.run("how-to/run-on-a-gpu.md")
     assert "reference runs here" in capsys.readouterr().out
+
+
+def test_run_on_several_ranks(capsys, monkeypatch):
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    found = snippets.run("how-to/run-on-several-ranks.md")
+    numel = sum(p.numel() for name, p in found["base"].items() if not name.startswith("embed"))
+    assert found["masks"].total == numel * 5 // 100
+    assert found["masks"].summary() in capsys.readouterr().out
 
 
 def test_score_a_custom_layer(capsys, monkeypatch):

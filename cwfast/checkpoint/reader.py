@@ -110,8 +110,9 @@ class Checkpoint:
         parts = list(self.pieces(name, max(math.prod(entry.shape), 1)))
         return parts[0].reshape(entry.shape) if parts else torch.empty(entry.shape, dtype=entry.dtype)
 
-    def pieces(self, name: str, size: int = PIECE) -> Iterator[Tensor]:
-        """The flat tensor from its first entry to its last, ``size`` entries (the last time fewer) at a time.
+    def pieces(self, name: str, size: int = PIECE, *, begin: int = 0, end: int | None = None) -> Iterator[Tensor]:
+        """The flat tensor from its first entry to its last, ``size`` entries (the last time fewer) at a time; or from
+        ``begin`` to ``end``, of which nothing else is read.
 
         Each piece is memory of its own. Read sequentially: reaching for selected entries through a memory map is 27
         times slower than reading everything when the file is not cached.
@@ -120,11 +121,11 @@ class Checkpoint:
             CheckpointError: the file ends before the tensor does.
         """
         entry = self.entry(name)
-        numel, item = math.prod(entry.shape), entry.dtype.itemsize
+        last, item = math.prod(entry.shape) if end is None else end, entry.dtype.itemsize
         with open(entry.file, "rb", buffering=0) as file:
-            file.seek(entry.begin)
-            for begin in range(0, numel, size):
-                memory = bytearray(min(size, numel - begin) * item)
+            file.seek(entry.begin + begin * item)
+            for at in range(begin, last, size):
+                memory = bytearray(min(size, last - at) * item)
                 view, got = memoryview(memory), 0
                 while got < len(memory):
                     count = file.readinto(view[got:])

@@ -1,12 +1,15 @@
 """The gap criterion: which weights made the difference between the loss on members and the loss on others."""
 
 import copy
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
 
 from cwfast._parameters import Initial, initial_values, trainable
+from cwfast._ranks import total
+from cwfast._shards import is_sharded, local, reshard, whole_like
 from cwfast._tracking import sum_dtype
 from cwfast.data import check_reiterable
 from cwfast.defense.recalibration import Batch
@@ -29,7 +32,9 @@ def gap_shares(
     to the error of this quadrature. A positive share: rewinding the weight closes the gap, to first order.
 
     Args:
-        model: trained; worked on as a copy, in evaluation mode, with BatchNorm's statistics of training all along.
+        model: trained; worked on as a copy, in evaluation mode, with BatchNorm's statistics of training all along. One
+            that FSDP2 shards is worked on itself and put back, weights, gradients and modes; each rank gives its own
+            batches, as many as the others.
         initial: its initial weights: module, mapping or safetensors file.
         members: re-iterable batches ``(inputs, targets)`` of training samples.
         reference: the same of non-members.
@@ -38,7 +43,7 @@ def gap_shares(
 
     Returns:
         ``{name: signed shares}`` of the parameters that require a gradient, in the loss's unit (nats); float32, or
-        float64 for float64 parameters.
+        float64 for float64 parameters. Of sharded ones, DTensors: shares of the gap between all ranks' samples.
 
     Raises:
         TypeError: ``members`` or ``reference`` can be iterated only once.
@@ -51,20 +56,19 @@ def gap_shares(
     if not isinstance(points, int) or points < 1:
         raise ValueError(f"points must be a whole number, at least 1; got {points!r}")
     check_reiterable(members=members, reference=reference)
-    work = copy.deepcopy(model).eval()
-    parameters = trainable(work)
-    end = {name: parameter.detach().to(sum_dtype(parameter.dtype), copy=True) for name, parameter in parameters.items()}
-    start = {name: value.to(end[name]) for name, value in initial_values(initial, parameters).items()}
-    delta = {name: end[name] - start[name] for name in parameters}
-    shares = {name: torch.zeros_like(value) for name, value in end.items()}
-    weights = _weights(members, reference)
-    for point in range(points):
-        with torch.no_grad():
-            for name, parameter in parameters.items():
-                parameter.copy_(torch.lerp(start[name], end[name], (point + 0.5) / points))
-        for name, gradient in _gradients(work, members, reference, weights, loss or cross_entropy).items():
-            shares[name].addcmul_(delta[name], gradient, value=1 / points)
-    return shares
+    with _working(model) as (work, parameters):
+        memory = {name: local(parameter) for name, parameter in parameters.items()}
+        end = {name: weight.to(sum_dtype(weight.dtype), copy=True) for name, weight in memory.items()}
+        start = {name: value.to(end[name]) for name, value in initial_values(initial, parameters).items()}
+        delta = {name: end[name] - start[name] for name in parameters}
+        shares = {name: torch.zeros_like(value) for name, value in end.items()}
+        weights = _weights(members, reference, parameters)
+        for point in range(points):
+            for name, weight in memory.items():
+                weight.copy_(torch.lerp(start[name], end[name], (point + 0.5) / points))
+            for name, gradient in _gradients(work, members, reference, weights, loss or cross_entropy).items():
+                shares[name].addcmul_(delta[name], local(gradient), value=1 / points)
+    return {n: whole_like(share, parameters[n]) if is_sharded(parameters[n]) else share for n, share in shares.items()}
 
 
 def gap_gradients(
@@ -86,13 +90,48 @@ def gap_gradients(
         ValueError: a set is empty.
     """
     check_reiterable(members=members, reference=reference)
-    weights = _weights(members, reference)
-    return _gradients(copy.deepcopy(model).eval(), members, reference, weights, loss or cross_entropy)
+    with _working(model) as (work, parameters):
+        weights = _weights(members, reference, parameters)
+        return _gradients(work, members, reference, weights, loss or cross_entropy)
 
 
-def _weights(members: Iterable[Batch], reference: Iterable[Batch]) -> tuple[float, float]:
+@contextmanager
+def _working(model: nn.Module) -> Iterator[tuple[nn.Module, dict[str, nn.Parameter]]]:
+    """What may be changed in evaluation mode, and its parameters: a copy, or the model itself where FSDP2 shards it."""
+    reshard(model)
+    parameters = trainable(model)
+    if not any(map(is_sharded, parameters.values())):
+        work = copy.deepcopy(model).eval()
+        yield work, trainable(work)
+        return
+    modes = [(module, module.training) for module in model.modules()]
+    before = [(p, p.grad, local(p).clone()) for p in parameters.values()]
+    for parameter in parameters.values():
+        parameter.grad = None
+    try:
+        yield model.eval(), parameters
+    finally:
+        reshard(model)
+        for module, mode in modes:
+            module.training = mode
+        for parameter, grad, values in before:
+            local(parameter).copy_(values)
+            parameter.grad = grad
+
+
+def _weights(
+    members: Iterable[Batch], reference: Iterable[Batch], parameters: Mapping[str, nn.Parameter]
+) -> tuple[float, float]:
     """Of a member's loss and of a reference sample's in ``L_ref - L_mem``."""
-    return -1 / _samples("members", members), 1 / _samples("reference", reference)
+    counts = [_samples("members", members), _samples("reference", reference)]
+    ranks = 1
+    sharded = next((p for p in parameters.values() if is_sharded(p)), None)
+    if sharded is not None:  # samples of all ranks, over which FSDP2 averages gradients
+        mesh = sharded.device_mesh
+        ranks = mesh.size()
+        for group in mesh.get_all_groups():
+            counts = [total(count, group) for count in counts]
+    return -ranks / counts[0], ranks / counts[1]
 
 
 def _gradients(
@@ -100,13 +139,15 @@ def _gradients(
 ) -> dict[str, Tensor]:
     parameters = trainable(work)
     found = {name: torch.zeros_like(p, dtype=sum_dtype(p.dtype)) for name, p in parameters.items()}  # g_ref - g_mem
+    for parameter in parameters.values():
+        parameter.grad = None
     for batches, weight in ((reference, weights[1]), (members, weights[0])):
         for inputs, targets in batches:
-            value = loss(work(inputs), targets) * (weight * len(targets))
-            gradients = torch.autograd.grad(value, list(parameters.values()), allow_unused=True)
-            for total, gradient in zip(found.values(), gradients, strict=True):
-                if gradient is not None:
-                    total += gradient
+            (loss(work(inputs), targets) * (weight * len(targets))).backward()
+            for name, parameter in parameters.items():
+                if parameter.grad is not None:
+                    found[name] += parameter.grad
+                    parameter.grad = None
     return found
 
 

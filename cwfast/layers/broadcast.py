@@ -3,6 +3,7 @@ position embeddings, class tokens. And what changes a parameter without changing
 """
 
 import functools
+import math
 from typing import Any
 
 import torch
@@ -28,7 +29,7 @@ def reduced(layout: Layout, grad: Tensor, shape: torch.Size) -> PerSample:
     repeated = [lead + i for i, size in enumerate(inner) if size == 1 and grad.shape[lead + i] != 1]
     if repeated:
         grad = grad.sum(dim=repeated, keepdim=True)
-    sums = layout.sums(grad.reshape(*grad.shape[:lead], -1))
+    sums = layout.sums(grad.reshape(*grad.shape[:lead], math.prod(grad.shape[lead:])))
     return PerSample(sums.reshape(len(sums), *shape))
 
 

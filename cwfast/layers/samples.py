@@ -69,12 +69,14 @@ class Layout:
             return x.transpose(0, 1), None
         if self.dim == 1 and x.ndim == 2 and samples and len(x) % samples == 0:
             return x.unflatten(0, (-1, samples)).transpose(0, 1), None
-        if self.dim == 0 and self.owner is None and samples:
+        if not samples and x.ndim == 2 and not len(x):  # an empty batch, whatever the dimension of its samples
+            return x, None
+        if self.dim == 0 and self.owner is None:
             if x.ndim == 2 and len(x) == samples:
                 return x, None
             if x.ndim > 2 and len(x) == samples:
                 return x.flatten(1, -2), None
-            if x.ndim == 2 and len(x) % samples == 0:
+            if x.ndim == 2 and samples and len(x) % samples == 0:
                 return x.unflatten(0, (samples, -1)), None
         raise ValueError(
             f"the leading dimension at the layer of {self.name!r} must be the {samples} samples, or a multiple of it "
