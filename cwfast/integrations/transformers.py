@@ -1,6 +1,7 @@
 """Critical weights rewound and frozen inside the Trainer of transformers."""
 
 import inspect
+import os
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
@@ -14,8 +15,10 @@ from transformers.utils import logging
 from cwfast._parameters import Initial, unwrapped
 from cwfast._scopes import Scope
 from cwfast._selecting import select
+from cwfast.checkpoint import Checkpoint
 from cwfast.freezing import freeze
 from cwfast.llm.scoring import score
+from cwfast.llm.swapping import loaded
 from cwfast.masks import MaskSet, rewind_
 
 MASK_FILE = "cwfast/mask.safetensors"  # in every checkpoint folder; beside the weights, loaders would take it for some
@@ -92,17 +95,21 @@ class CWRFCallback(TrainerCallback):
             raise ValueError(f"members and arguments of score go with reference; got {given[0]}, {[*scoring]}")
         inspect.signature(score).bind(None, initial, members, reference, **scoring)
         self.masks = MaskSet.load(masks) if isinstance(masks, str | Path) else masks
-        self._initial, self._scores, self._members, self._reference = initial, scores, members, reference
+        self._initial: Any = initial
+        self._scores, self._members, self._reference = scores, members, reference
         self._selection: dict[str, Any] = {"rate": rate, "scope": scope, "exclude": exclude}
         self._scoring, self._also, self._backend = scoring, also, backend
         self._frozen = ExitStack()
 
-    def on_train_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **now: Any
-    ) -> None:
+    def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **now: Any) -> None:
         """Find the masks, rewind, freeze."""
         self.close()
         model = unwrapped(now["model"])
+        if isinstance(self._initial, str | os.PathLike) and hasattr(model, "peft_config"):
+            raise ValueError(
+                "of a model with adapters, initial must be their initial values: "
+                f"cwfast.integrations.peft.initial_adapters(model, {os.fspath(self._initial)!r})"
+            )
         saved = _saved(args, state)
         if self.masks is None:
             self.masks = saved or self._select(args, state, model, now["train_dataloader"])
@@ -112,7 +119,7 @@ class CWRFCallback(TrainerCallback):
                 f"given are {self.masks}"
             )
         if self._initial is not None:
-            rewind_(model, self.masks, self._initial, backend=self._backend)
+            rewind_(model, self.masks, _named_as(model, self.masks, self._initial), backend=self._backend)
         self._frozen.enter_context(freeze(model, now["optimizer"], self.masks, also=self._also, backend=self._backend))
         logger.info(f"cwfast: {self.masks} frozen")
 
@@ -185,9 +192,21 @@ def _ids(name: str, sample: Any) -> Tensor:
     return ids[mask]
 
 
+def _named_as(model: nn.Module, masks: MaskSet, initial: Initial) -> Initial:
+    """A folder that has a layer's experts one by one, where the model has them as one parameter, is loaded whole."""
+    if not isinstance(initial, str | os.PathLike):
+        return initial
+    names: dict[int, set[str]] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        names.setdefault(id(parameter), set()).add(name)
+    source, parameters = Checkpoint(initial), dict(model.named_parameters())
+    wanted = (names[id(parameters[name])] for name in masks.names if name in parameters)
+    return initial if all(any(n in source for n in known) for known in wanted) else loaded(model, initial)
+
+
 def _checkpoint(args: TrainingArguments, state: TrainerState) -> Path:
     """Where the Trainer keeps the checkpoint of this step; it does not tell its callbacks."""
-    return Path(args.output_dir) / f"checkpoint-{state.global_step}"
+    return Path(str(args.output_dir)) / f"checkpoint-{state.global_step}"
 
 
 def _saved(args: TrainingArguments, state: TrainerState) -> MaskSet | None:
