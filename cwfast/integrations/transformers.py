@@ -2,8 +2,8 @@
 
 import inspect
 import os
-from collections.abc import Mapping, Sequence
-from contextlib import ExitStack
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -154,8 +154,23 @@ class CWRFCallback(TrainerCallback):
             )
         members = texts("train_dataset", batches.dataset) if self._members is None else texts("members", self._members)
         reference = texts("reference", self._reference)
-        scores = score(model, self._initial, members, reference, **self._scoring)
+        with _without_autocast(model):
+            scores = score(model, self._initial, members, reference, **self._scoring)
         return select(scores, backend=self._backend, **self._selection)
+
+
+@contextmanager
+def _without_autocast(model: Any) -> Iterator[None]:
+    """The forward pass as it was before accelerate put autocast around it: scores are the same in any training."""
+    prepared = vars(model).get("forward")
+    if not hasattr(model, "_original_forward"):
+        yield
+        return
+    model.forward = model._original_forward
+    try:
+        yield
+    finally:
+        model.forward = prepared
 
 
 def texts(name: str, samples: Any) -> list[Tensor]:
