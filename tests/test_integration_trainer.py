@@ -1,6 +1,7 @@
 """CWRFCallback in transformers' Trainer: what it freezes has the same bits after training, saving and resuming."""
 
 import copy
+import json
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -211,6 +212,36 @@ def test_scores_are_selected_and_rewound_as_by_hand(hub, kind, source):
     trainer(hub, model, callback, learning_rate=0.0, max_steps=1, bf16=source == "reference").train()
     assert callback.masks == masks
     assert_equal(model, by_hand)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_same_masks_and_weights_as_by_the_commands(hub, kind, capsys):
+    from cwfast.cli import main
+
+    model, base = pair(kind)
+    for folder, of in (("base", base), ("tuned", model)):
+        of.save_pretrained(folder)
+        llm_models.tokenizer().save_pretrained(folder)
+    members = [sample["input_ids"].tolist() for sample in samples()]
+    for file, rows in (("members", members), ("held_out", HELD_OUT)):
+        Path(f"{file}.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in llm_models.words(rows)))
+    for command in (
+        "score tuned --base base --members members.jsonl --reference held_out.jsonl --out scores",
+        "select scores --rate 0.02 --out mask.safetensors",
+        "rewind tuned --base base --mask mask.safetensors --out fixed",
+    ):
+        assert main(command.split()) == 0, capsys.readouterr().err
+    fixed = read(model, "fixed")
+    selected = cwfast.MaskSet.load("mask.safetensors")
+    assert selected.total == selected.numel // 50
+    found = []
+    for how in ({"masks": "mask.safetensors"}, {"reference": HELD_OUT, "members": members, "rate": 0.02}):
+        callback, own = hub.Callback(initial="base", **how), read(model, "tuned")
+        trainer(hub, own, callback, learning_rate=0.0, max_steps=1, save_strategy="no").train()
+        assert_equal(own, fixed)
+        found.append(callback.masks)
+    assert found[0] == found[1]
+    assert found[0].total == selected.total
 
 
 def test_resumed_training_does_not_score_again(hub, monkeypatch):

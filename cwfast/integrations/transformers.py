@@ -17,6 +17,7 @@ from cwfast._scopes import Scope
 from cwfast._selecting import select
 from cwfast.checkpoint import Checkpoint
 from cwfast.freezing import freeze
+from cwfast.llm.renaming import as_parameters
 from cwfast.llm.scoring import score
 from cwfast.llm.swapping import loaded
 from cwfast.masks import MaskSet, rewind_
@@ -42,7 +43,7 @@ class CWRFCallback(TrainerCallback):
     A run that raised leaves the weights frozen: training again, or ``close()``, ends that.
 
     Args:
-        masks: of the model: a ``MaskSet``, or the file of one.
+        masks: of the model: a ``MaskSet``, or the file of one (``cwfast select`` writes such).
         initial: the weights to rewind to: module, mapping, or safetensors file or folder (the base checkpoint); None
             (with masks only): nothing is rewound, the weights are frozen as they are.
         scores: ``{name: scores}`` that ``cwfast.select`` takes with rate, scope and exclude.
@@ -58,7 +59,7 @@ class CWRFCallback(TrainerCallback):
         scoring: further arguments of ``score``: criterion, points, batch_size...
 
     Attributes:
-        masks: the masks, once they are known.
+        masks: the masks, by the names of the model's parameters once training has begun.
 
     Raises:
         TypeError: ``scoring`` holds an argument that ``score`` does not have.
@@ -113,7 +114,8 @@ class CWRFCallback(TrainerCallback):
         saved = _saved(args, state)
         if self.masks is None:
             self.masks = saved or self._select(args, state, model, now["train_dataloader"])
-        elif saved is not None and saved != self.masks:
+        self.masks = as_parameters(model, self.masks)
+        if saved is not None and as_parameters(model, saved) != self.masks:
             raise ValueError(
                 f"resumed training must have the masks that it began with; the checkpoint's {MASK_FILE} is {saved}, "
                 f"given are {self.masks}"
