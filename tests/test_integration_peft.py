@@ -192,3 +192,29 @@ def test_in_the_trainer(initial_adapters, kind):
         assert torch.equal(p, q), name
     with pytest.raises(ValueError, match=r"initial_adapters\(model, 'out/checkpoint-2'\)"):
         run(start, CWRFCallback(masks, initial="out/checkpoint-2"))
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning:bitsandbytes")
+@pytest.mark.parametrize("bits", [4, 8])
+def test_on_a_quantized_base(initial_adapters, bits):
+    library = pytest.importorskip("bitsandbytes")
+    import peft
+    import transformers
+
+    shape = {"vocab_size": 64, "hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 1}
+    shape |= {"num_attention_heads": 2, "num_key_value_heads": 2, "initializer_range": 0.3}
+    transformers.LlamaForCausalLM(transformers.LlamaConfig(**shape)).save_pretrained("base")
+    how = transformers.BitsAndBytesConfig(load_in_4bit=bits == 4, load_in_8bit=bits == 8)
+    base = transformers.LlamaForCausalLM.from_pretrained("base", quantization_config=how, dtype=torch.float32)
+    base = peft.prepare_model_for_kbit_training(base, use_gradient_checkpointing=False)
+    model = peft.get_peft_model(base, peft.LoraConfig(r=4, target_modules=["q_proj", "v_proj"]))
+    initial = initial_adapters(model)
+    weights = [p for p in model.parameters() if p.requires_grad]
+    optimizer = train(model, library.optim.AdamW8bit(weights, 1e-2, weight_decay=0.1, min_8bit_size=1))
+    scorer = cwfast.SaliencyScorer(model, reduction="mean", grads=False)
+    with scorer:
+        losses(model)(IDS).mean().backward()
+    masks = cwfast.select(scorer.scores(), rate=0.2)
+    with cwfast.freeze(model, optimizer, masks, initial):
+        train(model, optimizer)
+    assert_held(model, initial, masks)

@@ -2,6 +2,9 @@
 
 import copy
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -161,6 +164,15 @@ def test_frozen_in_a_compiled_model(hub, who):
     else:
         trainer(hub, model, callback, torch_compile=True, torch_compile_backend="aot_eager").train()
     assert_held(model, base, masks)
+
+
+@pytest.mark.slow
+def test_frozen_in_two_processes():
+    script = Path(llm_models.__file__).with_name("trainer_ranks.py")
+    command = [sys.executable, "-P", "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", script]
+    environment = os.environ | {"PYTHONPATH": str(script.parent)}
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300, env=environment)
+    assert done.returncode == 0, done.stderr
 
 
 def test_bfloat16_weights_with_copies_that_are_held_too(hub):

@@ -22,7 +22,8 @@ def as_parameters(model: Any, masks: MaskSet) -> MaskSet:
     if parameters.keys() >= masks.shapes.keys():
         names = [name for name in parameters if name in masks.shapes]
         shapes = {name: masks.shapes[name] for name in names}
-        return MaskSet({name: masks.picks(name) for name in names}, shapes, zero_score_selected=masks.zero_score_selected)
+        bits = {name: masks.picks(name) for name in names}
+        return MaskSet(bits, shapes, zero_score_selected=masks.zero_score_selected)
     found, left = {}, set(masks.names)
     for name, parameter in parameters.items():
         places = torch.arange(parameter.numel()).reshape(parameter.shape)
@@ -35,7 +36,7 @@ def as_parameters(model: Any, masks: MaskSet) -> MaskSet:
             left -= known
             found[name] = chosen.reshape(parameter.shape)
     if left:
-        raise ValueError(f"masks must be of this model, which has no parameter of {min(left)!r}")
+        raise ValueError(f"masks must be of this model, which has no parameter {min(left)!r}")
     return MaskSet.from_masks(found)
 
 
