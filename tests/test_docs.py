@@ -37,6 +37,7 @@ def test_every_page_with_a_program_has_a_test():
             "run-on-a-gpu",
             "score-a-custom-layer",
             "train-with-dp-sgd",
+            "train-with-transformers",
             "vary-cwrf",
             "token-statistics",
         )
@@ -148,6 +149,18 @@ def test_fine_tune_a_transformer(capsys):
     assert "48 sequences scored" in capsys.readouterr().out
     names = dict(found["model"].named_parameters())
     assert torch.equal(found["model"].lm_head.weight, names["transformer.wte.weight"])  # tied, and named once
+
+
+@pytest.mark.usefixtures("without_torchvision")
+@pytest.mark.filterwarnings("ignore:.*gradient_checkpointing.*:FutureWarning")
+def test_train_with_transformers():
+    for library in ("accelerate", "peft"):
+        pytest.importorskip(library)
+    found = snippets.run("how-to/train-with-transformers.md")
+    numel = sum(p.numel() for p in found["base"].parameters())
+    assert found["by_file"].masks.total == numel // 50
+    assert found["masks"].total == numel // 200
+    assert found["callback"].masks.total == sum(p.numel() for p in found["initial"].values()) // 5
 
 
 def test_run_on_a_gpu(capsys):
