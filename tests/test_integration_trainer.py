@@ -254,6 +254,9 @@ def test_the_same_masks_and_weights_as_by_the_commands(hub, kind, capsys):
         found.append(callback.masks)
     assert found[0] == found[1]
     assert found[0].total == selected.total
+    model.save_pretrained("another")
+    with pytest.raises(ValueError, match="initial must be the base that the masks were made with"):
+        trainer(hub, read(model, "tuned"), hub.Callback("mask.safetensors", initial="another")).train()
 
 
 def test_resumed_training_does_not_score_again(hub, monkeypatch):

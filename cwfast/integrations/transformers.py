@@ -15,11 +15,9 @@ from transformers.utils import logging
 from cwfast._parameters import Initial, unwrapped
 from cwfast._scopes import Scope
 from cwfast._selecting import select
-from cwfast.checkpoint import Checkpoint
 from cwfast.freezing import freeze
-from cwfast.llm.renaming import as_parameters
+from cwfast.llm.renaming import as_parameters, values_for
 from cwfast.llm.scoring import score
-from cwfast.llm.swapping import loaded
 from cwfast.masks import MaskSet, rewind_
 
 MASK_FILE = "cwfast/mask.safetensors"  # in every checkpoint folder; beside the weights, loaders would take it for some
@@ -121,7 +119,7 @@ class CWRFCallback(TrainerCallback):
                 f"given are {self.masks}"
             )
         if self._initial is not None:
-            rewind_(model, self.masks, _named_as(model, self.masks, self._initial), backend=self._backend)
+            rewind_(model, self.masks, values_for(model, self.masks, self._initial), backend=self._backend)
         self._frozen.enter_context(freeze(model, now["optimizer"], self.masks, also=self._also, backend=self._backend))
         logger.info(f"cwfast: {self.masks} frozen")
 
@@ -207,18 +205,6 @@ def _ids(name: str, sample: Any) -> Tensor:
             "(cwfast.SaliencyScorer), and give scores"
         )
     return ids[mask]
-
-
-def _named_as(model: nn.Module, masks: MaskSet, initial: Initial) -> Initial:
-    """A folder that has a layer's experts one by one, where the model has them as one parameter, is loaded whole."""
-    if not isinstance(initial, str | os.PathLike):
-        return initial
-    names: dict[int, set[str]] = {}
-    for name, parameter in model.named_parameters(remove_duplicate=False):
-        names.setdefault(id(parameter), set()).add(name)
-    source, parameters = Checkpoint(initial), dict(model.named_parameters())
-    wanted = (names[id(parameters[name])] for name in masks.names if name in parameters)
-    return initial if all(any(n in source for n in known) for known in wanted) else loaded(model, initial)
 
 
 def _checkpoint(args: TrainingArguments, state: TrainerState) -> Path:
