@@ -35,8 +35,9 @@ class CWRFCallback(TrainerCallback):
         Trainer(..., callbacks=[CWRFCallback(reference=held_out, rate=0.1, initial="base")])
 
     Whatever optimizer steps them (weight decay, momentum, gradient accumulation, clipping, autocast), the selected
-    weights are as they were after every step, and after training: see ``cwfast.freeze``. Each checkpoint folder gets
-    the mask, as ``cwfast/mask.safetensors``. Resumed training takes it from there and does not score again.
+    weights are as they were after every step, and after training: see ``cwfast.freeze``. Each checkpoint folder
+    ``output_dir/checkpoint-<step>`` gets the mask, as ``cwfast/mask.safetensors`` (not in a hyperparameter search,
+    which has other folders). Resumed training takes it from there and does not score again.
 
     A run that raised leaves the weights frozen: training again, or ``close()``, ends that.
 
@@ -111,7 +112,7 @@ class CWRFCallback(TrainerCallback):
             )
         saved = _saved(args, state)
         if self.masks is None:
-            self.masks = saved or self._select(args, state, model, now["train_dataloader"])
+            self.masks = self._select(args, state, model, now["train_dataloader"]) if saved is None else saved
         self.masks = as_parameters(model, self.masks)
         if saved is not None and as_parameters(model, saved) != self.masks:
             raise ValueError(
@@ -140,13 +141,13 @@ class CWRFCallback(TrainerCallback):
         self._frozen.close()
 
     def _select(self, args: TrainingArguments, state: TrainerState, model: nn.Module, batches: Any) -> MaskSet:
+        if self._scores is not None:
+            return select(self._scores, backend=self._backend, **self._selection)
         if state.global_step:
             raise ValueError(
                 f"resumed training must not be scored anew, and {_checkpoint(args, state)} holds no {MASK_FILE}; "
-                "give masks, the file that lies beside the checkpoint"
+                "give masks, the file of the checkpoint that it goes on from"
             )
-        if self._scores is not None:
-            return select(self._scores, backend=self._backend, **self._selection)
         if args.world_size > 1:
             raise ValueError(
                 f"{args.world_size} processes would select different masks, each from its own scores; score in one, "
@@ -163,7 +164,7 @@ class CWRFCallback(TrainerCallback):
 def _without_autocast(model: Any) -> Iterator[None]:
     """The forward pass as it was before accelerate put autocast around it: scores are the same in any training."""
     prepared = vars(model).get("forward")
-    if not hasattr(model, "_original_forward"):
+    if prepared is None or not hasattr(model, "_original_forward"):
         yield
         return
     model.forward = model._original_forward
