@@ -227,6 +227,7 @@ def test_the_notebook_is_kept_without_outputs():
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("without_torchvision")
 def test_the_reference_has_every_public_name(tmp_path):
     pytest.importorskip("furo")
     import public_names

@@ -3,7 +3,6 @@
 import os
 from typing import Any
 
-from peft import LoraConfig, get_peft_model_state_dict
 from torch import Tensor
 
 from cwfast._parameters import initial_values, trainable
@@ -51,6 +50,8 @@ def initial_adapters(model: Any, saved: str | os.PathLike[str] | None = None) ->
 
 def _starts_at_zero(name: str, configs: dict[str, Any]) -> bool:
     """Whether the adapter that a parameter belongs to is of LoRA, with an initialisation that makes no change."""
+    from peft import LoraConfig
+
     parts = name.split(".")
     config = next((configs[adapter] for adapter in configs if adapter in parts), None)
     return isinstance(config, LoraConfig) and config.init_lora_weights in (True, "gaussian")
@@ -60,6 +61,8 @@ def _read(
     model: Any, configs: dict[str, Any], parameters: dict[str, Any], saved: str | os.PathLike[str]
 ) -> dict[str, Tensor]:
     """PEFT's files leave out the adapter's name; which of its entries is which parameter, their memory tells."""
+    from peft import get_peft_model_state_dict
+
     path = os.path.join(saved, FILE)
     source = Checkpoint(path)
     names: dict[int, str] = {}
