@@ -8,10 +8,11 @@ from importlib import metadata
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent))
-sys.modules["torchvision"] = None  # missing to transformers, whose import breaks where it was built for another torch
 import command_help
 import make_gallery
 import public_names
+
+sys.modules["torchvision"] = None  # missing to transformers, whose import breaks where it was built for another torch
 
 project = "cwfast"
 author = "the cwfast authors"

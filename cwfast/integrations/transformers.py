@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import TrainerCallback
 from transformers.utils import logging
 
 from cwfast._parameters import Initial, unwrapped
@@ -101,7 +101,7 @@ class CWRFCallback(TrainerCallback):
         self._scoring, self._also, self._backend = scoring, also, backend
         self._frozen = ExitStack()
 
-    def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **now: Any) -> None:
+    def on_train_begin(self, args: Any, state: Any, control: Any, **now: Any) -> None:
         """Find the masks, rewind, freeze."""
         self.close()
         model = unwrapped(now["model"])
@@ -124,7 +124,7 @@ class CWRFCallback(TrainerCallback):
         self._frozen.enter_context(freeze(model, now["optimizer"], self.masks, also=self._also, backend=self._backend))
         logger.info(f"cwfast: {self.masks} frozen")
 
-    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **now: Any) -> None:
+    def on_save(self, args: Any, state: Any, control: Any, **now: Any) -> None:
         """Put the mask into the checkpoint's folder."""
         folder = _checkpoint(args, state)
         if args.should_save and self.masks is not None and folder.is_dir():
@@ -132,7 +132,7 @@ class CWRFCallback(TrainerCallback):
             path.parent.mkdir(exist_ok=True)
             self.masks.save(path)
 
-    def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **now: Any) -> None:
+    def on_train_end(self, args: Any, state: Any, control: Any, **now: Any) -> None:
         """Leave the weights free, with the selected ones as they were frozen."""
         self.close()
 
@@ -140,7 +140,7 @@ class CWRFCallback(TrainerCallback):
         """The weights are free again; needed only after a run that raised."""
         self._frozen.close()
 
-    def _select(self, args: TrainingArguments, state: TrainerState, model: nn.Module, batches: Any) -> MaskSet:
+    def _select(self, args: Any, state: Any, model: nn.Module, batches: Any) -> MaskSet:
         if self._scores is not None:
             return select(self._scores, backend=self._backend, **self._selection)
         if state.global_step:
@@ -208,12 +208,12 @@ def _ids(name: str, sample: Any) -> Tensor:
     return ids[mask]
 
 
-def _checkpoint(args: TrainingArguments, state: TrainerState) -> Path:
+def _checkpoint(args: Any, state: Any) -> Path:
     """Where the Trainer keeps the checkpoint of this step; it does not tell its callbacks."""
     return Path(str(args.output_dir)) / f"checkpoint-{state.global_step}"
 
 
-def _saved(args: TrainingArguments, state: TrainerState) -> MaskSet | None:
+def _saved(args: Any, state: Any) -> MaskSet | None:
     """The mask of the checkpoint that training goes on from."""
     if not state.global_step:
         return None
