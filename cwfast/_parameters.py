@@ -18,6 +18,17 @@ def trainable(model: nn.Module) -> dict[str, nn.Parameter]:
     return {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
 
 
+def unwrapped(model: nn.Module) -> nn.Module:
+    """The module inside ``torch.compile``, DDP and DataParallel, whose parameters bear their own names."""
+    while True:
+        if isinstance(getattr(model, "_orig_mod", None), nn.Module):
+            model = model._orig_mod  # type: ignore[assignment]
+        elif isinstance(model, nn.parallel.DistributedDataParallel | nn.DataParallel):
+            model = model.module
+        else:
+            return model
+
+
 def initial_values(initial: Initial, expected: Mapping[str, Tensor], what: str = "initial") -> dict[str, Tensor]:
     """The tensors of ``initial`` under the names of ``expected``, in its order.
 

@@ -51,7 +51,8 @@ def freeze(
         backend: see ``cwfast.ops.scatter_``.
 
     Raises:
-        TypeError: ``optimizer`` is no torch optimizer and holds none, or ``also`` is no sequence of such.
+        TypeError: ``optimizer`` is no torch optimizer and holds none, or is schedule-free; or ``also`` is no sequence
+            of modules and mappings.
         ValueError: ``masks``, ``initial`` or a member of ``also`` is not of this model, or the optimizer holds none of
             their tensors; nothing has been changed. From a step: a parameter has been replaced in ``model``, or got
             another shape, dtype or device. From ``backward``: a gradient is sparse (TypeError).
@@ -193,6 +194,11 @@ def _inner(optimizer: Optimizer) -> Optimizer:
     if not isinstance(inner, Optimizer):
         raise TypeError(
             f"optimizer must be a torch.optim.Optimizer or hold one as .optimizer; got {type(optimizer).__name__}"
+        )
+    if callable(getattr(inner, "train", None)) and callable(getattr(inner, "eval", None)):
+        raise TypeError(
+            f"optimizer must change weights in its step() alone; {type(inner).__name__} exchanges them in train() and "
+            "eval() too (schedule-free), and decays the others"
         )
     return inner
 

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from cwfast import _checks, _mask_files, _mask_view, _picks, _streaming, ops, reference
-from cwfast._parameters import Initial, check_apart, check_shapes, initial_values
+from cwfast._parameters import Initial, check_apart, check_shapes, initial_values, unwrapped
 from cwfast._shards import is_sharded, local, part_of, reshard
 from cwfast.checkpoint import Checkpoint
 from cwfast.errors import CheckpointError
@@ -355,7 +355,9 @@ def matching(model: nn.Module, masks: MaskSet, *, sharded: bool = False) -> dict
     have = dict(model.named_parameters())
     for name, shape in masks.shapes.items():
         if name not in have:
-            raise ValueError(f"masks must be of this model, which has no parameter {name!r}")
+            inside = unwrapped(model) is not model
+            hint = f"; masks of the module inside its {type(model).__name__} go with that module" if inside else ""
+            raise ValueError(f"masks must be of this model, which has no parameter {name!r}{hint}")
         if is_traceable_wrapper_subclass(have[name]) and not (sharded and is_sharded(have[name])):
             raise TypeError(  # it has no memory of its own to write into
                 f"parameters must be plain tensors; {name!r} is a {type(have[name].data).__name__}"

@@ -12,6 +12,8 @@ import command_help
 import make_gallery
 import public_names
 
+sys.modules["torchvision"] = None  # missing to transformers, whose import breaks where it was built for another torch
+
 project = "cwfast"
 author = "the cwfast authors"
 release = metadata.version("cwfast")

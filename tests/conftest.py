@@ -4,6 +4,7 @@ import os
 import subprocess
 import sys
 
+import llm_models
 import pytest
 import torch
 from hypothesis import HealthCheck, settings
@@ -112,15 +113,6 @@ def python():
 @pytest.fixture(scope="module")
 def without_torchvision():
     """No image is read here, and a torchvision that was built for another torch breaks the import of the models."""
-    import_utils = pytest.importorskip("transformers").utils.import_utils
-    available = import_utils._is_package_available
-    import_utils._is_package_available = lambda name, **options: (
-        (False, "N/A") if name == "torchvision" else available(name, **options)
-    )
-    caches = (import_utils.is_torchvision_available, import_utils.is_torchvision_v2_available)
-    for cache in caches:
-        cache.cache_clear()
-    yield
-    import_utils._is_package_available = available
-    for cache in caches:
-        cache.cache_clear()
+    pytest.importorskip("transformers")
+    with llm_models.without_torchvision():
+        yield

@@ -1,8 +1,28 @@
 """Tiny causal language models by config, the plain way to their log-probabilities, and a tokenizer made here."""
 
+from contextlib import contextmanager
+
 import torch
 
 VOCABULARY = 61
+
+
+@contextmanager
+def without_torchvision():
+    """transformers takes torchvision for missing."""
+    from transformers.utils import import_utils
+
+    available = import_utils._is_package_available
+    import_utils._is_package_available = lambda name, **options: (
+        (False, "N/A") if name == "torchvision" else available(name, **options)
+    )
+    caches = (import_utils.is_torchvision_available, import_utils.is_torchvision_v2_available)
+    for cache in caches:
+        cache.cache_clear()
+    yield
+    import_utils._is_package_available = available
+    for cache in caches:
+        cache.cache_clear()
 
 
 def small(kind: str, dtype=torch.float64, **more):

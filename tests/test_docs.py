@@ -38,6 +38,7 @@ def test_every_page_with_a_program_has_a_test():
             "run-on-several-ranks",
             "score-a-custom-layer",
             "train-with-dp-sgd",
+            "train-with-transformers",
             "vary-cwrf",
             "token-statistics",
         )
@@ -151,6 +152,18 @@ def test_fine_tune_a_transformer(capsys):
     assert torch.equal(found["model"].lm_head.weight, names["transformer.wte.weight"])  # tied, and named once
 
 
+@pytest.mark.usefixtures("without_torchvision")
+@pytest.mark.filterwarnings("ignore:.*gradient_checkpointing.*:FutureWarning")
+def test_train_with_transformers():
+    for library in ("accelerate", "peft"):
+        pytest.importorskip(library)
+    found = snippets.run("how-to/train-with-transformers.md")
+    numel = sum(p.numel() for p in found["base"].parameters())
+    assert found["by_file"].masks.total == numel // 50
+    assert found["masks"].total == numel // 200
+    assert found["callback"].masks.total == sum(p.numel() for p in found["initial"].values()) // 5
+
+
 def test_run_on_a_gpu(capsys):
     snippets.run("how-to/run-on-a-gpu.md")
     assert "reference runs here" in capsys.readouterr().out
@@ -223,6 +236,7 @@ def test_the_notebook_is_kept_without_outputs():
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("without_torchvision")
 def test_the_reference_has_every_public_name(tmp_path):
     pytest.importorskip("furo")
     import public_names

@@ -254,6 +254,28 @@ def test_a_parameter_that_is_replaced_or_changes_its_shape_is_an_error():
         model.to(torch.float64)
 
 
+def test_a_schedule_free_optimizer_is_refused():
+    """Its train() and eval() write weights too: between the averaged ones and those that it steps."""
+
+    class ScheduleFree(torch.optim.SGD):
+        def train(self): ...
+        def eval(self): ...
+
+    model, masks = setup()
+    optimizer = ScheduleFree(model.parameters(), 0.1)
+    with pytest.raises(TypeError, match="ScheduleFree exchanges them in train"), freeze(model, optimizer, masks):
+        pass
+
+
+def test_masks_of_the_module_inside_a_wrapper_are_told_apart():
+    model, masks = setup()
+    wrapper = nn.DataParallel(model)
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    hint = "has no parameter '0.weight'; masks of the module inside its DataParallel go with that module"
+    with pytest.raises(ValueError, match=hint), freeze(wrapper, optimizer, masks):
+        pass
+
+
 def test_a_sparse_gradient_is_an_error():
     model = nn.Embedding(9, 3, sparse=True)
     masks = MaskSet.from_masks({"weight": torch.rand(9, 3) < 0.5})

@@ -112,7 +112,7 @@ def _source(model: nn.Module, parameters: Mapping[str, Tensor], initial: Initial
             kept = _kept(names, found)
             check_shapes({name: found.entry(stored).shape for name, stored in kept.items()}, parameters)
             return lambda name: found.tensor(kept[name])
-        initial = _loaded(model, initial)
+        initial = loaded(model, initial)
     check_apart(initial, parameters)
     if isinstance(initial, nn.Module):
         given: Mapping[str, Tensor] = dict(initial.named_parameters(remove_duplicate=False))
@@ -133,7 +133,7 @@ def _kept(names: Mapping[str, Sequence[str]], given: Any) -> dict[str, str]:
     return {name: stored for name, stored in found.items() if stored is not None}
 
 
-def _loaded(model: nn.Module, folder: str | os.PathLike[str]) -> nn.Module:
+def loaded(model: nn.Module, folder: str | os.PathLike[str]) -> nn.Module:
     """A folder whose tensors have other names than the parameters, as its class reads it."""
     load = getattr(type(model), "from_pretrained", None)
     if load is None or not os.path.isdir(folder):
