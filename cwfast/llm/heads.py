@@ -54,10 +54,17 @@ class Body:
             raise TypeError(f"model must have an LM head; {type(model).__name__}.get_output_embeddings() gives None")
         self._layer: nn.Module = head
         with self.ready():
-            self.head = Head(*_weights(head), *_scaling(self.model.config))
+            head_now = self.live_head()
+            bias = None if head_now.bias is None else head_now.bias.detach()
+            self.head = head_now._replace(weight=head_now.weight.detach(), bias=bias)
         inner = self.model.get_base_model() if hasattr(model, "get_base_model") else self.model
         self._positions = "position_ids" in inspect.signature(inner.forward).parameters
         self.device = self.model.get_input_embeddings().weight.device
+
+    def live_head(self) -> Head:
+        """The head as it is now: where gradients are on, with a graph that leads to its parameters."""
+        weight, bias = _weights(self._layer)
+        return Head(weight, bias, *_scaling(self.model.config))
 
     @contextmanager
     def ready(self) -> Iterator[None]:
@@ -70,6 +77,16 @@ class Body:
             finally:
                 for module, training in modes:
                     module.training = training
+
+    @contextmanager
+    def rooted(self) -> Iterator[None]:
+        """The embedding's output asks for a gradient: there is a graph from there on, whatever the parameters ask."""
+        embedding: nn.Module = self.model.get_input_embeddings()
+        hook = embedding.register_forward_hook(lambda module, args, out: out.requires_grad_() if out.is_leaf else None)
+        try:
+            yield
+        finally:
+            hook.remove()
 
     def hidden(self, ids: Tensor, mask: Tensor) -> Tensor:
         """[B, T, d] before the head, for ids and mask [B, T]; inside ``ready()``. No logits are made: the head gets
@@ -158,4 +175,4 @@ def _weights(head: Any) -> tuple[Tensor, Tensor | None]:
             "the LM head must be in memory; this one is offloaded: keep lm_head off disk in device_map"
         )
     bias = getattr(head, "bias", None)
-    return weight.detach(), bias.detach() if isinstance(bias, Tensor) else None
+    return weight, bias if isinstance(bias, Tensor) else None
