@@ -34,6 +34,7 @@ class MaskSet:
         zero_score_selected: see ``select``.
         base: ``{name: SHA-256}`` of the initial tensors that the selected weights go back to, where that is known: a
             rewind on disk refuses others.
+        criterion: by which the scores were made, where that is known.
 
     Raises:
         ValueError: names, lengths, padding, or a list's order do not fit.
@@ -46,6 +47,7 @@ class MaskSet:
         *,
         zero_score_selected: int = 0,
         base: Mapping[str, str] | None = None,
+        criterion: str | None = None,
     ) -> None:
         if list(bits) != list(shapes):
             raise ValueError(
@@ -62,6 +64,7 @@ class MaskSet:
         self.counts = {name: _picks.count(given) for name, given in bits.items()}
         self.zero_score_selected = zero_score_selected
         self.base = None if base is None else dict(base)
+        self.criterion = criterion
 
     @classmethod
     def from_masks(cls, masks: Mapping[str, Tensor]) -> "MaskSet":
@@ -171,7 +174,10 @@ class MaskSet:
             )
         names = list(self.shapes)
         bits = {n: operation(a, b) for n, (a, b) in zip(names, self._pairs(other), strict=True)}
-        return MaskSet(bits, self.shapes, base=self.base if self.base == other.base else None)
+        base = self.base if self.base == other.base else None
+        return MaskSet(
+            bits, self.shapes, base=base, criterion=self.criterion if self.criterion == other.criterion else None
+        )
 
     def _pairs(self, other: "MaskSet") -> Iterator[tuple[Tensor, Tensor]]:
         """Packed bits of both, made one parameter at a time."""
@@ -212,6 +218,7 @@ class MaskSet:
             self.shapes,
             zero_score_selected=self.zero_score_selected,
             base=self.base,
+            criterion=self.criterion,
         )
 
     def save(self, path: str | os.PathLike[str]) -> None:
@@ -223,7 +230,7 @@ class MaskSet:
             OSError: the folder does not exist or cannot be written.
         """
         picks = {name: self._given(name) for name in self.shapes}
-        _mask_files.save(path, picks, self.shapes, self.zero_score_selected, self.base)
+        _mask_files.save(path, picks, self.shapes, self.zero_score_selected, self.base, self.criterion)
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> "MaskSet":
@@ -233,9 +240,15 @@ class MaskSet:
             FileNotFoundError: there is no such file.
             CheckpointError: it is not such a file, or broken; the message says where.
         """
-        picks, shapes, zeros, base = _mask_files.load(path)
+        picks, file = _mask_files.load(path)
         try:
-            return cls(picks, shapes, zero_score_selected=zeros, base=base)
+            return cls(
+                picks,
+                file.shapes,
+                zero_score_selected=file.zero_score_selected,
+                base=file.base,
+                criterion=file.criterion,
+            )
         except ValueError as error:
             raise CheckpointError(f"{path} must hold the masks that its shapes promise; {error}") from error
 

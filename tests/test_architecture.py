@@ -15,7 +15,7 @@ SOURCE = ROOT / "cwfast"
 LEVELS = [
     {"errors", "networks", "_checks", "_backends", "_parameters", "_scopes", "reference", "testing", "checkpoint"},
     {"ops"},
-    {"layers", "_picks", "_radix", "_streaming", "_mask_files", "_mask_view"},
+    {"layers", "_picks", "_radix", "_streaming", "_mask_files", "_artefact_files", "_mask_view"},
     {"masks", "_selecting", "_tracking", "scoring", "freezing", "optim", "distributed", "data"},
     {"training", "_fleet"},
     {"defense", "mia"},
