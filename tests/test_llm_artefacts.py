@@ -1,7 +1,9 @@
 """Sparse artefacts: apply makes the model that was meant, revert the one before, bit for bit; nothing else is made."""
 
+import errno
 import json
 import math
+import os
 import random
 import struct
 
@@ -280,7 +282,23 @@ def test_a_base_that_is_not_the_masks_is_refused(tmp_path):
     given.make()  # of the model's own values the base is not asked for
 
 
-def test_a_full_disk_leaves_no_artefact(given, monkeypatch):
+def test_a_disk_that_fills_up_leaves_no_artefact(given, monkeypatch):
+    real, written = os.pwrite, []
+
+    def pwrite(handle, memory, at):
+        written.append(real(handle, memory[: 1 + len(memory) // 2], at))  # a system may write less than it is given
+        if sum(written) > 60_000:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return written[-1]
+
+    monkeypatch.setattr(os, "pwrite", pwrite)
+    with pytest.raises(OSError, match="No space left"):
+        given.make()
+    assert sorted(path.name for path in given.path.iterdir()) == ["base", "mask.safetensors", "model"]
+    assert len(written) > 2
+
+
+def test_a_disk_that_is_too_small_leaves_no_artefact(given, monkeypatch):
     monkeypatch.setattr(
         "cwfast.checkpoint.making.shutil.disk_usage", lambda _: type("Usage", (), {"free": 1}), raising=True
     )
