@@ -67,7 +67,7 @@ def score(
         granularity: for "taylor" and "taylor_delta": "sample" as above, or "batch": ``|((1 - lam) g + lam h) f|``,
             g and h of the mean over a batch's texts, summed over the batches of members (those of the reference start
             again where they are fewer): for models with layers that have no rule.
-        autocast: run the model's passes in this dtype, such as ``torch.bfloat16`` for float32 weights.
+        autocast: ``torch.bfloat16``: run the model's passes in it, over float32 weights; None: in the weights' dtype.
         backend: of the kernels.
         progress: show a bar on stderr.
 
@@ -188,8 +188,8 @@ def score_folder(
             raise CheckpointError(f"{made.path} must hold the tensors of {source.path} that were scored; it does not")
         base_hashes = tensor_hashes(initial, shapes)
         made.state |= {
-            "base": {"sha256": identity(initial, base_hashes), "tensors": base_hashes},
-            "model": {"sha256": identity(source, tensor_hashes(source, shapes))},
+            "base": {"sha256": identity(base_hashes), "tensors": base_hashes},
+            "model": {"sha256": identity(tensor_hashes(source, shapes))},
             "weights": score_files.size(plan),
             "unscored": plan.unscored,
         }
