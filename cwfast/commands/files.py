@@ -11,11 +11,8 @@ from tqdm import tqdm
 from cwfast._selecting import select
 from cwfast.checkpoint import Checkpoint
 from cwfast.checkpoint.files import sha256
-<<<<<<< HEAD
-from cwfast.llm.artefacts import apply_artefact, make_artefact
-=======
 from cwfast.checkpoint.identity import identity
->>>>>>> w-score
+from cwfast.llm.artefacts import apply_artefact, make_artefact
 from cwfast.llm.folders import rewind_folder
 from cwfast.report import provenance
 

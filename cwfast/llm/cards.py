@@ -1,12 +1,11 @@
 """The model card of a rewound folder: what was done, by what, and what that does not promise. Nothing private."""
 
-import hashlib
-import json
 import math
 from collections.abc import Mapping
 
 from cwfast import _mask_view
 from cwfast._mask_files import MaskFile
+from cwfast.checkpoint.identity import identity
 
 _PROMISES = """\
 ## What this is, and what it is not
@@ -37,7 +36,7 @@ def model_card(masks: MaskFile, base_id: str | None, base: Mapping[str, str]) ->
     front = ["---", *([f'base_model: "{base_id}"'] if base_id else []), "tags:", "- cwfast", "- rewound", "---"]
     rows = [
         ("Base model", f"`{base_id}`" if base_id else "not recorded by name"),
-        ("SHA-256 of the base's tensors with selected weights", f"`{_one_hash(base)}`"),
+        ("SHA-256 of the base's tensors with selected weights", f"`{identity(base)}`"),
         ("Rewound weights", f"{total:,} of {all_of_it:,}, {total / max(all_of_it, 1):.4%}"),
         ("Criterion of selection", f"`{masks.criterion}`" if masks.criterion else "not recorded"),
     ]
@@ -67,8 +66,3 @@ def model_card(masks: MaskFile, base_id: str | None, base: Mapping[str, str]) ->
         ),
     ]
     return "\n".join(lines) + "\n"
-
-
-def _one_hash(hashes: Mapping[str, str]) -> str:
-    """Of the sorted names and hashes."""
-    return hashlib.sha256(json.dumps(sorted(hashes.items())).encode()).hexdigest()
