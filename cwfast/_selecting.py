@@ -14,7 +14,7 @@ from cwfast._ranks import total
 from cwfast._scopes import Scope, groups_of
 from cwfast._shards import Part, is_sharded, local, part_of
 from cwfast.checkpoint import Checkpoint
-from cwfast.checkpoint.identity import base_of_scores
+from cwfast.checkpoint.identity import Origin, origin_of_scores
 from cwfast.masks import MaskSet
 from cwfast.ops.rewind import Bits
 from cwfast.ops.select import packed_bytes
@@ -78,13 +78,13 @@ def select(
             numel = math.prod(parts[name].local if parts else shape)
             picks[name] = torch.zeros(packed_bytes(numel), dtype=torch.uint8, device=device)
     picks = {name: picks[name] for name in shapes}
+    origin = Origin(None, None) if isinstance(scores, Mapping) else origin_of_scores(scores)
     if parts:
         from cwfast._sharded_masks import ShardedMaskSet
 
         masks: MaskSet = ShardedMaskSet(picks, parts, zero_score_selected=zeros)
     else:
-        base = None if isinstance(scores, Mapping) else base_of_scores(scores)
-        masks = MaskSet(picks, shapes, zero_score_selected=zeros, base=base)
+        masks = MaskSet(picks, shapes, zero_score_selected=zeros, base=origin.base, criterion=origin.criterion)
     selected = sum(count for _, count in groups)
     if zeros > 0.01 * selected:
         share, where, useful = poorest

@@ -29,16 +29,8 @@ class ShardedMaskSet(MaskSet):
         ValueError: as ``MaskSet`` does, or the parts lie on several meshes or mesh dimensions.
     """
 
-    def __init__(
-        self,
-        bits: Mapping[str, Bits],
-        parts: Mapping[str, Part],
-        *,
-        zero_score_selected: int = 0,
-        base: Mapping[str, str] | None = None,
-    ) -> None:
-        shapes = {name: part.local for name, part in parts.items()}
-        super().__init__(bits, shapes, zero_score_selected=zero_score_selected, base=base)
+    def __init__(self, bits: Mapping[str, Bits], parts: Mapping[str, Part], **about: Any) -> None:
+        super().__init__(bits, {name: part.local for name, part in parts.items()}, **about)
         self.parts = dict(parts)
         if parts:
             group_of(self.parts)
@@ -62,7 +54,7 @@ class ShardedMaskSet(MaskSet):
                 raise ValueError(f"masks must be of this model: {name!r} has shape {part.shape} there, {shape} here")
             mask = masks[name].reshape(-1)[part.begin : part.end]
             bits[name], parts[name] = _picks.compact(_picks.pack(mask), mask.numel()), part
-        return cls(bits, parts, zero_score_selected=masks.zero_score_selected, base=masks.base)
+        return cls(bits, parts, **_about(masks))
 
     @classmethod
     def from_masks(cls, masks: Mapping[str, Any]) -> "ShardedMaskSet":
@@ -93,7 +85,7 @@ class ShardedMaskSet(MaskSet):
         """
         bits = {name: _gathered(self._given(name), part) for name, part in self.parts.items()}
         shapes = {name: part.shape for name, part in self.parts.items()}
-        return MaskSet(bits, shapes, zero_score_selected=self.zero_score_selected, base=self.base)
+        return MaskSet(bits, shapes, **_about(self))
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write the whole set as ``MaskSet.save`` does, on the first rank of the mesh; all ranks must call this.
@@ -118,13 +110,16 @@ class ShardedMaskSet(MaskSet):
             bits[name] = _picks.pack(whole[name].reshape(-1)[part.begin : part.end])
         return ShardedMaskSet(bits, self.parts, base=self.base)
 
-    def _with(
-        self, bits: Mapping[str, Bits], zero_score_selected: int = 0, base: Mapping[str, str] | None = None
-    ) -> "ShardedMaskSet":
-        return ShardedMaskSet(bits, self.parts, zero_score_selected=zero_score_selected, base=base)
+    def _with(self, bits: Mapping[str, Bits], **about: Any) -> "ShardedMaskSet":
+        return ShardedMaskSet(bits, self.parts, **about)
 
     def __repr__(self) -> str:
         return f"Sharded{super().__repr__()[:-1]}, on this rank)"
+
+
+def _about(masks: MaskSet) -> dict[str, Any]:
+    """What a set is of, beside its bits."""
+    return {name: getattr(masks, name) for name in ("zero_score_selected", "base", "criterion")}
 
 
 def group_of(parts: Mapping[str, Part]) -> dist.ProcessGroup:

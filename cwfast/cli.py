@@ -112,12 +112,20 @@ def _parser() -> argparse.ArgumentParser:
         help="the largest scores of a safetensors folder, which may be larger than memory, as a mask file",
     )
     add(
+        "artefact",
+        _artefact,
+        arguments.artefact,
+        help="a mask and the values at its entries as one small file, to be applied by cwfast rewind",
+        description="With --base, the file makes MODEL rewound to BASE; without, MODEL itself, out of MODEL rewound. "
+        "MODEL and BASE are only read.",
+    )
+    add(
         "rewind",
         _rewind,
         arguments.rewind,
         help="a copy of a model's folder with the weights of a mask put back to a base checkpoint's",
-        description="Reads, rewinds, hashes and writes in pieces: memory does not grow with the model. MODEL and "
-        "BASE are only read. A run that was stopped goes on with --resume.",
+        description="Takes --base and --mask, or --artefact. Reads, rewinds, hashes and writes in pieces: memory does "
+        "not grow with the model. Inputs are only read. A run that was stopped goes on with --resume.",
     )
     add(
         "defend",
@@ -213,6 +221,12 @@ def _select(options: argparse.Namespace) -> tuple[dict[str, Any], str]:
     from cwfast.commands import files
 
     return files.run_select(options)
+
+
+def _artefact(options: argparse.Namespace) -> tuple[dict[str, Any], str]:
+    from cwfast.commands import files
+
+    return files.run_artefact(options)
 
 
 def _rewind(options: argparse.Namespace) -> tuple[dict[str, Any], str]:

@@ -3,7 +3,7 @@
 import math
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -35,6 +35,7 @@ class MaskSet:
         zero_score_selected: see ``select``.
         base: ``{name: SHA-256}`` of the initial tensors that the selected weights go back to, where that is known: a
             rewind on disk refuses others.
+        criterion: by which the scores were made, where that is known.
 
     Raises:
         ValueError: names, lengths, padding, or a list's order do not fit.
@@ -47,6 +48,7 @@ class MaskSet:
         *,
         zero_score_selected: int = 0,
         base: Mapping[str, str] | None = None,
+        criterion: str | None = None,
     ) -> None:
         if list(bits) != list(shapes):
             raise ValueError(
@@ -63,6 +65,7 @@ class MaskSet:
         self.counts = {name: _picks.count(given) for name, given in bits.items()}
         self.zero_score_selected = zero_score_selected
         self.base = None if base is None else dict(base)
+        self.criterion = criterion
 
     @classmethod
     def from_masks(cls, masks: Mapping[str, Tensor]) -> "MaskSet":
@@ -173,13 +176,12 @@ class MaskSet:
             )
         names = list(self.shapes)
         bits = {n: operation(a, b) for n, (a, b) in zip(names, self._pairs(other), strict=True)}
-        return self._with(bits, base=self.base if self.base == other.base else None)
+        base = self.base if self.base == other.base else None
+        return self._with(bits, base=base, criterion=self.criterion if self.criterion == other.criterion else None)
 
-    def _with(
-        self, bits: Mapping[str, Bits], zero_score_selected: int = 0, base: Mapping[str, str] | None = None
-    ) -> "MaskSet":
+    def _with(self, bits: Mapping[str, Bits], **about: Any) -> "MaskSet":
         """Another set of the same parameters."""
-        return MaskSet(bits, self.shapes, zero_score_selected=zero_score_selected, base=base)
+        return MaskSet(bits, self.shapes, **about)
 
     def _pairs(self, other: "MaskSet") -> Iterator[tuple[Tensor, Tensor]]:
         """Packed bits of both, made one parameter at a time."""
@@ -216,7 +218,8 @@ class MaskSet:
     def to(self, device: torch.device | str) -> "MaskSet":
         """The same set on another device."""
         picks = {name: _picks.to_device(self._given(name), device) for name in self.shapes}
-        return self._with(picks, self.zero_score_selected, self.base)
+        zeros = self.zero_score_selected
+        return self._with(picks, zero_score_selected=zeros, base=self.base, criterion=self.criterion)
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write a safetensors file, whole or not at all: per parameter ``<name>/low`` uint16, the positions inside
@@ -227,7 +230,7 @@ class MaskSet:
             OSError: the folder does not exist or cannot be written.
         """
         picks = {name: self._given(name) for name in self.shapes}
-        _mask_files.save(path, picks, self.shapes, self.zero_score_selected, self.base)
+        _mask_files.save(path, picks, self.shapes, self.zero_score_selected, self.base, self.criterion)
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> "MaskSet":
@@ -237,9 +240,15 @@ class MaskSet:
             FileNotFoundError: there is no such file.
             CheckpointError: it is not such a file, or broken; the message says where.
         """
-        picks, shapes, zeros, base = _mask_files.load(path)
+        picks, file = _mask_files.load(path)
         try:
-            return MaskSet(picks, shapes, zero_score_selected=zeros, base=base)
+            return MaskSet(
+                picks,
+                file.shapes,
+                zero_score_selected=file.zero_score_selected,
+                base=file.base,
+                criterion=file.criterion,
+            )
         except ValueError as error:
             raise CheckpointError(f"{path} must hold the masks that its shapes promise; {error}") from error
 

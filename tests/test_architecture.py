@@ -16,7 +16,7 @@ LEVELS = [
     {"errors", "networks", "_checks", "_backends", "_parameters", "_scopes", "_shards", "_ranks"}
     | {"reference", "testing", "checkpoint"},
     {"ops"},
-    {"layers", "_picks", "_radix", "_streaming", "_mask_files", "_mask_view"},
+    {"layers", "_picks", "_radix", "_streaming", "_mask_files", "_artefact_files", "_mask_view"},
     {"masks", "_selecting", "_sharded_masks", "_stand_ins", "_tracking", "scoring", "freezing", "optim", "distributed"}
     | {"data"},
     {"training", "_fleet"},

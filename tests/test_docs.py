@@ -25,7 +25,7 @@ def folder(tmp_path, monkeypatch):
 def test_every_page_with_a_program_has_a_test():
     pages = {path.relative_to(snippets.DOCS).as_posix() for path in snippets.DOCS.rglob("*.md")}
     with_programs = {page for page in pages if page[0] != "_" and snippets.blocks(page)}
-    assert with_programs == {"recipes.md", "getting-started.md"} | {  # recipes.md: test_recipes.py
+    assert with_programs == {"recipes.md", "getting-started.md", "scaling.md"} | {  # recipes.md: test_recipes.py
         f"how-to/{name}.md"
         for name in (
             "audit-a-classifier",
@@ -61,6 +61,11 @@ def test_getting_started(capsys):
         assert moved[~masks[name]].any()
     assert len(found["result"].history) == 5
     assert found["masks"].summary() in capsys.readouterr().out
+
+
+def test_the_figures_of_scaling_are_those_of_its_program():
+    page = (snippets.DOCS / "scaling.md").read_text(encoding="utf-8")
+    assert "\n".join(snippets.run("scaling.md")["table"]) + "\n" in page
 
 
 def test_audit_a_language_model(capsys, without_torchvision):

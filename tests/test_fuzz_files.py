@@ -42,7 +42,7 @@ EDGES = (
     -(2**63),
 )
 GUARD = 128  # entries on both sides of a weight that nothing may change
-DTYPES = [*reader._DTYPES, "F4", "", 3, None]
+DTYPES = [*reader.DTYPES, "F4", "", 3, None]
 
 
 class Model(nn.Module):

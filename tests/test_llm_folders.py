@@ -15,7 +15,8 @@ from safetensors.torch import load_file, save_file
 
 import cwfast
 from cwfast import MaskSet
-from cwfast.checkpoint import Checkpoint, reader
+from cwfast.checkpoint import Checkpoint, making, reader
+from cwfast.checkpoint.identity import tensor_hashes
 from cwfast.cli import main
 from cwfast.errors import CheckpointError
 from cwfast.llm import folders
@@ -227,11 +228,11 @@ def test_kill_9_at_any_moment_and_resume_give_the_same_files(given):
 def test_resume_does_not_write_finished_files_again(given, monkeypatch):
     real, files = folders.rewrite, []
 
-    def once(source, file, target, pieces):
+    def once(source, file, *rest):
         if files:
             raise KeyboardInterrupt
         files.append(file.name)
-        return real(source, file, target, pieces)
+        return real(source, file, *rest)
 
     monkeypatch.setattr(folders, "rewrite", once)
     with pytest.raises(KeyboardInterrupt):
@@ -240,7 +241,7 @@ def test_resume_does_not_write_finished_files_again(given, monkeypatch):
     with pytest.raises(FileExistsError, match="resume it, or remove that folder"):
         run(given)
     seen = []
-    monkeypatch.setattr(folders, "rewrite", lambda s, f, t, p: seen.append(f.name) or real(s, f, t, p))
+    monkeypatch.setattr(folders, "rewrite", lambda s, f, *rest: seen.append(f.name) or real(s, f, *rest))
     run(given, resume=True)
     assert seen == ["model-00002-of-00002.safetensors"]
     out = Checkpoint(given["out"])
@@ -309,6 +310,23 @@ def test_a_mask_of_another_model(given):
     refuse(given, CheckpointError, "has no tensor 'w'")
 
 
+def test_another_base_than_the_masks(given):
+    """Found while its tensor is read: the shard that it would have gone to is not kept."""
+    masks = MaskSet.load(given["mask"])
+    right = tensor_hashes(Checkpoint(given["base"]), masks.names)
+    for name in ("embed.weight", "layers.0.b"):
+        picks = {n: masks.picks(n) for n in masks.names}
+        MaskSet(picks, masks.shapes, base=right | {name: "0" * 64}).save(given["mask"])
+        given["out"] = given["out"].with_name(f"fixed-{name}")
+        refuse(given, CheckpointError, f"must be the base that .*mask.* was made with; the SHA-256 of its '{name}'")
+        shard = Checkpoint(given["model"]).entry(name).file.name
+        assert not (given["out"].with_name(f".{given['out'].name}.partial") / shard).exists()
+    MaskSet(picks, masks.shapes, base=right).save(given["mask"])
+    given["out"] = given["out"].with_name("fixed")
+    run(given)
+    assert (given["out"] / reader.INDEX).exists()
+
+
 def test_a_mask_whose_data_were_changed(given):
     data = bytearray(given["mask"].read_bytes())
     data[-1] ^= 1
@@ -342,7 +360,7 @@ def test_where_it_may_be_written(given):
 
 
 def test_a_disk_that_is_too_small(given, monkeypatch):
-    monkeypatch.setattr(folders.shutil, "disk_usage", lambda _: SimpleNamespace(free=1))
+    monkeypatch.setattr(making.shutil, "disk_usage", lambda _: SimpleNamespace(free=1))
     refuse(given, OSError, "must have .* bytes free; it has 1")
 
 

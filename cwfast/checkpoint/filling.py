@@ -3,7 +3,6 @@
 import hashlib
 import json
 import math
-import os
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -12,10 +11,9 @@ from torch import Tensor
 
 from cwfast.checkpoint.files import atomic_write, fsync
 from cwfast.checkpoint.identity import sha256_of
+from cwfast.checkpoint.parts import header, write_at
 from cwfast.checkpoint.reader import INDEX, PIECE, Checkpoint
 from cwfast.errors import CheckpointError
-
-_NAMES = {torch.float32: "F32", torch.float64: "F64"}
 
 
 class Filling:
@@ -31,11 +29,11 @@ class Filling:
         self.folder, self.dtype = folder, dtype
         self._files = {name: file for file, shapes in files.items() for name in shapes}
         for file, shapes in files.items():
-            header = _header(shapes, dtype)
-            size = len(header) + sum(math.prod(shape) for shape in shapes.values()) * dtype.itemsize
-            if not _is_laid_out(folder / file, header, size):
+            start = header({name: (dtype, shape) for name, shape in shapes.items()}, {"format": "pt"})
+            size = len(start) + sum(math.prod(shape) for shape in shapes.values()) * dtype.itemsize
+            if not _is_laid_out(folder / file, start, size):
                 with atomic_write(folder / file) as temporary, open(temporary, "wb") as new:
-                    new.write(header)
+                    new.write(start)
                     new.truncate(size)
         self._laid_out = Checkpoint(folder)
 
@@ -57,9 +55,8 @@ class Filling:
             for piece in tensor.detach().reshape(-1).split(PIECE):
                 memory = memoryview(piece.to("cpu", self.dtype).contiguous().view(torch.uint8).numpy())
                 found.update(memory)
-                while len(memory):
-                    count = os.pwrite(file.fileno(), memory, at)
-                    memory, at = memory[count:], at + count
+                write_at(file.fileno(), memory, at)
+                at += len(memory)
         return found.hexdigest()
 
     def flush(self) -> None:
@@ -79,20 +76,8 @@ class Filling:
             temporary.write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
 
 
-def _header(shapes: Mapping[str, tuple[int, ...]], dtype: torch.dtype) -> bytes:
-    entries: dict[str, object] = {"__metadata__": {"format": "pt"}}
-    begin = 0
-    for name, shape in shapes.items():
-        end = begin + math.prod(shape) * dtype.itemsize
-        entries[name] = {"dtype": _NAMES[dtype], "shape": list(shape), "data_offsets": [begin, end]}
-        begin = end
-    text = json.dumps(entries, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)
-    return len(text).to_bytes(8, "little") + text
-
-
-def _is_laid_out(path: Path, header: bytes, size: int) -> bool:
+def _is_laid_out(path: Path, start: bytes, size: int) -> bool:
     if not path.is_file() or path.stat().st_size != size:
         return False
     with open(path, "rb") as file:
-        return file.read(len(header)) == header
+        return file.read(len(start)) == start

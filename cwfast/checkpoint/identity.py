@@ -3,9 +3,10 @@
 import hashlib
 import json
 import os
+import re
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -47,17 +48,26 @@ def files_of(checkpoint: Checkpoint) -> dict[str, Any]:
     return {"files": {file.name: [file.stat().st_size, file.stat().st_mtime_ns] for file in files}}
 
 
-def base_of_scores(scores: str | os.PathLike[str]) -> dict[str, str] | None:
-    """SHA-256 of the base checkpoint's tensors by which a folder of scores was made; None where it does not say.
+class Origin(NamedTuple):
+    """How a folder of scores was made; None where it does not say."""
+
+    base: dict[str, str] | None  # SHA-256 of the base checkpoint's tensors
+    criterion: str | None
+
+
+def origin_of_scores(scores: str | os.PathLike[str]) -> Origin:
+    """What a folder of scores says of itself.
 
     Raises:
         CheckpointError: it says so in no known form.
     """
     path = Path(scores) / SCORES
     if not path.is_file():
-        return None
+        return Origin(None, None)
     try:
-        return checked_hashes(json.loads(path.read_text(encoding="utf-8"))["base"]["tensors"])
+        found = json.loads(path.read_text(encoding="utf-8"))
+        criterion = found["inputs"]["settings"]["criterion"]
+        return Origin(checked_hashes(found["base"]["tensors"]), checked_word(criterion))
     except (ValueError, RecursionError, KeyError, TypeError) as error:
         raise CheckpointError(f"{path} must be JSON of cwfast score; {type(error).__name__}: {error}") from error
 
@@ -70,6 +80,17 @@ def checked_hashes(found: Any) -> dict[str, str]:
     """
     if not isinstance(found, dict) or not all(_is_hash(value) for value in found.values()):
         raise ValueError(f"hashes must be an object of 64 hexadecimal digits by name; got {str(found)[:80]}")
+    return found
+
+
+def checked_word(found: Any) -> str:
+    """A name such as a criterion's or a hub id, as it was read from a file: safe in a table or a header.
+
+    Raises:
+        ValueError: it is not.
+    """
+    if not isinstance(found, str) or not re.fullmatch(r"\w[\w.-]{0,99}(/\w[\w.-]{0,99})?", found, re.ASCII):
+        raise ValueError(f"a name must be letters, digits and _ . -, and one / at most; got {str(found)[:80]!r}")
     return found
 
 

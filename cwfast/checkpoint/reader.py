@@ -18,7 +18,7 @@ PIECE = (
 )  # entries worked on at a time: a multiple of 65,536, whole blocks of a list and whole bytes of packed bits
 MAX_NUMEL = 1 << 62  # entries of a tensor: byte counts of what is computed from them still fit 64 bits
 _MAX_INDEX = 1 << 28  # bytes; a million tensors with long names take half of that
-_DTYPES = {
+DTYPES = {
     "BOOL": torch.bool,
     "U8": torch.uint8,
     "I8": torch.int8,
@@ -152,10 +152,10 @@ def _header(path: Path) -> tuple[dict[str, Entry], dict[str, str]]:
     metadata = header.pop("__metadata__", None) or {}
     entries = {}
     for name, item in header.items():
-        if item["dtype"] not in _DTYPES:
-            raise CheckpointError(f"{path} must hold dtypes of {sorted(_DTYPES)}; {name!r} has {item['dtype']}")
+        if item["dtype"] not in DTYPES:
+            raise CheckpointError(f"{path} must hold dtypes of {sorted(DTYPES)}; {name!r} has {item['dtype']}")
         begin, end = item["data_offsets"]
-        dtype, shape = _DTYPES[item["dtype"]], tuple(item["shape"])
+        dtype, shape = DTYPES[item["dtype"]], tuple(item["shape"])
         if end - begin != math.prod(shape) * dtype.itemsize:  # a name twice in the header: who read which is unknown
             raise CheckpointError(f"{path} must hold {name!r} of shape {shape} in its bytes; it has {end - begin}")
         if math.prod(max(size, 1) for size in shape) >= MAX_NUMEL:  # sizes that a size 0 hides, too

@@ -18,7 +18,9 @@ Change = Callable[[str], Iterator[Tensor]]
 _AHEAD = 4  # pieces that wait to be written: reading goes on meanwhile, memory stays bounded
 
 
-def rewrite(source: Checkpoint, file: Path, target: Path, pieces: Change) -> dict[str, str]:
+def rewrite(
+    source: Checkpoint, file: Path, target: Path, pieces: Change, check: Callable[[str, str], None] | None = None
+) -> dict[str, str]:
     """Write ``target``: the header of ``file``, byte for byte, and for each of its tensors what ``pieces`` gives.
 
     Args:
@@ -26,6 +28,7 @@ def rewrite(source: Checkpoint, file: Path, target: Path, pieces: Change) -> dic
         file: one of its files.
         target: written to a temporary name, fsynced and renamed; nothing is left of it where something fails.
         pieces: tensor name -> its flat pieces from the first entry to the last, in the dtype that it has in ``file``.
+        check: called with a tensor's name and SHA-256 once it is written; what it raises is raised.
 
     Returns:
         Each tensor's SHA-256, of the bytes that were handed to the system.
@@ -53,6 +56,8 @@ def rewrite(source: Checkpoint, file: Path, target: Path, pieces: Change) -> dic
             if out.tell() - begin != numel * entry.dtype.itemsize:
                 raise ValueError(f"{name!r} must be written with {numel} entries; got {out.tell() - begin} bytes")
             hashes[name] = found.hexdigest()
+            if check is not None:
+                check(name, hashes[name])
     return hashes
 
 

@@ -50,12 +50,25 @@ def select(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--out", type=Path, required=True, help="mask file to write")
 
 
+def artefact(parser: argparse.ArgumentParser) -> None:
+    """Of ``cwfast artefact``."""
+    parser.add_argument("model", type=Path, metavar="MODEL", help="safetensors file or folder")
+    parser.add_argument("--mask", type=Path, required=True, help="file of cwfast select or MaskSet.save")
+    parser.add_argument("--base", type=Path, help="take the values of this checkpoint; default: those of MODEL")
+    parser.add_argument("--base-id", metavar="OWNER/NAME", help="what the base is called on a hub, for model cards")
+    parser.add_argument("--out", type=Path, required=True, help="safetensors file to make")
+
+
 def rewind(parser: argparse.ArgumentParser) -> None:
     """Of ``cwfast rewind``."""
     parser.add_argument("model", type=Path, metavar="MODEL", help="safetensors file or folder with the trained weights")
-    parser.add_argument("--base", type=Path, required=True, help="the same with the initial weights")
-    parser.add_argument("--mask", type=Path, required=True, help="file of cwfast select or MaskSet.save")
+    parser.add_argument("--base", type=Path, help="the same with the initial weights, and")
+    parser.add_argument("--mask", type=Path, help="file of cwfast select or MaskSet.save")
+    parser.add_argument("--artefact", type=Path, metavar="FILE", help="or instead of both: file of cwfast artefact")
     parser.add_argument("--out", type=Path, required=True, help="folder to make")
+    parser.add_argument("--model-card", action="store_true", help="write README.md: what was done, by what, what "
+                        "that does not promise; the model's own is not copied then")  # fmt: skip
+    parser.add_argument("--base-id", metavar="OWNER/NAME", help="what the base is called on a hub, for that card")
     parser.add_argument("--resume", action="store_true", help="go on where a run with the same arguments was stopped")
     parser.add_argument("--copy-code", action="store_true", help="also copy *.py, and keep auto_map, which runs them")
 

@@ -1,9 +1,10 @@
-"""``cwfast select`` and ``cwfast rewind``: from scores to a mask file, from a model and a mask to a rewound model."""
+"""``cwfast select``, ``artefact`` and ``rewind``: from scores to a mask file, from a mask to a rewound model."""
 
 import argparse
+import math
 import sys
 import warnings
-from typing import Any
+from typing import Any, NoReturn
 
 from tqdm import tqdm
 
@@ -11,6 +12,7 @@ from cwfast._selecting import select
 from cwfast.checkpoint import Checkpoint
 from cwfast.checkpoint.files import sha256
 from cwfast.checkpoint.identity import identity
+from cwfast.llm.artefacts import apply_artefact, make_artefact
 from cwfast.llm.folders import rewind_folder
 from cwfast.report import provenance
 
@@ -59,24 +61,58 @@ def run_select(options: argparse.Namespace) -> tuple[dict[str, Any], str]:
     return document, "\n".join(lines)
 
 
+def run_artefact(options: argparse.Namespace) -> tuple[dict[str, Any], str]:
+    """The file ``--out``, and what is in it.
+
+    Raises:
+        ValueError, CheckpointError, OSError: as ``make_artefact`` says.
+    """
+    source = Checkpoint(options.model)
+    with _bar("artefact", sum(math.prod(e.shape) * e.dtype.itemsize for e in source.entries.values())) as bar:
+        done = make_artefact(
+            options.model,
+            options.mask,
+            options.out,
+            base=options.base,
+            base_id=options.base_id,
+            progress=bar.update,
+        )
+    document = {
+        "schema": "cwfast-artefact/1",
+        "command": options.command_line,
+        "versions": provenance.versions(PACKAGES),
+        "machine": provenance.machine(),
+        "backends": provenance.backends("rewind"),
+        "out": str(options.out),
+        **done,
+    }
+    lines = [f"{done['selected']:,} of {done['weights']:,} weights in {done['bytes']:,} bytes"]
+    return document, "\n".join([*lines, f"Artefact: {options.out.resolve()}"])
+
+
 def run_rewind(options: argparse.Namespace) -> tuple[dict[str, Any], str]:
     """The folder ``--out``, and what is in it.
 
     Raises:
-        ValueError, CheckpointError, OSError, RuntimeError: as ``rewind_folder`` says.
+        ValueError, CheckpointError, OSError, RuntimeError: as ``rewind_folder`` and ``apply_artefact`` say.
     """
+    given = [options.base is not None, options.mask is not None, options.artefact is not None]
+    if given not in ([True, True, False], [False, False, True]):
+        options.usage("--base and --mask, or --artefact alone, must be given")
     source = Checkpoint(options.model)
     total = sum(file.stat().st_size for file in {entry.file for entry in source.entries.values()})
-    with tqdm(total=total, desc="rewind", unit="B", unit_scale=True, file=sys.stderr, disable=None) as bar:
-        done = rewind_folder(
-            options.model,
-            options.base,
-            options.mask,
-            options.out,
-            resume=options.resume,
-            copy_code=options.copy_code,
-            progress=bar.update,
-        )
+    with _bar("rewind", total) as bar:
+        how: dict[str, Any] = {
+            "resume": options.resume,
+            "copy_code": options.copy_code,
+            "card": options.model_card,
+            "base_id": options.base_id,
+            "progress": bar.update,
+        }
+        if options.artefact is None:
+            done = rewind_folder(options.model, options.base, options.mask, options.out, **how)
+        else:
+            done = apply_artefact(options.model, options.artefact, options.out, **how)
     document = {
         "schema": "cwfast-rewind/1",
         "command": options.command_line,
@@ -90,6 +126,10 @@ def run_rewind(options: argparse.Namespace) -> tuple[dict[str, Any], str]:
     if done["left_out"]:
         lines.append(f"Not copied from {options.model}: {', '.join(done['left_out'])}")
     return document, "\n".join([*lines, f"Model: {options.out.resolve()}"])
+
+
+def _bar(what: str, total: int) -> "tqdm[NoReturn]":
+    return tqdm(total=total, desc=what, unit="B", unit_scale=True, file=sys.stderr, disable=None)
 
 
 def _pair(text: str) -> tuple[str, float]:

@@ -2,12 +2,10 @@
 
 import functools
 import hashlib
-import json
 import os
-import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -16,19 +14,19 @@ from cwfast import _picks, ops
 from cwfast._mask_files import MaskFile
 from cwfast.checkpoint import Checkpoint
 from cwfast.checkpoint.files import atomic_write, sha256
-from cwfast.checkpoint.identity import files_of, hashed
+from cwfast.checkpoint.identity import checked_word, files_of, hashed
 from cwfast.checkpoint.making import check_space, making
 from cwfast.checkpoint.reader import INDEX
 from cwfast.checkpoint.writer import rewrite
 from cwfast.errors import CheckpointError
+from cwfast.llm.cards import model_card
+from cwfast.llm.other_files import copy_others
 from cwfast.ops.rewind import Bits
 
 FORMAT = "cwfast-rewound/1"
 MANIFEST = "cwfast-rewound.json"  # in the folder that is written
-_INTS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
-# What else is copied. Weights in another format would still be those that were not rewound, so nothing unknown is.
-_KNOWN = {".json", ".jsonl", ".txt", ".model", ".jinja", ".md", ".tiktoken", ".vocab", ".merges"}
-_KNOWN_NAMES = {"LICENSE", "NOTICE", "USE_POLICY"}
+CARD = "README.md"
+INTS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
 def rewind_folder(
@@ -39,6 +37,8 @@ def rewind_folder(
     *,
     resume: bool = False,
     copy_code: bool = False,
+    card: bool = False,
+    base_id: str | None = None,
     progress: Callable[[int], object] = lambda done: None,
 ) -> dict[str, Any]:
     """``W[mask] = W0[mask]`` for a checkpoint on disk: a complete folder that transformers loads.
@@ -55,6 +55,8 @@ def rewind_folder(
         out: folder to make; it must not exist (an empty one may), nor lie in ``model`` or ``base``.
         resume: go on where an earlier run with the same arguments was stopped.
         copy_code: also copy ``*.py`` and keep ``auto_map``, which names code that ``trust_remote_code`` runs.
+        card: write a model card, ``README.md``, in place of the model's own.
+        base_id: what the base is called on a hub, for the card.
         progress: called with the number of bytes each time that some have been written.
 
     Returns:
@@ -69,42 +71,103 @@ def rewind_folder(
         OSError: the disk is too small or full. In all these cases no folder ``out`` has been made.
     """
     source, initial, masks = Checkpoint(model), Checkpoint(base), MaskFile(mask)
-    out = Path(out)
     places = {"MODEL": source.path, "BASE": initial.path}
-    _check_fit(source, initial, masks)
+    if base_id is not None:
+        checked_word(base_id)
+    check_masks(source, masks)
+    check_base(source, initial, masks.shapes)
     inputs = {"model": files_of(source), "base": files_of(initial), "mask": {"sha256": sha256(mask)}}
+    return write_folder(
+        source,
+        Path(out),
+        places,
+        inputs,
+        functools.partial(rewound, source, initial, masks),
+        card=functools.partial(model_card, masks, base_id) if card else None,
+        resume=resume,
+        copy_code=copy_code,
+        progress=progress,
+    )
+
+
+class Seen(NamedTuple):
+    """What was met in the tensors of a file while they were changed."""
+
+    counts: dict[str, int]  # changed entries of each tensor
+    base: dict[str, str]  # SHA-256 of the base's tensors that were read
+
+
+def write_folder(
+    source: Checkpoint,
+    out: Path,
+    places: Mapping[str, Path],
+    inputs: Mapping[str, Any],
+    change: Callable[[Seen, str], Iterator[Tensor]],
+    *,
+    check: Callable[[str, str], None] | None = None,
+    card: Callable[[Mapping[str, str]], str] | None = None,
+    resume: bool,
+    copy_code: bool,
+    progress: Callable[[int], object],
+) -> dict[str, Any]:
+    """A model's folder again, its tensors changed on the way; see ``rewind_folder``.
+
+    Args:
+        source: the model.
+        out: folder to make.
+        places: what ``out`` may not lie in.
+        inputs: identities of the inputs.
+        change: tensor name -> its flat pieces; tells what it meets.
+        check: called with each tensor's name and SHA-256; raises where that is wrong.
+        card: SHA-256 of the base's tensors -> text of README.md.
+        resume: see ``rewind_folder``.
+        copy_code: see there.
+        progress: see there.
+
+    Returns:
+        What the manifest in ``out`` holds.
+    """
     with making(out, places, inputs, kind=FORMAT, manifest=MANIFEST, resume=resume, files={}) as made:
         partial, state = made.path, made.state
         _check_space(partial, source, state["files"])
         for file in sorted({entry.file for entry in source.entries.values()}):
             size = file.stat().st_size
             if not _is_done(partial / file.name, state["files"].get(file.name), size):
-                counts: list[int] = []
-                pieces = functools.partial(_rewound, source, initial, masks, counts, progress)
-                hashes = rewrite(source, file, partial / file.name, pieces)
-                state["files"][file.name] = {"bytes": size, "sha256": hashes, "rewound": sum(counts)}
+                seen = Seen({}, {})
+                pieces = functools.partial(_told, progress, functools.partial(change, seen))
+                hashes = rewrite(source, file, partial / file.name, pieces, check)
+                rewound = sum(seen.counts.values())
+                state["files"][file.name] = {"bytes": size, "sha256": hashes, "base": seen.base, "rewound": rewound}
                 made.save()
             else:
                 progress(size)
-        state["copied"], state["left_out"] = _copy_others(source.path, partial, copy_code)
+        own = {MANIFEST, CARD} if card is not None else {MANIFEST}
+        state["copied"], state["left_out"] = copy_others(source.path, partial, copy_code, own)
+        if card is not None:
+            base = {name: found for done in state["files"].values() for name, found in done["base"].items()}
+            with atomic_write(partial / CARD) as temporary:
+                temporary.write_text(card(base), encoding="utf-8")
         state["rewound"] = sum(done["rewound"] for done in state["files"].values())
         _verify(partial, source)
     return state
 
 
-def _rewound(
-    source: Checkpoint,
-    initial: Checkpoint,
-    masks: MaskFile,
-    counts: list[int],
-    progress: Callable[[int], object],
-    name: str,
-) -> Iterator[Tensor]:
-    """The pieces of a tensor, its selected entries as in ``initial``; how many these are goes to ``counts``."""
+def _told(progress: Callable[[int], object], change: Callable[[str], Iterator[Tensor]], name: str) -> Iterator[Tensor]:
+    for piece in change(name):
+        yield piece
+        progress(piece.nbytes)
+
+
+def rewound(source: Checkpoint, initial: Checkpoint, masks: MaskFile, seen: Seen, name: str) -> Iterator[Tensor]:
+    """The pieces of a tensor, its selected entries as in ``initial``.
+
+    Raises:
+        CheckpointError: the base is another than that of the mask, or a file is broken.
+    """
     bits: Bits | None = masks.picks(name) if name in masks.shapes else None
     if bits is not None:
-        counts.append(_picks.count(bits))
-        if not counts[-1]:
+        seen.counts[name] = _picks.count(bits)
+        if not seen.counts[name]:
             bits = None
     found = hashlib.sha256()
     base = hashed(initial.pieces(name), found) if bits is not None else iter(())
@@ -112,12 +175,14 @@ def _rewound(
     for piece in source.pieces(name):
         end = begin + len(piece)
         if bits is not None:  # by bits of the same width: every dtype is rewound alike
-            as_int = _INTS[piece.element_size()]
+            as_int = INTS[piece.element_size()]
             ops.rewind_([piece.view(as_int)], [next(base).view(as_int)], [_picks.part(bits, begin, end)])
         yield piece
-        progress(piece.nbytes)
         begin = end
-    expected = None if masks.base is None or bits is None else masks.base.get(name)
+    if bits is None:
+        return
+    seen.base[name] = found.hexdigest()
+    expected = None if masks.base is None else masks.base.get(name)
     if expected is not None and found.hexdigest() != expected:
         raise CheckpointError(
             f"{initial.path} must be the base that {masks.path} was made with; the SHA-256 of its {name!r} is "
@@ -125,7 +190,12 @@ def _rewound(
         )
 
 
-def _check_fit(source: Checkpoint, initial: Checkpoint, masks: MaskFile) -> None:
+def check_masks(source: Checkpoint, masks: MaskFile) -> None:
+    """The masks are of this model, of which the index names all tensors.
+
+    Raises:
+        CheckpointError: they are not.
+    """
     for file in {entry.file for entry in source.entries.values()}:
         if unlisted := sorted(set(Checkpoint(file).entries) - set(source.entries)):
             raise CheckpointError(
@@ -139,7 +209,6 @@ def _check_fit(source: Checkpoint, initial: Checkpoint, masks: MaskFile) -> None
                 f"{masks.path} must be of {source.path}: {name!r} has shape {source.entries[name].shape} there, "
                 f"{shape} in the mask"
             )
-    check_base(source, initial, masks.shapes)
 
 
 def check_base(source: Checkpoint, initial: Checkpoint, names: Iterable[str]) -> None:
@@ -166,51 +235,6 @@ def _is_done(target: Path, entry: Mapping[str, Any] | None, size: int) -> bool:
 def _check_space(partial: Path, source: Checkpoint, done: Mapping[str, Any]) -> None:
     files = {entry.file for entry in source.entries.values()}
     check_space(partial, sum(file.stat().st_size for file in files if file.name not in done))
-
-
-def _copy_others(model: Path, partial: Path, copy_code: bool) -> tuple[list[str], list[str]]:
-    """Config, tokenizer and the like; which were copied, and which were not. The index comes last."""
-    if not model.is_dir():
-        return [], []
-    files = sorted((f for f in model.iterdir() if f.is_file()), key=lambda f: (f.name == INDEX, f.name))
-    copied, left_out = [], []
-    for file in files:
-        if (partial / file.name).exists() and file.suffix == ".safetensors":
-            continue  # written already
-        known = file.suffix in _KNOWN or file.stem in _KNOWN_NAMES or (file.suffix == ".py" and copy_code)
-        other_index = file.name.endswith(".index.json") and file.name != INDEX
-        if not known or other_index or file.name.startswith(".") or file.name == MANIFEST:
-            left_out.append(file.name)
-            continue
-        with atomic_write(partial / file.name) as temporary:
-            if file.suffix == ".json" and file.name != INDEX and not copy_code:
-                temporary.write_bytes(_without_code(file.read_bytes()))
-            else:
-                shutil.copyfile(file, temporary)
-        copied.append(file.name)
-    return copied, left_out + sorted(f"{f.name}/" for f in model.iterdir() if f.is_dir())
-
-
-def _without_code(data: bytes) -> bytes:
-    """A JSON file without ``auto_map``, wherever in it; unchanged where it has none.
-
-    Raises:
-        CheckpointError: it has, and cannot be read.
-    """
-    if b"auto_map" not in data and b"\\u" not in data:  # a name may be written with escapes
-        return data
-    try:
-        found = json.loads(data)
-        cleaned = _cleaned(found)
-    except (ValueError, RecursionError) as error:
-        raise CheckpointError(f"a file with auto_map must be JSON; {type(error).__name__}: {error}") from error
-    return data if cleaned == found else (json.dumps(cleaned, indent=2, ensure_ascii=False) + "\n").encode()
-
-
-def _cleaned(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {key: _cleaned(item) for key, item in value.items() if key != "auto_map"}
-    return [_cleaned(item) for item in value] if isinstance(value, list) else value
 
 
 def _verify(partial: Path, source: Checkpoint) -> None:
