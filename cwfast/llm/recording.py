@@ -16,6 +16,7 @@ from cwfast.errors import CheckpointError
 from cwfast.llm import storage
 from cwfast.llm.heads import Body
 from cwfast.llm.storage import TokenRecords
+from cwfast.llm.texts import as_read
 from cwfast.llm.windows import Batch, Document, batches, documents, windows
 
 SHARD_TOKENS = 1 << 18  # scored tokens of a shard: what a run that is killed loses at most
@@ -190,7 +191,7 @@ class _Run:
                     values[name] = kept.new_zeros(len(tokens), *kept.shape[1:])
                 values[name][at] = kept
         for name in ("logprob", "reference.logprob", "kl"):
-            lost = values[name].isnan().nonzero()[:1, 0] if name in values else ()
+            lost = values[name].isnan().nonzero()[:1, 0] if name in values else torch.empty(0)
             if len(lost):
                 text = chosen[int(torch.searchsorted(offsets, lost, right=True)) - 1]
                 raise ValueError(
@@ -274,8 +275,7 @@ def _compressed(
     sizes = []
     for text, document in zip(texts, found, strict=True):
         own = document.ids[document.context :]
-        whole = isinstance(text, str) and (max_tokens is None or len(own) < max_tokens)
-        scored = text if whole else tokenizer.decode(own)
+        scored = as_read(tokenizer, text, own, max_tokens) if isinstance(text, str) else tokenizer.decode(own)
         sizes.append(len(compression.compress(scored.encode("utf-8", "surrogatepass"))))
     return torch.tensor(sizes)
 
