@@ -128,7 +128,10 @@ def _adapted(model: Any, base: Path, rank: int) -> Any:
         from peft import LoraConfig, get_peft_model
     except ImportError as error:
         raise ImportError("LoRA shadows need peft; pip install peft brings it, rank=None does without") from error
-    config = LoraConfig(r=rank, lora_alpha=2 * rank, target_modules="all-linear", task_type="CAUSAL_LM")
+    transposed = any(type(module).__name__ == "Conv1D" for module in model.modules())  # GPT-2 keeps weights [in, out]
+    config = LoraConfig(
+        r=rank, lora_alpha=2 * rank, target_modules="all-linear", task_type="CAUSAL_LM", fan_in_fan_out=transposed
+    )
     made = get_peft_model(model, config)
     config.base_model_name_or_path = str(base.resolve())  # found again from any working directory
     return made
