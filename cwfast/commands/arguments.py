@@ -155,7 +155,7 @@ def audit_llm(parser: argparse.ArgumentParser) -> None:
     how.add_argument(
         "--autocast",
         choices=("bfloat16", "float16"),
-        help="run models, not their heads, in that precision: faster, scores move by rounding (not gradient_norm)",
+        help="run models, not their heads, in that precision: faster, scores move by rounding",
     )
     how.add_argument(
         "--copies",

@@ -1,6 +1,7 @@
 """lm_token_stats and lm_token_kl on the CPU: torch multiplies a tile, cwfast._C takes from it what is needed.
 
-A tile of logits and what its product needs in another precision stay below 40 MB, whatever N, V and d are.
+A tile of logits and what its product needs in another precision stay below 40 MB, whatever N, V and d are; a divergence
+has two of them.
 """
 
 from collections.abc import Callable, Iterator, Sequence
