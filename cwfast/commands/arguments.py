@@ -176,7 +176,7 @@ def audit_llm(parser: argparse.ArgumentParser) -> None:
     )
     told = parser.add_argument_group("what is told")
     told.add_argument(
-        "--out", type=Path, help="folder for report.json, report.html and the token records, to go on with"
+        "--out", type=Path, help="folder for report.json, .html, .md and the token records, to go on with"
     )
     told.add_argument(
         "--show-text",
