@@ -35,15 +35,16 @@ def folder(tmp_path_factory, without_torchvision):
     base.save_pretrained(where / "base")
     rng = np.random.default_rng(0)
     halves = {f"shadow{i}": rng.permutation(32)[:16].tolist() for i in range(SHADOWS)}
-    for name, side in {"tuned": range(16), **halves}.items():
+    for name, side in {"tuned": [*range(16), 46, 47], **halves}.items():
         model = llm_models.small("llama", torch.float32)
         smollm.fine_tune(model, llm_models.tokenizer(), [texts[i] for i in side], epochs=4, lr=3e-3, batch=8)
         model.save_pretrained(where / name)
         lines(where / name / "members.jsonl", [texts[i] for i in side])
     for name in ("base", "tuned", *halves):
         llm_models.tokenizer().save_pretrained(where / name)
-    for name, side in (("m", slice(0, 16)), ("n", slice(16, 32)), ("shots", slice(32, 35)), ("corpus", slice(35, 48))):
-        lines(where / f"{name}.jsonl", texts[side])
+    sides = {"m": (0, 16), "n": (16, 32), "shots": (32, 35), "corpus": (35, 46), "member_shots": (46, 48)}
+    for name, side in sides.items():
+        lines(where / f"{name}.jsonl", texts[slice(*side)])
     return where
 
 
@@ -71,9 +72,10 @@ def test_all_attacks_with_everything_given(folder, tmp_path, capsys):
     shadows = [folder / f"shadow{i}" for i in range(SHADOWS)]
     more = ["--reference", folder / "base", "--shots", folder / "shots.jsonl", "--corpus", folder / "corpus.jsonl"]
     more += ["--shadow", *shadows, "--out", tmp_path / "out", "--copies", 2, "--fpr", 0.1]
+    more += ["--member-shots", folder / "member_shots.jsonl"]
     found = document(capsys, folder, *more)
-    assert set(found["attacks"]) == set(llm.ATTACKS) - {"con_recall"}
-    assert found["left_out"] == {"con_recall": "needs members that are not audited (--member-shots)"}
+    assert set(found["attacks"]) == set(llm.ATTACKS)
+    assert found["left_out"] == {}
     assert found["schema"] == "cwfast-audit-llm/1"
     for name, row in found["attacks"].items():
         point = row["tpr_at_fpr"][0]
@@ -118,6 +120,7 @@ def test_the_table_and_what_was_not_run(folder, capsys):
     assert "0 of 1 controls differ from 0.5 (intervals at 95% each" in printed
     assert "Not run: wbc, it needs a reference model (--reference)." in printed
     assert "Not run: rmia, it needs shadow models (--shadow)." in printed
+    assert "Not run: con_recall, it needs non-members that are not audited (--shots)." in printed
     assert document(capsys, folder, "--attacks", "loss", "min_k")["left_out"] == {}
 
 

@@ -19,7 +19,7 @@ def test_bag_of_words_finds_a_word_of_one_side_and_nothing_in_equal_sides():
     member = np.arange(120) < 60
     told = texts(60, 0, ("2023",)) + texts(60, 1)
     assert mia.metrics.auc(llm.bag_of_words(told, member), member) > 0.99
-    areas = [mia.metrics.auc(llm.bag_of_words(texts(120, seed), member, seed=seed), member) for seed in range(16)]
+    areas = [mia.metrics.auc(llm.bag_of_words(texts(120, seed), member, seed=seed), member) for seed in range(10)]
     assert abs(np.mean(areas) - 0.5) < 3 * np.std(areas, ddof=1) / np.sqrt(len(areas))
     assert np.std(areas, ddof=1) < 0.11  # of 60 against 60 equal texts: 0.053, and folds that are no independent fits
 
