@@ -17,6 +17,8 @@ _HOME = {  # public name -> the module that holds it
     "lowercased": "variants",
     "neighbours": "variants",
     "records": "recording",
+    "score": "scoring",
+    "score_folder": "scoring",
     "swapped": "variants",
     "token_counts": "variants",
 }

@@ -54,12 +54,19 @@ class Body:
             raise TypeError(f"model must have an LM head; {type(model).__name__}.get_output_embeddings() gives None")
         self._layer: nn.Module = head
         with self.ready():
-            self.head = Head(*_weights(head), *_scaling(self.model.config))
+            head_now = self.live_head()
+            bias = None if head_now.bias is None else head_now.bias.detach()
+            self.head = head_now._replace(weight=head_now.weight.detach(), bias=bias)
         inner = self.model.get_base_model() if hasattr(model, "get_base_model") else self.model
         known = inspect.signature(inner.forward).parameters
         self._positions = "position_ids" in known
         self._cache = next((name for name in ("cache", "past_key_values") if name in known), None)
         self.device = self.model.get_input_embeddings().weight.device
+
+    def live_head(self) -> Head:
+        """The head as it is now: where gradients are on, with a graph that leads to its parameters."""
+        weight, bias = _weights(self._layer)
+        return Head(weight, bias, *_scaling(self.model.config))
 
     @contextmanager
     def ready(self) -> Iterator[None]:
@@ -72,6 +79,16 @@ class Body:
             finally:
                 for module, training in modes:
                     module.training = training
+
+    @contextmanager
+    def rooted(self) -> Iterator[None]:
+        """The embedding's output asks for a gradient: there is a graph from there on, whatever the parameters ask."""
+        embedding: nn.Module = self.model.get_input_embeddings()
+        hook = embedding.register_forward_hook(lambda module, args, out: out.requires_grad_() if out.is_leaf else None)
+        try:
+            yield
+        finally:
+            hook.remove()
 
     def hidden(self, ids: Tensor, mask: Tensor, past: Any = None) -> Tensor:
         """[B, T, d] before the head, for ids and mask [B, T], each row after what ``after`` has read; inside
@@ -195,4 +212,4 @@ def _weights(head: Any) -> tuple[Tensor, Tensor | None]:
             "the LM head must be in memory; this one is offloaded: keep lm_head off disk in device_map"
         )
     bias = getattr(head, "bias", None)
-    return weight.detach(), bias.detach() if isinstance(bias, Tensor) else None
+    return weight, bias if isinstance(bias, Tensor) else None
