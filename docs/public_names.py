@@ -24,6 +24,7 @@ ROOMS = (  # every module whose names users import
     "cwfast.integrations.prune",
     "cwfast.integrations.transformers",
     "cwfast.llm.attacks",
+    "cwfast.llm.shadows",
     "cwfast.llm.smollm",
     "cwfast.mia.attacks",
     "cwfast.mia.metrics",

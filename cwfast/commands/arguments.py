@@ -198,6 +198,11 @@ def audit_llm(parser: argparse.ArgumentParser) -> None:
     how.add_argument("--max-tokens", type=int, metavar="N", help="read the first N tokens of each text; default: all")
     how.add_argument("--batch-tokens", type=int, default=4096, metavar="N", help="of a batch (default: %(default)s)")
     how.add_argument(
+        "--autocast",
+        choices=("bfloat16", "float16"),
+        help="run models, not their heads, in that precision: faster, scores move by rounding",
+    )
+    how.add_argument(
         "--copies",
         type=int,
         default=5,
@@ -216,7 +221,7 @@ def audit_llm(parser: argparse.ArgumentParser) -> None:
     )
     told = parser.add_argument_group("what is told")
     told.add_argument(
-        "--out", type=Path, help="folder for report.json, report.html and the token records, to go on with"
+        "--out", type=Path, help="folder for report.json, .html, .md and the token records, to go on with"
     )
     told.add_argument(
         "--show-text",

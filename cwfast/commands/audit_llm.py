@@ -2,6 +2,8 @@
 
 import argparse
 import json
+import sys
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +18,7 @@ FILES = ("members", "nonmembers", "shots", "member_shots", "corpus")
 
 
 def run(options: argparse.Namespace) -> tuple[dict[str, Any], str]:
-    """The report and what is printed; with ``--out``, report.json and report.html are written.
+    """The report and what is printed; with ``--out``, report.json, .html and .md are written.
 
     Raises:
         ImportError: transformers is missing, or jinja2 with ``--out``.
@@ -30,7 +32,7 @@ def run(options: argparse.Namespace) -> tuple[dict[str, Any], str]:
     _check_sides(sides)
     model, tokenizer = _model(options.model), _tokenizer(options.model)
     reference = _reference(options.reference, model)
-    shadows = [(_model(folder), read_texts(Path(folder) / "members.jsonl")) for folder in options.shadow]
+    shadows = [(partial(_model, folder), read_texts(Path(folder) / "members.jsonl")) for folder in options.shadow]
     inputs = auditing.Inputs(
         model,
         tokenizer,
@@ -44,8 +46,9 @@ def run(options: argparse.Namespace) -> tuple[dict[str, Any], str]:
         max_tokens=options.max_tokens,
         seed=options.seed,
         copies=options.copies,
-        how={"batch_tokens": options.batch_tokens},
+        how={"batch_tokens": options.batch_tokens, "autocast": _autocast(options.autocast)},
         out=options.out,
+        progress=lambda stage: print(f"cwfast: {stage}", file=sys.stderr),
     )
     left_out = {name: lack for name in ATTACKS if (lack := inputs.lacks(name)) is not None}
     attacks = [name for name in ATTACKS if name not in left_out] if options.attacks == ["all"] else options.attacks
@@ -72,8 +75,9 @@ def run(options: argparse.Namespace) -> tuple[dict[str, Any], str]:
         page = llm_page.render(document, shown)
         with atomic_write(options.out / "report.json") as temporary:
             temporary.write_text(json.dumps(document, indent=1, allow_nan=False) + "\n", encoding="utf-8")
-        with atomic_write(options.out / "report.html") as temporary:
-            temporary.write_text(page, encoding="utf-8")
+        for name, content in (("report.html", page), ("report.md", llm_page.markdown(document))):
+            with atomic_write(options.out / name) as temporary:
+                temporary.write_text(content, encoding="utf-8")
         lines += ["", f"Report: {(options.out / 'report.html').resolve()}"]
     return document, "\n".join(lines)
 
@@ -119,6 +123,12 @@ def _model(name: str) -> Any:
             raise ImportError("a folder with an adapter needs peft; pip install peft brings it") from error
         return AutoPeftModelForCausalLM.from_pretrained(name, trust_remote_code=False).eval()
     return transformers.AutoModelForCausalLM.from_pretrained(name, dtype="auto", trust_remote_code=False).eval()
+
+
+def _autocast(name: str | None) -> Any:
+    import torch
+
+    return None if name is None else getattr(torch, name)
 
 
 def _tokenizer(name: str) -> Any:
