@@ -1,8 +1,9 @@
-"""Atomic writes: a reader sees the old file or the whole new one, also after kill -9 or a full disk; hashes, locks."""
+"""Atomic writes: a reader sees the old or the whole new file or folder, also after kill -9 or a full disk; locks."""
 
 import fcntl
 import hashlib
 import os
+import shutil
 import socket
 import tempfile
 from collections.abc import Iterator
@@ -30,6 +31,30 @@ def atomic_write(path: str | os.PathLike[str]) -> Iterator[Path]:
         temporary.unlink(missing_ok=True)
         raise
     fsync(path.parent)  # the rename itself
+
+
+@contextmanager
+def atomic_folder(path: Path) -> Iterator[Path]:
+    """Yield an empty folder beside ``path``; on success its files are fsynced and it is renamed to ``path``.
+
+    What a killed run has left in it is removed by the next one; after an error nothing is left. One writer at a time.
+
+    Raises:
+        OSError: ``path`` holds something already, or cannot be written.
+    """
+    partial = path.with_name(f".{path.name}.partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    try:
+        yield partial
+        for file in sorted(partial.rglob("*")):
+            fsync(file)
+        fsync(partial)
+        partial.replace(path)
+    except BaseException:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise
+    fsync(path.parent)
 
 
 def sha256(path: str | os.PathLike[str]) -> str:

@@ -9,6 +9,7 @@ from cwfast import report
 from cwfast.checkpoint.files import atomic_write, sha256
 from cwfast.llm import auditing
 from cwfast.llm.attacks import ATTACKS
+from cwfast.llm.texts import read_texts
 from cwfast.report import llm_page, provenance
 
 FILES = ("members", "nonmembers", "shots", "member_shots", "corpus")
@@ -25,11 +26,11 @@ def run(options: argparse.Namespace) -> tuple[dict[str, Any], str]:
     if options.out is not None:
         llm_page.environment()  # jinja2 is missed now, not at the end
         report.folder(options.out)
-    sides = {name: _texts(getattr(options, name)) for name in FILES if getattr(options, name) is not None}
+    sides = {name: read_texts(getattr(options, name)) for name in FILES if getattr(options, name) is not None}
     _check_sides(sides)
     model, tokenizer = _model(options.model), _tokenizer(options.model)
     reference = _reference(options.reference, model)
-    shadows = [(_model(folder), _texts(Path(folder) / "members.jsonl")) for folder in options.shadow]
+    shadows = [(_model(folder), read_texts(Path(folder) / "members.jsonl")) for folder in options.shadow]
     inputs = auditing.Inputs(
         model,
         tokenizer,
@@ -92,28 +93,6 @@ def _check_usage(options: argparse.Namespace) -> None:
         value = getattr(options, name)
         if value is not None and value < least:
             options.usage(f"--{name.replace('_', '-')} must be at least {least}; got {value}")
-
-
-def _texts(path: Path) -> list[str]:
-    """A text per line: a JSON object with ``text``, or a JSON string."""
-    if not path.is_file():
-        raise FileNotFoundError(f"texts must be a file of JSON lines; there is none at {path}")
-    found = []
-    for number, line in enumerate(path.read_text(encoding="utf-8").split("\n"), 1):
-        if line.strip():
-            try:
-                one = json.loads(line)
-            except (ValueError, RecursionError) as error:
-                raise ValueError(
-                    f"{path} must hold a JSON object with a text in each line; line {number}: {error}"
-                ) from None
-            text = one.get("text") if isinstance(one, dict) else one
-            if not isinstance(text, str):
-                raise ValueError(
-                    f'{path} must hold {{"text": "..."}} in each line; line {number} has {type(one).__name__}'
-                )
-            found.append(text)
-    return found
 
 
 def _check_sides(sides: dict[str, list[str]]) -> None:

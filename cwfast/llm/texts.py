@@ -1,0 +1,31 @@
+"""Texts in files of JSON lines."""
+
+import json
+from pathlib import Path
+
+
+def read_texts(path: Path) -> list[str]:
+    """A text per line: a JSON object with ``text``, or a JSON string; blank lines are left out.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: a line is neither.
+    """
+    if not path.is_file():
+        raise FileNotFoundError(f"texts must be a file of JSON lines; there is none at {path}")
+    found = []
+    for number, line in enumerate(path.read_text(encoding="utf-8").split("\n"), 1):
+        if line.strip():
+            try:
+                one = json.loads(line)
+            except (ValueError, RecursionError) as error:
+                raise ValueError(
+                    f"{path} must hold a JSON object with a text in each line; line {number}: {error}"
+                ) from None
+            text = one.get("text") if isinstance(one, dict) else one
+            if not isinstance(text, str):
+                raise ValueError(
+                    f'{path} must hold {{"text": "..."}} in each line; line {number} has {type(one).__name__}'
+                )
+            found.append(text)
+    return found
