@@ -83,5 +83,5 @@ def rule_for(function: Callable[..., Any]) -> Rule | None:
     return _RULES.get(function)
 
 
-from cwfast.layers import attention, broadcast, conv, embedding, experts, linear, norms  # noqa: E402, F401  (rules)
+from cwfast.layers import attention, broadcast, conv, embedding, experts, heads, linear, norms  # noqa: E402, F401  (rules)
 from cwfast.layers.scored import scored  # noqa: E402

@@ -17,6 +17,7 @@ _HOME = {  # public name -> the module that holds it
     "lowercased": "variants",
     "neighbours": "variants",
     "records": "recording",
+    "score": "scoring",
     "swapped": "variants",
     "token_counts": "variants",
 }

@@ -54,10 +54,16 @@ class Body:
             raise TypeError(f"model must have an LM head; {type(model).__name__}.get_output_embeddings() gives None")
         self._layer: nn.Module = head
         with self.ready():
-            self.head = Head(*_weights(head), *_scaling(self.model.config))
+            weight, bias, *scaling = self.live_head()
+            self.head = Head(weight.detach(), None if bias is None else bias.detach(), *scaling)
         inner = self.model.get_base_model() if hasattr(model, "get_base_model") else self.model
         self._positions = "position_ids" in inspect.signature(inner.forward).parameters
         self.device = self.model.get_input_embeddings().weight.device
+
+    def live_head(self) -> Head:
+        """The head as it is now: where gradients are on, with a graph that leads to its parameters."""
+        weight, bias = _weights(self._layer)
+        return Head(weight, bias, *_scaling(self.model.config))
 
     @contextmanager
     def ready(self) -> Iterator[None]:
@@ -158,4 +164,4 @@ def _weights(head: Any) -> tuple[Tensor, Tensor | None]:
             "the LM head must be in memory; this one is offloaded: keep lm_head off disk in device_map"
         )
     bias = getattr(head, "bias", None)
-    return weight.detach(), bias.detach() if isinstance(bias, Tensor) else None
+    return weight, bias if isinstance(bias, Tensor) else None

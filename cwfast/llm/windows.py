@@ -126,6 +126,13 @@ def batches(found: Sequence[Document], made: Sequence[Window], batch_tokens: int
         order = order[rows:]
 
 
+def row_batches(found: Sequence[Document], made: Sequence[Window], rows: int) -> list[Batch]:
+    """The windows by falling length, ``rows`` a batch, padded on the right."""
+    order = sorted(made, key=lambda window: window.start - window.stop)
+    parts = [order[i : i + rows] for i in range(0, len(order), rows)]
+    return [_batch(found, part, part[0].stop - part[0].start, "right") for part in parts]
+
+
 def _batch(found: Sequence[Document], rows: Sequence[Window], width: int, padding: str) -> Batch:
     ids, mask = torch.zeros(len(rows), width, dtype=torch.int64), torch.ones(len(rows), width, dtype=torch.int64)
     where: list[Tensor] = []

@@ -146,7 +146,7 @@ def _run(
         return _lm_token_tiles.stats(hidden, head, targets, topk)
     if backend == "reference":
         stats = reference.lm_token_stats(hidden, head, targets, topk)
-        return *stats[:7], *stats.topk, stats.logsumexp.new_zeros((len(hidden), 2))
+        return *stats[:7], *stats.topk, torch.stack([stats.logsumexp, torch.zeros_like(stats.logsumexp)], dim=1)
     return device().stats(hidden, head, targets, topk, backend)
 
 
