@@ -21,7 +21,7 @@ LEVELS = [
     {"defense", "mia"},
     {"integrations", "llm", "shadow"},
     {"report"},
-    {"demo", "examples", "study"},
+    {"demo", "demo_llm", "examples", "study"},
     {"commands"},
     {"cli"},
 ]

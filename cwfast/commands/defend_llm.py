@@ -11,13 +11,13 @@ import numpy as np
 import torch
 
 from cwfast import report
-from cwfast.checkpoint import Checkpoint
 from cwfast.checkpoint.files import atomic_folder, sha256
 from cwfast.commands import audit_llm
 from cwfast.errors import CheckpointError
 from cwfast.llm import controls, defending, measuring
 from cwfast.llm.texts import read_texts
-from cwfast.masks import MaskSet, matching, streamed
+from cwfast.masks import MaskSet
+from cwfast.ops import gather
 from cwfast.report import llm_defense, llm_reading, provenance
 
 SCHEMA = "cwfast-defend-llm/1"
@@ -48,8 +48,9 @@ def run(options: argparse.Namespace) -> tuple[dict[str, Any], str]:
         (audit_llm._model(folder), np.array([text in set(side) for text in audited]))
         for folder, side in zip(options.shadow, known, strict=True)
     ]
+    base = audit_llm._model(options.base)
     meter = measuring.Meter(
-        audit_llm._model(options.base),
+        base,
         rows["members"],
         rows["nonmembers"],
         rows.get("heldout", rows["nonmembers"]),
@@ -64,15 +65,17 @@ def run(options: argparse.Namespace) -> tuple[dict[str, Any], str]:
     print("cwfast: defending", file=sys.stderr)
     model.to(torch.float32)  # small updates are lost in bfloat16
     sides = {name: [torch.tensor(row) for row in rows[name]] for name in ("members", "reference")}
-    settings = {name: getattr(options, name) for name in ("criterion", "rate", "points", "steps", "lr", "batch", "seed")}
+    settings = {
+        name: getattr(options, name) for name in ("criterion", "rate", "points", "steps", "lr", "batch", "seed")
+    }
     done = defending.defend_(
-        model, options.base, sides["members"], sides["reference"], alpha=options.alpha, progress=True, **settings
+        model, base, sides["members"], sides["reference"], alpha=options.alpha, progress=True, **settings
     )
     model.to(dtype)
     label = f"CWRF {options.criterion} {options.rate:.3g}, {options.steps} steps"
     found.append(_row("defended", "cwrf", label, meter(model), criterion=options.criterion, rate=options.rate,
                       steps=options.steps, alpha=done.alpha, rewound=done.masks.total))  # fmt: skip
-    files = _save(out, model, tokenizer, done.masks, options.base)
+    files = _save(out, model, tokenizer, done.masks, base)
     reading = llm_reading.before_and_after(found)
     document = {
         "schema": SCHEMA,
@@ -148,7 +151,6 @@ def _check_place(out: Path, options: argparse.Namespace) -> None:
             raise FileNotFoundError(f"{what.upper()} must be a folder of transformers; there is none at {folder}")
         if (folder / "adapter_config.json").is_file():
             raise ValueError(f"{what.upper()} must be a whole model; {folder} holds an adapter: merge it first")
-        Checkpoint(folder)
         if folder.resolve() in (out.resolve(), *out.resolve().parents):
             raise ValueError(f"--out must lie outside {what.upper()}; {out} is in {folder}")
     if (out / "model").exists():
@@ -156,28 +158,42 @@ def _check_place(out: Path, options: argparse.Namespace) -> None:
 
 
 def _row(name: str, group: str, label: str, measured: dict[str, Any], **more: Any) -> dict[str, Any]:
-    return {"id": name, "group": group, "label": label, "curve": group, **llm_defense.NO_SETTINGS, **more, **measured}
+    return {
+        "id": name,
+        "group": group,
+        "label": label,
+        "curve": group,
+        **llm_defense.NO_SETTINGS,
+        "start": None if group == "base" else "this model",
+        **more,
+        **measured,
+    }
 
 
-def _save(out: Path, model: Any, tokenizer: Any, masks: MaskSet, base: str) -> dict[str, str]:
+def _save(out: Path, model: Any, tokenizer: Any, masks: MaskSet, base: Any) -> dict[str, str]:
     """The model as a complete folder, the mask beside it; their hashes."""
     masks.save(out / "mask.safetensors")
     with atomic_folder(out / "model") as partial:
         model.save_pretrained(partial)
         tokenizer.save_pretrained(partial)
-        _check_saved(model, masks, base, partial)
+        _check_saved(model, base, masks, partial)
         hashes = {f"model/{file.name}": sha256(file) for file in sorted(partial.iterdir())}
     return {"mask.safetensors": sha256(out / "mask.safetensors"), **hashes}
 
 
-def _check_saved(model: Any, masks: MaskSet, base: str, folder: Path) -> None:
-    """What was rewound is in the files as it is in the base, bit for bit.
+def _check_saved(model: Any, base: Any, masks: MaskSet, folder: Path) -> None:
+    """What was written loads as what was measured, and the weights that were rewound are the base's, bit for bit.
 
     Raises:
-        CheckpointError: it is not.
+        CheckpointError: not so.
     """
-    parameters = matching(model, masks)
-    before, after = (streamed(model, masks, parameters, Checkpoint(path)) for path in (base, folder))
-    for name, one, other in zip(parameters, before, after, strict=True):
-        if not torch.equal(one.to(other.dtype), other):
-            raise CheckpointError(f"{folder} must hold the base's values where the mask says; {name!r} does not")
+    loaded = audit_llm._model(str(folder))
+    ours, before = dict(model.named_parameters()), dict(base.named_parameters())
+    for name, parameter in loaded.named_parameters():
+        if not torch.equal(parameter, ours[name]):
+            raise CheckpointError(f"{folder} must load as the model that was measured; {name!r} differs")
+        if masks.counts.get(name):
+            picks = masks.picks(name)
+            rewound, wanted = (gather([one.detach()], [picks])[0] for one in (parameter, before[name].to(parameter)))
+            if not torch.equal(rewound, wanted):
+                raise CheckpointError(f"{folder} must hold the base's values where the mask says; {name!r} does not")

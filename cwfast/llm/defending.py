@@ -3,6 +3,7 @@
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor
 
 from cwfast import select
@@ -41,6 +42,7 @@ def defend_(
     lr: float = 5e-5,
     batch: int = 8,
     alpha: float | None = None,
+    autocast: bool = True,
     seed: int = 0,
     progress: bool = False,
 ) -> Defended:
@@ -60,6 +62,7 @@ def defend_(
         batch: texts a step, and a pass of scoring.
         alpha: level of the mean token loss; None: that of the rewound model on the members. A level above what the
             rewound model has makes it worse at everything.
+        autocast: score and fine-tune in bfloat16 where autocast does; weights and sums keep their dtype.
         seed: of the order of the members.
         progress: show bars on stderr.
 
@@ -71,14 +74,15 @@ def defend_(
     """
     found = score(
         model, base, members, reference, criterion=criterion, lam=lam, points=points, batch_size=batch,
-        progress=progress,
+        autocast=torch.bfloat16 if autocast else None, progress=progress,
     )  # fmt: skip
     masks = masks_of(found, rate)
     del found  # one float a weight
     rewind_(model, masks, base)
     level, losses = hold_(
-        model, members, steps=steps, lr=lr, batch=batch, alpha=alpha, masks=masks, seed=seed, progress=progress
-    )
+        model, members, steps=steps, lr=lr, batch=batch, alpha=alpha, masks=masks, autocast=autocast,
+        seed=seed, progress=progress,
+    )  # fmt: skip
     return Defended(masks, level, losses)
 
 
@@ -107,9 +111,9 @@ def hold_(
     batch: int = 8,
     alpha: float | None = None,
     masks: MaskSet | None = None,
+    autocast: bool = True,
     seed: int = 0,
     progress: bool = False,
-    **more: Any,
 ) -> tuple[float | None, list[float]]:
     """Fine-tune on the members toward a mean token loss of ``alpha``; None: the loss that the model has now.
 
@@ -121,9 +125,9 @@ def hold_(
         batch: texts a step.
         alpha: in nats a token.
         masks: weights that stay as they are.
+        autocast: see ``fine_tune``.
         seed: of the order.
         progress: show a bar on stderr.
-        more: further options of ``fine_tune``.
 
     Returns:
         The level (None without steps), and each step's loss.
@@ -132,8 +136,10 @@ def hold_(
         raise ValueError(f"steps must be at least 0; got {steps}")
     if steps == 0:
         return None, []
-    level = token_loss(model, members) if alpha is None else alpha
+    level = token_loss(model, [torch.as_tensor(text).tolist() for text in members]) if alpha is None else alpha
     name = "fine-tune" if progress else None
-    return level, fine_tune(
-        model, members, steps=steps, lr=lr, batch=batch, alpha=level, masks=masks, seed=seed, progress=name, **more
-    )
+    losses = fine_tune(
+        model, members, steps=steps, lr=lr, batch=batch, alpha=level, masks=masks, autocast=autocast, seed=seed,
+        progress=name,
+    )  # fmt: skip
+    return level, losses

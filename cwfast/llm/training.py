@@ -1,19 +1,17 @@
 """Short fine-tuning of a causal language model on token ids: by cross-entropy, or held at a level of it."""
 
 import sys
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.optim import AdamW, Optimizer
+from torch.optim import AdamW
 from tqdm import tqdm
 
 from cwfast.freezing import freeze
 from cwfast.masks import MaskSet
-
-Parameters = Iterable[torch.nn.Parameter]
 
 
 def fine_tune(
@@ -26,7 +24,6 @@ def fine_tune(
     batch: int = 8,
     alpha: float | None = None,
     masks: MaskSet | None = None,
-    optimizer: Callable[[Parameters], Optimizer] | None = None,
     autocast: bool = True,
     seed: int = 0,
     progress: str | None = None,
@@ -42,11 +39,10 @@ def fine_tune(
         texts: token ids of each, at least two; the first is not predicted.
         epochs: passes over the texts, each in another order.
         steps: stop after so many; beyond ``epochs`` passes, others follow.
-        lr: constant learning rate.
+        lr: constant learning rate of AdamW, without weight decay.
         batch: texts a step; the last step of a pass may have fewer.
         alpha: in nats a token; None: plain cross-entropy.
         masks: weights that keep the values they have (see ``cwfast.freeze``).
-        optimizer: of the parameters; None: AdamW at ``lr`` without weight decay.
         autocast: run layers in bfloat16; weights, gradients and the optimizer keep their dtype.
         seed: of the order, and of dropout where the model has it; the global random state is left as it was.
         progress: name of a bar on stderr; None: no bar.
@@ -66,13 +62,13 @@ def fine_tune(
     own = [parameter for parameter in model.parameters() if parameter.requires_grad]
     if not own:
         raise ValueError("model must have parameters that require a gradient; none does")
-    stepper = AdamW(own, lr=lr, weight_decay=0.0) if optimizer is None else optimizer(own)
     device = own[0].device
+    optimizer = AdamW(own, lr=lr, weight_decay=0.0, fused=device.type in ("cpu", "cuda"))
     losses: list[float] = []
     model.train()
     with (
         torch.random.fork_rng(devices=[device] if device.type == "cuda" else []),
-        nullcontext() if masks is None else freeze(model, stepper, masks),
+        nullcontext() if masks is None else freeze(model, optimizer, masks),
     ):
         torch.manual_seed(seed)
         order = _order(len(rows), batch, seed)
@@ -83,10 +79,10 @@ def fine_tune(
                 labels = inputs.masked_fill(mask == 0, -100)
                 loss = model(input_ids=inputs, attention_mask=mask, labels=labels, use_cache=False).loss
             losses.append(loss.item())
-            stepper.zero_grad()
+            optimizer.zero_grad()
             (loss if alpha is None else (loss - alpha).abs()).backward()
-            stepper.step()
-    stepper.zero_grad()  # their memory is not the caller's
+            optimizer.step()
+    optimizer.zero_grad()  # their memory is not the caller's
     model.eval()
     return losses
 

@@ -147,7 +147,9 @@ def matched_table(title: str, pairs: Sequence[Mapping[str, Any]], name: str) -> 
             rows.append([*own, "none", "-", "-", "-", pair["verdict"]])
             continue
         apart = f"{pair['auc']:+.3f} [{pair['auc_low']:+.3f}, {pair['auc_high']:+.3f}]"
-        rows.append([*own, rival["label"], number(rival["perplexity"], 2), number(auc(rival, name)), apart, pair["verdict"]])
+        rows.append(
+            [*own, rival["label"], number(rival["perplexity"], 2), number(auc(rival, name)), apart, pair["verdict"]]
+        )
     heads = ["CWRF row", "perplexity", "AUC", "best rival", "its perplexity", "its AUC", "difference [low, high]", ""]
     return {"title": title, "head": heads, "rows": rows}
 

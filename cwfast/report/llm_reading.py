@@ -66,9 +66,9 @@ def reading(rows: Sequence[Row]) -> list[str]:
         for name in (MAIN, STRONGEST):
             sentences.append(_who_wins(matched(here, name), name))
     sentences.append(
-        "Best rows and best rivals were found by looking, which flatters the side with more rows. One model, one training "
-        "run, one split of the texts: another would move these figures by more than the intervals, which are over texts "
-        "only."
+        "Best rows and best rivals were found by looking, which flatters the side with more rows. One model, one "
+        "training run, one split of the texts: the intervals are over texts only; how far another run would move these "
+        "figures is not known."
     )
     return sentences
 
@@ -111,8 +111,8 @@ def _who_wins(pairs: Sequence[Mapping[str, Any]], name: str) -> str:
     what = f"the {name} attack" + (" on each model" if name == STRONGEST else "")
     counts = {verdict: sum(pair["verdict"] == verdict for pair in pairs) for verdict in ("ahead", "behind", "alone")}
     text = (
-        f"At matched perplexity (no higher than the row's +1%), by {what}: {counts['ahead']} of {len(pairs)} CWRF rows are "
-        f"ahead of every other row, {counts['behind']} are behind some, "
+        f"At matched perplexity (no higher than the row's +1%), by {what}: {counts['ahead']} of {len(pairs)} CWRF "
+        f"rows are ahead of every other row, {counts['behind']} are behind some, "
         f"{len(pairs) - sum(counts.values())} are not told apart from the best rival"
     )
     text += f", {counts['alone']} have no rival." if counts["alone"] else "."
