@@ -28,6 +28,7 @@ from cwfast.llm.training import fine_tune
 from cwfast.masks import MaskSet, rewind_
 from cwfast.report import llm_defense, llm_reading, prepare
 from cwfast.report.provenance import backends, machine, versions
+from cwfast.report.table import percent
 
 SCHEMA = "cwfast-demo-llm/1"
 PACKAGES = ("cwfast", "torch", "transformers", "tokenizers", "peft", "numpy")
@@ -42,21 +43,21 @@ CRITERIA: dict[str, dict[str, Any]] = {  # arguments of ``score``
 class Sizes:
     """How much of everything; all of it fixed before any result of the demo was seen."""
 
-    members: int = 100
-    nonmembers: int = 100
-    reference: int = 100
-    heldout: int = 80
+    members: int = 80
+    nonmembers: int = 80
+    reference: int = 80
+    heldout: int = 60
     max_tokens: int = smollm.MAX_TOKENS
     starts: tuple[int, ...] = (1,)  # epochs of the fine-tuning that is defended
     lr: float = 2e-4
     batch: int = 8
-    steps: int = 15  # of fine-tuning after rewinding
+    steps: int = 10  # of fine-tuning after rewinding
     steps_lr: float = 5e-5
     criteria: tuple[str, ...] = ("gap", "taylor_delta")
     rates: tuple[float, ...] = (0.1, 0.3)
     random_rates: tuple[float, ...] = (0.1, 0.3)
     taus: tuple[float, ...] = (0.5, 0.3, 0.15)
-    tuned_taus: tuple[float, ...] = (0.3, 0.15)
+    tuned_taus: tuple[float, ...] = (0.3,)
     rewound_only: bool = False  # also a row for each mask without fine-tuning
     lora: tuple[float, ...] = ()  # learning rates
     bootstrap: int = 1000
@@ -69,6 +70,7 @@ FULL = replace(
     nonmembers=200,
     reference=200,
     heldout=200,
+    steps=15,
     starts=(1, 2),
     criteria=tuple(CRITERIA),
     rates=(0.01, 0.03, 0.1, 0.2, 0.3),
@@ -227,7 +229,7 @@ class _Demo:
             row(name(f"tau-{tau}"), "control", f"Interpolated, tau {tau}", make, curve="interpolation", tau=tau)
         for criterion in s.criteria:
             for rate in s.rates:
-                key, label = name(f"{criterion}-{rate}"), f"CWRF {criterion} {rate:.0%}"
+                key, label = name(f"{criterion}-{rate}"), f"CWRF {criterion} {percent(rate)}"
                 more = {"criterion": criterion, "rate": rate}
                 make = functools.partial(self._rewound, epochs, criterion, rate)
                 if s.rewound_only:
@@ -239,7 +241,10 @@ class _Demo:
         alphas = {one["rate"]: one["alpha"] for one in self.rows if one["id"] in {name(f"gap-{r}") for r in s.rates}}
         for rate in s.random_rates:
             make = functools.partial(self._rewound, epochs, "gap", rate, steps=s.steps, alpha=alphas[rate], random=True)
-            label, curve = f"Random weights, {rate:.0%} + {s.steps} steps", "random weights rewound, then fine-tuned"
+            label, curve = (
+                f"Random weights, {percent(rate)} + {s.steps} steps",
+                "random weights rewound, then fine-tuned",
+            )
             row(name(f"random-{rate}"), "control", label, make, curve=curve, steps=s.steps, rate=rate)
         for tau in s.tuned_taus:
             make = functools.partial(self._interpolated, epochs, tau, steps=s.steps)

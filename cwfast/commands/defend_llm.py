@@ -19,6 +19,7 @@ from cwfast.llm.texts import read_texts
 from cwfast.masks import MaskSet
 from cwfast.ops import gather
 from cwfast.report import llm_defense, llm_reading, provenance
+from cwfast.report.table import percent
 
 SCHEMA = "cwfast-defend-llm/1"
 SIDES = ("members", "reference", "nonmembers", "heldout")
@@ -34,8 +35,8 @@ def run(options: argparse.Namespace) -> tuple[dict[str, Any], str]:
         ValueError, TypeError, UnsupportedLayer, CheckpointError, OSError: as the messages say.
     """
     _check_usage(options)
+    _check_place(options)
     out = report.prepare(options.out)
-    _check_place(out, options)
     given = [name for name in SIDES if getattr(options, name) is not None]
     texts = {name: read_texts(getattr(options, name)) for name in given}
     notes = check_apart(texts)
@@ -72,7 +73,7 @@ def run(options: argparse.Namespace) -> tuple[dict[str, Any], str]:
         model, base, sides["members"], sides["reference"], alpha=options.alpha, progress=True, **settings
     )
     model.to(dtype)
-    label = f"CWRF {options.criterion} {options.rate:.3g}, {options.steps} steps"
+    label = f"CWRF {options.criterion} {percent(options.rate)}, {options.steps} steps"
     found.append(_row("defended", "cwrf", label, meter(model), criterion=options.criterion, rate=options.rate,
                       steps=options.steps, alpha=done.alpha, rewound=done.masks.total))  # fmt: skip
     files = _save(out, model, tokenizer, done.masks, base)
@@ -143,8 +144,9 @@ def _check_usage(options: argparse.Namespace) -> None:
         options.alpha = None
 
 
-def _check_place(out: Path, options: argparse.Namespace) -> None:
+def _check_place(options: argparse.Namespace) -> None:
     """Before anything takes time: both models are folders, and no written file would lie in them or over another."""
+    out = options.out
     for what in ("model", "base"):
         folder = Path(getattr(options, what))
         if not folder.is_dir():

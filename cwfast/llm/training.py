@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 from torch.optim import AdamW
 from tqdm import tqdm
 
@@ -76,8 +77,8 @@ def fine_tune(
             inputs, mask = padded([rows[i] for i in next(order)])
             inputs, mask = inputs.to(device), mask.to(device)
             with torch.autocast(device.type, dtype=torch.bfloat16, enabled=autocast):
-                labels = inputs.masked_fill(mask == 0, -100)
-                loss = model(input_ids=inputs, attention_mask=mask, labels=labels, use_cache=False).loss
+                logits = model(input_ids=inputs, attention_mask=mask, use_cache=False).logits
+            loss = _mean_token(logits, inputs, mask)
             losses.append(loss.item())
             optimizer.zero_grad()
             (loss if alpha is None else (loss - alpha).abs()).backward()
@@ -92,6 +93,13 @@ def padded(rows: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
     lengths = torch.tensor([len(row) for row in rows])
     ids = torch.nn.utils.rnn.pad_sequence(list(rows), batch_first=True)
     return ids, (torch.arange(ids.shape[1]) < lengths[:, None]).to(torch.int64)
+
+
+def _mean_token(logits: Tensor, inputs: Tensor, mask: Tensor) -> Tensor:
+    """The mean cross-entropy of the tokens that follow others, in float32 at least."""
+    kept = mask[:, 1:].bool()
+    chosen = logits[:, :-1][kept]
+    return functional.cross_entropy(chosen if chosen.dtype == torch.float64 else chosen.float(), inputs[:, 1:][kept])
 
 
 def _order(count: int, batch: int, seed: int) -> Iterator[list[int]]:
