@@ -2,6 +2,7 @@
 
 import numpy as np
 import pytest
+import torch
 
 from cwfast import llm, mia
 from cwfast.llm.datasets import _above
@@ -25,11 +26,13 @@ def test_bag_of_words_finds_a_word_of_one_side_and_nothing_in_equal_sides():
 def test_bag_of_words_is_logistic_regression():
     linear = pytest.importorskip("sklearn.linear_model")
     rng = np.random.default_rng(0)
-    from cwfast.llm.controls import _logistic
+    from cwfast.llm.controls import Rows, _logistic
 
     x, y = np.log1p(rng.poisson(0.7, (80, 12))), rng.random(80) < 0.4
     expected = linear.LogisticRegression(C=1 / 1.5, tol=1e-10, max_iter=5000).fit(x, y).coef_[0]
-    np.testing.assert_allclose(_logistic(x, y, 1.5), expected, atol=1e-5)
+    rows = Rows.of([[(j, value) for j, value in enumerate(row) if value] for row in x], x.shape[1])
+    np.testing.assert_allclose(_logistic(rows, y, 1.5), expected, atol=1e-5)
+    np.testing.assert_allclose(rows.times(torch.arange(12.0).double()), x @ np.arange(12), rtol=1e-12)
 
 
 def test_texts_without_common_words_are_tied_and_not_told_apart():

@@ -59,8 +59,15 @@ def test_every_architecture_and_padding_side_against_plain_logits(kind, padding)
 
 
 def test_a_model_without_an_answer_is_told():
-    with pytest.raises(ValueError, match=r"text \d has NaN, which some models have"):
+    with pytest.raises(ValueError, match=r"logprob of text \d has NaN, which some models have"):
         llm.records(llm_models.small("gemma2"), None, ROWS, padding="left")
+    broken = llm_models.small("llama")
+    with torch.no_grad():
+        broken.model.embed_tokens.weight[ROWS[4][0]] = torch.nan
+    rows = [row for i, row in enumerate(ROWS) if i == 4 or ROWS[4][0] not in row]
+    place = rows.index(ROWS[4])
+    with pytest.raises(ValueError, match=rf"reference.logprob of text {place} has NaN"):
+        llm.records(llm_models.small("llama"), None, rows, reference=broken)
 
 
 @pytest.mark.parametrize(
@@ -155,21 +162,57 @@ def test_bos_is_context_and_then_the_first_token_is_scored():
     assert_close(off, truth(model, ROWS))
 
 
-def test_a_prefix_is_context_alone():
-    model = llm_models.small("gpt2")
-    prefix = [7, 8, 9]
-    got = llm.records(model, None, ROWS, prefix=prefix)
-    expected = truth(model, [prefix + row for row in ROWS])["logprob"]
-    ends = torch.tensor([len(prefix) + len(row) - 1 for row in ROWS]).cumsum(0).tolist()
-    kept = [expected[end - len(row) : end] for row, end in zip(ROWS, ends, strict=True)]
+@pytest.mark.parametrize("padding", ["right", "left"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_prefix_is_context_alone_and_read_once(kind, padding):
+    model = llm_models.small(kind, torch.float32 if kind in ("gemma2", "bloom") else torch.float64)
+    prefix = llm_models.ids(1, 14, 14, seed=6)[0]  # longer than the sliding window of gemma2
+    seen = []
+    hook = model.get_input_embeddings().register_forward_hook(lambda module, args, out: seen.append(args[0].shape))
+    got = llm.records(model, None, ROWS, prefix=prefix, padding=padding, batch_tokens=200)
+    hook.remove()
+    expected = [llm_models.log_softmax(model, prefix + row)[len(prefix) - 1 :] for row in ROWS]
+    own = [logp.gather(1, torch.tensor(row)[:, None])[:, 0] for logp, row in zip(expected, ROWS, strict=True)]
     assert got.lengths.tolist() == [len(row) for row in ROWS]
-    torch.testing.assert_close(
-        torch.tensor(got["logprob"]), torch.cat([torch.tensor(x) for x in kept]), atol=1e-10, rtol=0
-    )
-    with pytest.raises(
-        ValueError, match=r"prefix and text must fit into max_length = 10 tokens together; text \d needs"
-    ):
-        llm.records(model, None, ROWS, prefix=prefix, max_length=10)
+    rough = kind in ("gemma2", "bloom")
+    assert_close(got, {"logprob": torch.cat(own).numpy()}, 1e-5 if rough else 1e-10)
+    again = len(prefix) - 1 if padding == "left" else 0
+    assert max(length for rows, length in seen if rows > 1) == again + 1 + max(map(len, ROWS))
+
+
+def test_a_cache_that_changes_what_follows_is_not_used(monkeypatch):
+    model = llm_models.small("llama")
+    prefix = [7, 8, 9, 10, 11]
+    expected = llm.records(model, None, ROWS, prefix=prefix)
+    call = heads.Body._call
+
+    def scaled(self, ids, mask, past=None):
+        if past is not None and past.get_seq_length():
+            ids = ids.flip(1)
+        return call(self, ids, mask, past)
+
+    monkeypatch.setattr(heads.Body, "_call", scaled)
+    assert_close(llm.records(model, None, ROWS, prefix=prefix), {"logprob": expected["logprob"]})
+
+
+def test_a_prefix_leaves_room_for_the_text():
+    match = r"prefix and text must fit into max_length = 10 tokens together; text \d needs"
+    with pytest.raises(ValueError, match=match):
+        llm.records(llm_models.small("gpt2"), None, ROWS, prefix=[7, 8, 9], max_length=10)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16])
+def test_autocast_is_near_and_recorded(dtype):
+    model, other = llm_models.small("llama", torch.float32), llm_models.small("gpt2", torch.float32)
+    plain = llm.records(model, None, ROWS, reference=other, kl=True)
+    cast = llm.records(model, None, ROWS, reference=other, kl=True, autocast=dtype)
+    for name in ("logprob", "reference.logprob", "kl"):
+        difference = abs(plain[name] - cast[name])
+        assert 0 < difference.max() < 0.3
+        assert difference.mean() < 0.03
+    assert (plain.manifest["autocast"], cast.manifest["autocast"]) == (None, "bfloat16")
+    with pytest.raises(ValueError, match=r"autocast must be None, torch.bfloat16 or torch.float16; got torch.int8"):
+        llm.records(model, None, ROWS, autocast=torch.int8)
 
 
 def test_max_tokens_cuts_texts_and_what_zlib_sees():

@@ -153,6 +153,11 @@ def audit_llm(parser: argparse.ArgumentParser) -> None:
     how.add_argument("--max-tokens", type=int, metavar="N", help="read the first N tokens of each text; default: all")
     how.add_argument("--batch-tokens", type=int, default=4096, metavar="N", help="of a batch (default: %(default)s)")
     how.add_argument(
+        "--autocast",
+        choices=("bfloat16", "float16"),
+        help="run models, not their heads, in that precision: faster, scores move by rounding (not gradient_norm)",
+    )
+    how.add_argument(
         "--copies",
         type=int,
         default=5,

@@ -2,6 +2,8 @@
 
 import argparse
 import json
+import sys
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +32,7 @@ def run(options: argparse.Namespace) -> tuple[dict[str, Any], str]:
     _check_sides(sides)
     model, tokenizer = _model(options.model), _tokenizer(options.model)
     reference = _reference(options.reference, model)
-    shadows = [(_model(folder), read_texts(Path(folder) / "members.jsonl")) for folder in options.shadow]
+    shadows = [(partial(_model, folder), read_texts(Path(folder) / "members.jsonl")) for folder in options.shadow]
     inputs = auditing.Inputs(
         model,
         tokenizer,
@@ -44,8 +46,9 @@ def run(options: argparse.Namespace) -> tuple[dict[str, Any], str]:
         max_tokens=options.max_tokens,
         seed=options.seed,
         copies=options.copies,
-        how={"batch_tokens": options.batch_tokens},
+        how={"batch_tokens": options.batch_tokens, "autocast": _autocast(options.autocast)},
         out=options.out,
+        progress=lambda stage: print(f"cwfast: {stage}", file=sys.stderr),
     )
     left_out = {name: lack for name in ATTACKS if (lack := inputs.lacks(name)) is not None}
     attacks = [name for name in ATTACKS if name not in left_out] if options.attacks == ["all"] else options.attacks
@@ -119,6 +122,12 @@ def _model(name: str) -> Any:
             raise ImportError("a folder with an adapter needs peft; pip install peft brings it") from error
         return AutoPeftModelForCausalLM.from_pretrained(name, trust_remote_code=False).eval()
     return transformers.AutoModelForCausalLM.from_pretrained(name, dtype="auto", trust_remote_code=False).eval()
+
+
+def _autocast(name: str | None) -> Any:
+    import torch
+
+    return None if name is None else getattr(torch, name)
 
 
 def _tokenizer(name: str) -> Any:

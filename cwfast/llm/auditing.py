@@ -1,78 +1,21 @@
 """Every attack on one language model: records, scores, metrics with intervals, controls; a JSON-able report."""
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
-from pathlib import Path
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
-from cwfast.errors import CheckpointError, UnsupportedLayer
-from cwfast.llm import variants
-from cwfast.llm.attacks import ATTACKS, attack
+from cwfast.llm.attacks import attack
 from cwfast.llm.controls import bag_of_words, duplicates
 from cwfast.llm.datasets import dataset_inference
-from cwfast.llm.gradients import gradient_norms
-from cwfast.llm.recording import records
+from cwfast.llm.gathering import Inputs, scores
 from cwfast.llm.storage import Floats, TokenRecords
 from cwfast.mia import metrics
 
 SCHEMA = "cwfast-audit-llm/1"
-PREFIX_SHOTS = 3
+HEADLINE = ("ez_mia", "reference", "min_k_pp", "loss")  # the first that runs speaks for all: chosen before any score
 _EXPOSED = 20  # texts that a report lists
 _CONTROLS = ("loss", "zlib", "min_k", "min_k_pp", "surp")  # of a reference, which saw neither side
-_SOURCES = {  # why an attack cannot run, by what it lacks
-    "reference": "a reference model (--reference)",
-    "kl": "a reference model (--reference)",
-    "counts": "a corpus of other texts (--corpus)",
-    "prefixed": "non-members that are not audited (--shots)",
-    "member_prefixed": "members that are not audited (--member-shots)",
-    "shadows": "shadow models (--shadow)",
-    "membership": "shadow models (--shadow)",
-}
-
-
-@dataclass(frozen=True)
-class Inputs:
-    """What is audited, and what some attacks need besides."""
-
-    model: Any
-    tokenizer: Any
-    members: Sequence[str]
-    nonmembers: Sequence[str]
-    reference: Any = None
-    shots: Sequence[str] = ()  # non-members, not audited
-    member_shots: Sequence[str] = ()
-    corpus: Sequence[str] = ()
-    shadows: Sequence[tuple[Any, Sequence[str]]] = ()  # a model, and the texts that it was trained on
-    max_tokens: int | None = None
-    seed: int = 0
-    copies: int = 5
-    how: Mapping[str, Any] = field(default_factory=dict)  # further arguments of records()
-    out: Path | None = None
-
-    @property
-    def texts(self) -> list[str]:
-        """Members, then non-members."""
-        return [*self.members, *self.nonmembers]
-
-    @property
-    def flags(self) -> "np.ndarray[Any, np.dtype[np.bool_]]":
-        """bool [N]."""
-        return np.arange(len(self.texts)) < len(self.members)
-
-    def lacks(self, name: str) -> str | None:
-        """What an attack would need and is not there, or None."""
-        have = {
-            "reference": self.reference is not None,
-            "kl": self.reference is not None,
-            "counts": bool(self.corpus),
-            "prefixed": bool(self.shots),
-            "member_prefixed": bool(self.member_shots),
-            "shadows": len(self.shadows) > 1,
-            "membership": len(self.shadows) > 1,
-        }
-        return next((_SOURCES[need] for need in ATTACKS[name].needs if not have.get(need, True)), None)
 
 
 def audit(
@@ -101,9 +44,9 @@ def audit(
     Raises:
         ValueError, TypeError, KeyError, UnsupportedLayer, CheckpointError: as ``records`` and the attacks do.
     """
-    scored, own, left_out = _scores(inputs, attacks, skip)
-    seed, flags = inputs.seed, inputs.flags
-    controls = {"bag_of_words": bag_of_words(inputs.texts, flags, seed=seed)}
+    scored, own, left_out = scores(inputs, attacks, skip)
+    seed, flags, read = inputs.seed, inputs.flags, inputs.read
+    controls = {"bag_of_words": bag_of_words(read, flags, seed=seed)}
     if inputs.reference is not None:
         base = own.of_reference()
         controls |= {f"reference_{name}": attack(name, base) for name in _CONTROLS}
@@ -119,8 +62,8 @@ def audit(
         "records": dict(own.manifest),
         "seed": seed,
         "attacks": {name: judged(score, flags, how) for name, score in scored.items()},
-        "controls": {name: _control(score, flags, several) for name, score in controls.items()},
-        "duplicates": duplicates(inputs.members, inputs.nonmembers),
+        "controls": {name: _area(score, flags, several) for name, score in controls.items()},
+        "duplicates": duplicates(read[: len(inputs.members)], read[len(inputs.members) :]),
         "dataset_inference": None,
         "left_out": left_out,
     }
@@ -129,8 +72,11 @@ def audit(
         features = np.stack(list(scored.values()), axis=1)
         report["dataset_inference"] = dataset_inference(features[flags], features[~flags], seed=seed)._asdict()
     report["warnings"] = warnings(report)
+    report["headline"] = headline = next((name for name in HEADLINE if name in scored), next(iter(scored)))
     best = max(scored, key=lambda name: report["attacks"][name]["auc"])
-    report["exposed"] = {"attack": best, "texts": _exposed(scored[best], len(inputs.members))}
+    # Of as many as there are to choose from: intervals that hold for all of them together hold for the highest.
+    report["highest"] = {"attack": best, **_area(scored[best], flags, 1 - (1 - confidence) / len(scored))}
+    report["exposed"] = {"attack": headline, "texts": _exposed(scored[headline], len(inputs.members))}
     return report, {**scored, **controls}, own
 
 
@@ -154,78 +100,6 @@ def warnings(report: Mapping[str, Any]) -> list[str]:
     return found
 
 
-def _scores(
-    inputs: Inputs, attacks: Sequence[str], skip: bool
-) -> tuple[dict[str, Floats], TokenRecords, dict[str, str]]:
-    texts, needs = inputs.texts, {need for name in attacks for need in ATTACKS[name].needs}
-    made: dict[str, Any] = {}
-    failed: dict[str, str] = {}  # what could not be made, and why
-
-    def recorded(which: str, given: Sequence[str], **more: Any) -> TokenRecords:
-        folder = None if inputs.out is None else inputs.out / "records" / which
-        more = {**inputs.how, "max_tokens": inputs.max_tokens, "out": folder, **more}
-        return records(more.pop("model", inputs.model), inputs.tokenizer, given, **more)
-
-    def tried(name: str, make: Callable[[], Any], reasons: dict[str, str]) -> Any:
-        try:
-            return make()
-        except CheckpointError:
-            raise
-        except (ValueError, TypeError, UnsupportedLayer) as error:
-            if not skip:
-                raise
-            reasons[name] = f"cannot run here: {error}"
-            return None
-
-    def prefixed(shots: Sequence[str]) -> Callable[[str], TokenRecords]:
-        return lambda name: recorded(name, texts, prefix=_prefix(inputs, shots))
-
-    copies: dict[str, Any] = {"copies": inputs.copies, "seed": inputs.seed}
-    makers: dict[str, Callable[[str], Any]] = {
-        "lower": lambda name: recorded(name, variants.lowercased(texts)),
-        "neighbours": lambda name: recorded(name, variants.neighbours(texts, **copies)),
-        "swapped": lambda name: recorded(name, variants.swapped(texts, **copies)),
-        "prefixed": prefixed(inputs.shots),
-        "member_prefixed": prefixed(inputs.member_shots),
-        "counts": lambda _: variants.token_counts(
-            inputs.tokenizer, inputs.corpus, inputs.model.get_output_embeddings().weight.shape[0]
-        ),
-        "norms": lambda _: gradient_norms(inputs.model, inputs.tokenizer, texts, max_tokens=inputs.max_tokens),
-        "shadows": lambda _: [recorded(f"shadow-{i}", texts, model=one) for i, (one, _) in enumerate(inputs.shadows)],
-    }
-    own = None
-    if "kl" in needs:
-        own = tried("kl", lambda: recorded("texts-kl", texts, reference=inputs.reference, kl=True), failed)
-    if own is None:
-        own = recorded("texts", texts, reference=inputs.reference, kl=False)
-    for need, make in makers.items():
-        if need in needs:
-            made[need] = tried(need, lambda need=need, make=make: make(need), failed)  # type: ignore[misc]
-    if "shadows" in needs:
-        sides = [set(inputs.members), *(set(known) for _, known in inputs.shadows)]
-        made["membership"] = np.array([[text in side for text in texts] for side in sides])
-    scored: dict[str, Floats] = {}
-    left_out: dict[str, str] = {}
-    for name in attacks:
-        lost = next((failed[need] for need in ATTACKS[name].needs if need in failed), None)
-        if lost is not None:
-            left_out[name] = lost
-            continue
-        given = {need: made[need] for need in ATTACKS[name].needs if need in made}
-        score = tried(name, lambda name=name, given=given: attack(name, own, **given), left_out)  # type: ignore[misc]
-        if score is not None:
-            scored[name] = score
-    if not scored:
-        raise ValueError(f"at least one attack must be able to run; {next(iter(left_out.values()))}")
-    return scored, own, left_out
-
-
-def _prefix(inputs: Inputs, shots: Sequence[str]) -> list[int]:
-    """The first shots, each cut as the texts are, one after another."""
-    rows = inputs.tokenizer(list(shots[:PREFIX_SHOTS]), add_special_tokens=False)["input_ids"]
-    return [token for row in rows for token in row[: inputs.max_tokens]]
-
-
 def judged(scores: Floats, flags: Any, how: Mapping[str, Any]) -> dict[str, Any]:
     """``cwfast.mia.metrics.summary`` with intervals of the TPR by Clopper and Pearson, the bootstrap's beside them.
 
@@ -243,7 +117,7 @@ def judged(scores: Floats, flags: Any, how: Mapping[str, Any]) -> dict[str, Any]
     return found
 
 
-def _control(scores: Floats, flags: Any, confidence: float) -> dict[str, Any]:
+def _area(scores: Floats, flags: Any, confidence: float) -> dict[str, Any]:
     found = metrics.delong(scores, flags, confidence=confidence)
     return {"auc": found.auc, "auc_low": found.low, "auc_high": found.high, "confidence": confidence}
 

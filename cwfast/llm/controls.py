@@ -2,7 +2,7 @@
 
 from collections import Counter
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -11,6 +11,30 @@ from cwfast.llm.storage import Floats
 from cwfast.mia._inputs import Array, to_numpy
 
 _WORDS = 5000  # the most frequent ones that the baseline counts
+
+
+class Rows(NamedTuple):
+    """A sparse matrix: row i has ``value`` at ``column``, both from ``start[i]`` to ``start[i + 1]``."""
+
+    column: torch.Tensor
+    value: torch.Tensor
+    start: torch.Tensor  # without the last end
+    columns: int
+
+    @classmethod
+    def of(cls, rows: Sequence[Sequence[tuple[int, float]]], columns: int) -> "Rows":
+        """From (column, value) of each row."""
+        entries = np.array([one for row in rows for one in row], np.float64).reshape(-1, 2)
+        ends = torch.tensor([0, *map(len, rows)]).cumsum(0)
+        return cls(
+            torch.from_numpy(entries[:, 0].astype(np.int64)), torch.from_numpy(entries[:, 1]), ends[:-1], columns
+        )
+
+    def times(self, weights: torch.Tensor) -> torch.Tensor:
+        """[rows], differentiable in weights [columns]."""
+        return torch.nn.functional.embedding_bag(
+            self.column, weights[:, None], self.start, mode="sum", per_sample_weights=self.value
+        )[:, 0]
 
 
 def bag_of_words(
@@ -51,12 +75,10 @@ def bag_of_words(
         for i in np.flatnonzero(~test).tolist():
             total.update(counted[i].keys())
         column = {word: j for j, (word, _) in enumerate(total.most_common(_WORDS))}
-        features = np.zeros((len(texts), len(column)))
-        for i, words in enumerate(counted):
-            for word, count in words.items():
-                if word in column:
-                    features[i, column[word]] = np.log1p(count)
-        found = features[test] @ _logistic(features[~test], flags[~test], penalty)
+        rows = [[(column[word], np.log1p(n)) for word, n in words.items() if word in column] for words in counted]
+        train, unseen = (Rows.of([rows[i] for i in np.flatnonzero(side)], len(column)) for side in (~test, test))
+        with torch.no_grad():
+            found = unseen.times(_logistic(train, flags[~test], penalty)).numpy()
         ordered = np.sort(found)  # ties, as between texts that share no word with others, take their middle rank
         scores[test] = (np.searchsorted(ordered, found) + np.searchsorted(ordered, found, "right")) / (2 * len(found))
     return scores
@@ -96,19 +118,19 @@ def _runs(text: str, n: int) -> set[tuple[str, ...]]:
     return {tuple(words[i : i + n]) for i in range(max(1, len(words) - n + 1))}
 
 
-def _logistic(features: Floats, flags: Floats, penalty: float) -> Floats:
+def _logistic(features: Rows, flags: Floats, penalty: float) -> torch.Tensor:
     """Weights by L-BFGS, with an intercept that is not returned: it moves all scores alike."""
-    x, y = torch.from_numpy(features), torch.from_numpy(flags.astype(np.float64))
-    weights = torch.zeros(x.shape[1] + 1, dtype=torch.float64, requires_grad=True)
+    y = torch.from_numpy(flags.astype(np.float64))
+    weights = torch.zeros(features.columns + 1, dtype=torch.float64, requires_grad=True)
     optimizer = torch.optim.LBFGS([weights], max_iter=100, line_search_fn="strong_wolfe")
 
     def closure() -> torch.Tensor:
         optimizer.zero_grad()
-        z = x @ weights[:-1] + weights[-1]
+        z = features.times(weights[:-1]) + weights[-1]
         loss = torch.nn.functional.binary_cross_entropy_with_logits(z, y, reduction="sum")
         loss = loss + penalty / 2 * weights[:-1].square().sum()
         loss.backward()
         return loss
 
     optimizer.step(closure)
-    return weights.detach()[:-1].numpy()
+    return weights.detach()[:-1]

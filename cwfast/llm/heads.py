@@ -1,5 +1,6 @@
 """The last hidden states of a causal language model, and the head that would make logits of them."""
 
+import copy
 import hashlib
 import inspect
 from collections.abc import Iterator
@@ -34,15 +35,16 @@ class Body:
     Args:
         model: ``get_output_embeddings()`` gives its head: a linear layer, with or without LoRA.
         adapters: False: of a PEFT model, without its adapters.
+        autocast: run under autocast of this dtype.
 
     Raises:
         TypeError: no such model.
         UnsupportedLayer: a head that is not linear, quantized or not in memory.
     """
 
-    def __init__(self, model: Any, *, adapters: bool = True) -> None:
+    def __init__(self, model: Any, *, adapters: bool = True, autocast: torch.dtype | None = None) -> None:
         self.model: Any = model
-        self._adapters = adapters
+        self._adapters, self._autocast = adapters, autocast
         if not (isinstance(model, nn.Module) and hasattr(model, "get_output_embeddings")):
             raise TypeError(f"model must be a causal language model of transformers; got {type(model).__name__}")
         if not adapters and not hasattr(model, "disable_adapter"):
@@ -57,7 +59,9 @@ class Body:
             weight, bias, *scaling = self.live_head()
             self.head = Head(weight.detach(), None if bias is None else bias.detach(), *scaling)
         inner = self.model.get_base_model() if hasattr(model, "get_base_model") else self.model
-        self._positions = "position_ids" in inspect.signature(inner.forward).parameters
+        known = inspect.signature(inner.forward).parameters
+        self._positions = "position_ids" in known
+        self._cache = next((name for name in ("cache", "past_key_values") if name in known), None)
         self.device = self.model.get_input_embeddings().weight.device
 
     def live_head(self) -> Head:
@@ -77,9 +81,9 @@ class Body:
                 for module, training in modes:
                     module.training = training
 
-    def hidden(self, ids: Tensor, mask: Tensor) -> Tensor:
-        """[B, T, d] before the head, for ids and mask [B, T]; inside ``ready()``. No logits are made: the head gets
-        none of the tokens.
+    def hidden(self, ids: Tensor, mask: Tensor, past: Any = None) -> Tensor:
+        """[B, T, d] before the head, for ids and mask [B, T], each row after what ``after`` has read; inside
+        ``ready()``. No logits are made: the head gets none of the tokens.
         """
         caught: list[Tensor] = []
 
@@ -87,9 +91,12 @@ class Body:
             caught.append(args[0])
             return (args[0][:, :0], *args[1:])
 
+        if past is not None:
+            past = copy.deepcopy(past)  # the model adds to it what it reads
+            past.batch_repeat_interleave(len(ids))
         hook = self._layer.register_forward_pre_hook(cut)
         try:
-            self._call(ids, mask)
+            self._call(ids, mask, past)
         finally:
             hook.remove()
         if len(caught) != 1:
@@ -109,18 +116,50 @@ class Body:
         row = torch.tensor([ids[:8]], device=self.device)
         mask = torch.ones_like(row)
         own = self._call(row, mask).logits.to(self.head.weight.device).double()
-        made = self.head.logits(self.hidden(row, mask)).double()
-        allowed = {torch.float64: 1e-9, torch.float32: 1e-4}.get(self.head.weight.dtype, 5e-2)
+        made = self.head.logits(self.hidden(row, mask).to(self.head.weight.dtype)).double()
         far = float((own - made).abs().max())
-        if made.shape != own.shape or not far <= allowed * max(1.0, float(own.abs().max())):
+        if made.shape != own.shape or not far <= self._allowed * max(1.0, float(own.abs().max())):
             raise UnsupportedLayer(
                 f"the logits of {type(self.model).__name__} must be its LM head's, scaled and capped as its config "
                 f"says; they differ by {far:.3g}"
             )
 
-    def _call(self, ids: Tensor, mask: Tensor) -> Any:
-        more = {"position_ids": (mask.cumsum(dim=1) - 1).clamp(min=0)} if self._positions else {}
-        return self.model(input_ids=ids, attention_mask=mask, use_cache=False, **more)
+    def after(self, before: list[int], example: list[int]) -> Any:
+        """Keys and values of tokens that come before every row, read once; inside ``ready()``.
+
+        None where the model keeps none, or where the hidden states of an example after them are others than without (as
+        where positions are scaled by the length of the whole).
+        """
+        from transformers import DynamicCache
+
+        if self._cache is None:
+            return None
+        row, rest = (torch.tensor([ids], device=self.device) for ids in (before, example))
+        past = DynamicCache(config=self.model.config.get_text_config())
+        self._call(row, torch.ones_like(row), past)
+        if past.get_seq_length() != len(before):
+            return None
+        whole = torch.cat([row, rest], dim=1)
+        expected = self.hidden(whole, torch.ones_like(whole))[:, len(before) :].double()
+        far = float((self.hidden(rest, torch.ones_like(rest), past).double() - expected).abs().max())
+        return past if far <= self._allowed * max(1.0, float(expected.abs().max())) else None
+
+    @property
+    def _allowed(self) -> float:
+        """Rounding, relative to the largest value: more is another model."""
+        exact = {torch.float64: 1e-9, torch.float32: 1e-4}
+        return 5e-2 if self._autocast is not None else exact.get(self.head.weight.dtype, 5e-2)
+
+    def _call(self, ids: Tensor, mask: Tensor, past: Any = None) -> Any:
+        more: dict[str, Any] = {"use_cache": past is not None}
+        known = 0 if past is None else past.get_seq_length()
+        if past is not None:
+            more[str(self._cache)] = past
+            mask = torch.cat([mask.new_ones(len(ids), known), mask], dim=1)
+        if self._positions:
+            more["position_ids"] = (mask.cumsum(dim=1) - 1).clamp(min=0)[:, known:]
+        with torch.autocast(self.device.type, dtype=self._autocast, enabled=self._autocast is not None):
+            return self.model(input_ids=ids, attention_mask=mask, **more)
 
     def fingerprint(self) -> str:
         """SHA-256 of the config, every parameter and buffer: a rewound model differs in few bytes from what it was."""

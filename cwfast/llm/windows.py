@@ -90,8 +90,12 @@ def documents(
     return found
 
 
-def windows(found: Sequence[Document], chosen: Sequence[int], max_length: int, stride: int) -> list[Window]:
+def windows(
+    found: Sequence[Document], chosen: Sequence[int], max_length: int, stride: int, known: int = 0
+) -> list[Window]:
     """The windows of the chosen documents: what a window has read is scored once, by the first window that holds it.
+
+    The first ``known`` tokens, of a prefix that all documents have, are left out of the windows.
 
     Raises:
         ValueError: a stride that leaves a token without its predecessor, a prefix that leaves no room.
@@ -108,7 +112,7 @@ def windows(found: Sequence[Document], chosen: Sequence[int], max_length: int, s
             )
         start, first = 0, document.first
         stop = min(len(document.ids), max_length)
-        made.append(Window(i, start, stop, first))
+        made.append(Window(i, known, stop, first))
         while stop < len(document.ids):
             start, first = start + stride, stop
             stop = min(len(document.ids), start + max_length)
@@ -116,12 +120,16 @@ def windows(found: Sequence[Document], chosen: Sequence[int], max_length: int, s
     return made
 
 
-def batches(found: Sequence[Document], made: Sequence[Window], batch_tokens: int, padding: str) -> Iterator[Batch]:
-    """The windows by falling length, as many a batch as ``batch_tokens`` (padding counted) allow, at least one."""
+def batches(
+    found: Sequence[Document], made: Sequence[Window], batch_tokens: int, padding: str, known: int = 0
+) -> Iterator[Batch]:
+    """The windows by falling length, as many a batch as ``batch_tokens`` (padding and ``known`` tokens before each row
+    counted) allow, at least one.
+    """
     order = sorted(made, key=lambda window: window.start - window.stop)
     while order:
         width = order[0].stop - order[0].start
-        rows = max(1, batch_tokens // width)
+        rows = max(1, batch_tokens // (known + width))
         yield _batch(found, order[:rows], width, padding)
         order = order[rows:]
 

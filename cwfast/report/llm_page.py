@@ -46,7 +46,7 @@ def render(report: Mapping[str, Any], shown: Sequence[Mapping[str, Any]] = ()) -
         jinja2.UndefinedError: the report lacks a key that the page shows.
     """
     template = environment().from_string(files("cwfast.report").joinpath("llm.html").read_text(encoding="utf-8"))
-    return template.render(report=report, shown=shown, lead=lead(report), notes=notes(report))
+    return template.render(report=report, shown=shown, lead=lead(report), notes=notes(report), tested=tested(report))
 
 
 def heat(tokenizer: Any, records: "TokenRecords", exposed: Mapping[str, Any]) -> list[dict[str, Any]]:
@@ -76,16 +76,30 @@ def heat(tokenizer: Any, records: "TokenRecords", exposed: Mapping[str, Any]) ->
 
 def lead(report: Mapping[str, Any]) -> list[str]:
     """Sentences for those who read no further."""
-    rows = report["attacks"]
-    best = max(rows, key=lambda name: rows[name]["auc"])
-    sentences = [f"AUC {interval(rows[best])} by {best}, the highest of {len(rows)} attacks."]
-    for i, point in enumerate(rows[best]["tpr_at_fpr"]):
-        name = max(rows, key=lambda name: rows[name]["tpr_at_fpr"][i]["tpr"])
-        found = percent(rows[name]["tpr_at_fpr"][i]["tpr"])
-        sentences.append(f"At most {percent(point['fpr'])} false alarms: {found} of the members found, by {name}.")
+    rows, name, highest = report["attacks"], report["headline"], report["highest"]
+    sentences = [f"AUC {interval(rows[name])} by {name}, an attack chosen before any score was seen."]
+    for point in rows[name]["tpr_at_fpr"]:
+        found = percent(point["tpr"])
+        sentences.append(f"At most {percent(point['fpr'])} false alarms: {found} of the members found by it.")
+    if len(rows) > 1:
+        sentences.append(
+            f"The highest AUC of {len(rows)} attacks is {interval(highest)} by {highest['attack']}; its interval is "
+            "wider, for so many to choose from."
+        )
     texts = report["texts"]
     sentences.append(f"{texts['members']:,} members and {texts['nonmembers']:,} non-members.")
     return sentences
+
+
+def tested(report: Mapping[str, Any]) -> str:
+    """Which controls are away from 0.5, all of them tested together."""
+    rows = report["controls"]
+    away = [name for name, row in rows.items() if not row["auc_low"] <= 0.5 <= row["auc_high"]]
+    each = percent(next(iter(rows.values()))["confidence"])
+    return (
+        f"{len(away)} of {len(rows)} controls differ from 0.5{': ' * bool(away)}{', '.join(away)} (intervals at {each} "
+        "each, Bonferroni, so that all hold together at 95%)."
+    )
 
 
 def notes(report: Mapping[str, Any]) -> list[str]:
@@ -110,7 +124,7 @@ def table(report: Mapping[str, Any]) -> str:
         "  ".join([row[0].ljust(widths[0]), *(x.rjust(w) for x, w in zip(row[1:], widths[1:], strict=True))]).rstrip()
         for row in body
     ]
-    lines += ["In brackets below the attacks: controls that need no such model; they should hold 0.5."]
+    lines += ["In brackets below the attacks: controls that need no such model. " + tested(report)]
     test = report["dataset_inference"]
     if test is not None:
         lines.append(
