@@ -12,6 +12,7 @@ from torch import Tensor
 
 from cwfast import _picks
 from cwfast.checkpoint.files import atomic_write
+from cwfast.checkpoint.identity import checked_hashes
 from cwfast.checkpoint.reader import MAX_NUMEL, Checkpoint
 from cwfast.errors import CheckpointError
 from cwfast.ops.rewind import Bits
@@ -20,7 +21,13 @@ FORMAT = "cwfast-mask/1"
 Shapes = dict[str, tuple[int, ...]]
 
 
-def save(path: str | os.PathLike[str], picks: Mapping[str, Bits], shapes: Shapes, zero_score_selected: int) -> None:
+def save(
+    path: str | os.PathLike[str],
+    picks: Mapping[str, Bits],
+    shapes: Shapes,
+    zero_score_selected: int,
+    base: Mapping[str, str] | None = None,
+) -> None:
     """Per parameter ``<name>/low`` and ``<name>/offset``, or ``<name>/bits``: the smaller of the two forms."""
     from safetensors.torch import save as serialize
 
@@ -35,6 +42,8 @@ def save(path: str | os.PathLike[str], picks: Mapping[str, Bits], shapes: Shapes
         "sha256": digest({key: [tensor.reshape(-1)] for key, tensor in tensors.items()}),
         "zero_score_selected": str(zero_score_selected),
     }
+    if base is not None:
+        metadata["base"] = json.dumps(dict(base))
     with atomic_write(path) as temporary:
         temporary.write_bytes(serialize(tensors, metadata=metadata))  # an OSError stays one, unlike from save_file
 
@@ -46,6 +55,7 @@ class MaskFile:
         path: of the file.
         shapes: of the parameters, in order.
         zero_score_selected: see ``cwfast.select``.
+        base: see ``MaskSet``.
 
     Raises:
         FileNotFoundError: there is no such file.
@@ -73,6 +83,7 @@ class MaskFile:
         if not (zeros.isascii() and zeros.isdecimal() and len(zeros) <= 19):
             raise CheckpointError(f"{path} must state zero_score_selected as a number; got {zeros!r}")
         self.zero_score_selected = int(zeros)
+        self.base = _read_base(path, metadata["base"]) if "base" in metadata else None
 
     def _parts(self, name: str) -> tuple[str, ...]:
         return ("bits",) if f"{name}/bits" in self._file.entries else ("low", "offset")
@@ -98,13 +109,13 @@ class MaskFile:
         return {name: _picks.count(self.picks(name)) for name in self.shapes}
 
 
-def load(path: str | os.PathLike[str]) -> tuple[dict[str, Bits], Shapes, int]:
+def load(path: str | os.PathLike[str]) -> tuple[dict[str, Bits], Shapes, int, dict[str, str] | None]:
     """What ``save`` was given; that the entries are in range and in order is for ``MaskSet`` to check.
 
     Raises as ``MaskFile`` does.
     """
     file = MaskFile(path)
-    return {name: file.read(name) for name in file.shapes}, file.shapes, file.zero_score_selected
+    return {name: file.read(name) for name in file.shapes}, file.shapes, file.zero_score_selected, file.base
 
 
 def digest(tensors: Mapping[str, Iterable[Tensor]]) -> str:
@@ -115,6 +126,13 @@ def digest(tensors: Mapping[str, Iterable[Tensor]]) -> str:
         for piece in tensors[key]:
             found.update(piece.view(torch.uint8).numpy().data)
     return found.hexdigest()
+
+
+def _read_base(path: str | os.PathLike[str], text: str) -> dict[str, str]:
+    try:
+        return checked_hashes(json.loads(text))
+    except (ValueError, RecursionError) as error:
+        raise CheckpointError(f"{path} must state base as a JSON object of SHA-256 by name; {error}") from error
 
 
 def _read_shapes(path: str | os.PathLike[str], text: str) -> Shapes:

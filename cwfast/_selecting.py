@@ -12,6 +12,7 @@ from torch import Tensor
 from cwfast import _streaming, ops
 from cwfast._scopes import Scope, groups_of
 from cwfast.checkpoint import Checkpoint
+from cwfast.checkpoint.identity import base_of_scores
 from cwfast.masks import MaskSet
 from cwfast.ops.rewind import Bits
 from cwfast.ops.select import packed_bytes
@@ -69,7 +70,8 @@ def select(
         if name not in picks:  # excluded, or no pattern matches
             device = scores[name].device if isinstance(scores, Mapping) else "cpu"
             picks[name] = torch.zeros(packed_bytes(math.prod(shape)), dtype=torch.uint8, device=device)
-    masks = MaskSet({name: picks[name] for name in shapes}, shapes, zero_score_selected=zeros)
+    base = None if isinstance(scores, Mapping) else base_of_scores(scores)
+    masks = MaskSet({name: picks[name] for name in shapes}, shapes, zero_score_selected=zeros, base=base)
     if zeros > 0.01 * masks.total:
         share, where, useful = poorest
         warnings.warn(

@@ -97,6 +97,15 @@ def _parser() -> argparse.ArgumentParser:
     )
 
     add(
+        "score",
+        _score,
+        arguments.score,
+        help="how much each weight of a fine-tuned language model holds its training texts, as a safetensors folder",
+        description="Scores for cwfast select. MODEL and BASE are local folders, which are only read; code that comes "
+        'with a model is never run. FILE has one JSON object with "text" in each line. A run that was stopped goes on '
+        "with --resume.",
+    )
+    add(
         "select",
         _select,
         arguments.select,
@@ -209,6 +218,12 @@ def _audit(options: argparse.Namespace) -> tuple[dict[str, Any], str]:
     from cwfast.commands import audit
 
     return audit.run(options)
+
+
+def _score(options: argparse.Namespace) -> tuple[dict[str, Any], str]:
+    from cwfast.commands import score
+
+    return score.run(options)
 
 
 def _select(options: argparse.Namespace) -> tuple[dict[str, Any], str]:

@@ -32,13 +32,20 @@ class MaskSet:
         bits: ``{name: packed bits | (low, offset)}`` as ``cwfast.ops.rewind_`` takes them, all on one device.
         shapes: ``{name: shape}``, the same names.
         zero_score_selected: see ``select``.
+        base: ``{name: SHA-256}`` of the initial tensors that the selected weights go back to, where that is known: a
+            rewind on disk refuses others.
 
     Raises:
         ValueError: names, lengths, padding, or a list's order do not fit.
     """
 
     def __init__(
-        self, bits: Mapping[str, Bits], shapes: Mapping[str, Sequence[int]], *, zero_score_selected: int = 0
+        self,
+        bits: Mapping[str, Bits],
+        shapes: Mapping[str, Sequence[int]],
+        *,
+        zero_score_selected: int = 0,
+        base: Mapping[str, str] | None = None,
     ) -> None:
         if list(bits) != list(shapes):
             raise ValueError(
@@ -54,6 +61,7 @@ class MaskSet:
         self._lists = {name: given for name, given in bits.items() if isinstance(given, tuple)}
         self.counts = {name: _picks.count(given) for name, given in bits.items()}
         self.zero_score_selected = zero_score_selected
+        self.base = None if base is None else dict(base)
 
     @classmethod
     def from_masks(cls, masks: Mapping[str, Tensor]) -> "MaskSet":
@@ -162,7 +170,8 @@ class MaskSet:
                 f"{self.shapes.get(name)} and {other.shapes.get(name)}"
             )
         names = list(self.shapes)
-        return MaskSet({n: operation(a, b) for n, (a, b) in zip(names, self._pairs(other), strict=True)}, self.shapes)
+        bits = {n: operation(a, b) for n, (a, b) in zip(names, self._pairs(other), strict=True)}
+        return MaskSet(bits, self.shapes, base=self.base if self.base == other.base else None)
 
     def _pairs(self, other: "MaskSet") -> Iterator[tuple[Tensor, Tensor]]:
         """Packed bits of both, made one parameter at a time."""
@@ -194,7 +203,7 @@ class MaskSet:
             mask = torch.zeros(numel, dtype=torch.bool)
             mask[torch.from_numpy(generator.choice(numel, self.counts[name], replace=False, shuffle=False))] = True
             bits[name] = reference.pack(mask).to(_device(self._given(name)))
-        return MaskSet(bits, self.shapes)
+        return MaskSet(bits, self.shapes, base=self.base)
 
     def to(self, device: torch.device | str) -> "MaskSet":
         """The same set on another device."""
@@ -202,6 +211,7 @@ class MaskSet:
             {name: _picks.to_device(self._given(name), device) for name in self.shapes},
             self.shapes,
             zero_score_selected=self.zero_score_selected,
+            base=self.base,
         )
 
     def save(self, path: str | os.PathLike[str]) -> None:
@@ -213,7 +223,7 @@ class MaskSet:
             OSError: the folder does not exist or cannot be written.
         """
         picks = {name: self._given(name) for name in self.shapes}
-        _mask_files.save(path, picks, self.shapes, self.zero_score_selected)
+        _mask_files.save(path, picks, self.shapes, self.zero_score_selected, self.base)
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> "MaskSet":
@@ -223,9 +233,9 @@ class MaskSet:
             FileNotFoundError: there is no such file.
             CheckpointError: it is not such a file, or broken; the message says where.
         """
-        picks, shapes, zeros = _mask_files.load(path)
+        picks, shapes, zeros, base = _mask_files.load(path)
         try:
-            return cls(picks, shapes, zero_score_selected=zeros)
+            return cls(picks, shapes, zero_score_selected=zeros, base=base)
         except ValueError as error:
             raise CheckpointError(f"{path} must hold the masks that its shapes promise; {error}") from error
 

@@ -1,4 +1,4 @@
-"""Scores of a language model's weights: the plain formulas in float64, whatever the batches; the model stays as it was."""
+"""Scores of a language model's weights: the plain formulas in float64; the model stays as it was."""
 
 import copy
 
@@ -6,7 +6,9 @@ import llm_models
 import pytest
 import torch
 
-from cwfast.llm import scoring
+import cwfast
+from cwfast.checkpoint import Checkpoint
+from cwfast.llm import score_files, scoring
 
 pytestmark = pytest.mark.usefixtures("without_torchvision")
 
@@ -95,3 +97,47 @@ def test_taylor_is_the_plain_formula(kind, criterion, lam):
     model, initial = pair(kind)
     found = scoring.score(model, initial, MEMBERS, REFERENCE, criterion=criterion, lam=lam, batch_size=2)
     assert_close(found, plain_taylor(model, initial, criterion, lam), kind)
+
+
+# -- folders
+
+
+def save(folder, model, shard="8KB"):
+    model.save_pretrained(folder, max_shard_size=shard)
+    return folder
+
+
+@pytest.fixture
+def folders(tmp_path):
+    """A function: kind -> folders of the trained model and of its base, in several shards."""
+
+    def make(kind, dtype=torch.float32):
+        model, initial = pair(kind, dtype)
+        return save(tmp_path / "model", model), save(tmp_path / "base", initial)
+
+    return make
+
+
+def loaded(folder):
+    import transformers
+
+    return transformers.AutoModelForCausalLM.from_pretrained(folder)
+
+
+@pytest.mark.parametrize("kind", ["gpt2", "llama", "llama tied", "qwen3_moe"])
+@pytest.mark.parametrize("criterion", ["gap", "taylor_delta"])
+def test_a_folder_gets_the_scores_of_memory_in_any_number_of_passes(folders, tmp_path, kind, criterion):
+    model, base = folders(kind)
+    in_memory = loaded(model)
+    expected = scoring.score(in_memory, loaded(base), MEMBERS, REFERENCE, criterion=criterion)
+    expected = score_files.on_disk(in_memory, expected)
+    for i, per_pass in enumerate((None, 1000)):
+        out = tmp_path / f"scores{i}"
+        done = scoring.score_folder(model, base, MEMBERS, REFERENCE, out, criterion=criterion, params_per_pass=per_pass)
+        found = Checkpoint(out)
+        assert set(found.entries) == set(expected) == set(done["tensors"])
+        for name, scores in expected.items():
+            assert torch.equal(found.tensor(name), scores), name
+            assert found.entry(name).file.name == Checkpoint(model).entry(name).file.name
+        order = {name: expected[name] for name in found.entries}
+        assert cwfast.select(out, rate=0.01) == cwfast.select(order, rate=0.01)

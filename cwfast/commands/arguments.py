@@ -4,6 +4,38 @@ import argparse
 from pathlib import Path
 
 
+def score(parser: argparse.ArgumentParser) -> None:
+    """Of ``cwfast score``."""
+    parser.add_argument("model", type=Path, metavar="MODEL", help="folder of transformers, fine-tuned")
+    parser.add_argument("--base", type=Path, required=True, help="the same before fine-tuning")
+    parser.add_argument(
+        "--members", type=Path, metavar="FILE", required=True, help="texts that it was trained on, as JSON lines"
+    )
+    parser.add_argument(
+        "--reference", type=Path, metavar="FILE", required=True, help="texts that it was not, from the same source"
+    )
+    parser.add_argument("--out", type=Path, required=True, help="folder of scores to make")
+    how = parser.add_argument_group("how")
+    how.add_argument(
+        "--criterion", choices=("gap", "taylor", "taylor_delta"), default="gap", help="default: %(default)s"
+    )
+    how.add_argument("--points", type=int, default=1, help="of gap's path, one pass each (default: %(default)s)")
+    how.add_argument(
+        "--lam", type=float, default=0.5, help="weight of the KL term of the others (default: %(default)s)"
+    )
+    how.add_argument("--granularity", choices=("sample", "batch"), default="sample", help="of the others, where a "
+                     "layer has no rule: batch (default: %(default)s)")  # fmt: skip
+    how.add_argument("--max-tokens", type=int, metavar="N", help="read the first N tokens of each text; default: all")
+    how.add_argument("--batch-size", type=int, default=8, metavar="N", help="texts of a batch (default: %(default)s)")
+    how.add_argument("--params-per-pass", type=int, metavar="N", help="score at most N weights at a time, with a pass "
+                     "over the texts for each such part, where weights fit into memory but scores do not")  # fmt: skip
+    how.add_argument("--dtype", choices=("float32", "bfloat16", "float16", "float64"), help="of the weights in memory; "
+                     "default: as they are saved")  # fmt: skip
+    how.add_argument("--autocast", choices=("bfloat16", "float16"), help="run the passes in this dtype")
+    how.add_argument("--device", default="cpu", help="of the model (default: %(default)s)")
+    how.add_argument("--resume", action="store_true", help="go on where a run with the same arguments was stopped")
+
+
 def select(parser: argparse.ArgumentParser) -> None:
     """Of ``cwfast select``."""
     parser.add_argument("scores", type=Path, metavar="SCORES", help="safetensors file or folder, a score per weight")

@@ -36,7 +36,7 @@ def head_logprob(hidden: Tensor, head: LMHead, targets: Tensor, owner: Tensor, b
     """
     given = (hidden, head.weight, head.bias)
     if has_torch_function(given):
-        return handle_torch_function(head_logprob, given, hidden, head, targets, owner, backend)  # type: ignore[no-any-return]
+        return handle_torch_function(head_logprob, given, hidden, head, targets, owner, backend)
     weight, bias, softcap, scale = head
     return ops.lm_token_stats(hidden, weight, targets, bias=bias, softcap=softcap, scale=scale, backend=backend).logprob
 
@@ -56,7 +56,7 @@ def head_kl(
     """
     given = (hidden, head.weight, head.bias)
     if has_torch_function(given):
-        return handle_torch_function(head_kl, given, hidden, head, ref_hidden, ref_head, owner, backend)  # type: ignore[no-any-return]
+        return handle_torch_function(head_kl, given, hidden, head, ref_hidden, ref_head, owner, backend)
     weight, bias, softcap, scale = head
     reference = (ref_hidden, ref_head.weight)
     more: dict[str, Any] = {"bias": bias, "ref_bias": ref_head.bias, "softcap": softcap, "scale": scale}
@@ -127,11 +127,11 @@ def _logprob(
     def run(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         found = torch.ops.cwfast.lm_token_stats(x, weight, targets, bias, head.softcap, head.scale, 0, backend)
         sums[:] = [found[9]]
-        return found[0]  # type: ignore[no-any-return]
+        return found[0]
 
     def at_input(x: Tensor, grad: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         options = (bias, head.softcap, head.scale, [True, False, False], backend)
-        return torch.ops.cwfast.lm_logprob_backward(grad, sums[0], x, weight, targets, *options)[0]  # type: ignore[no-any-return]
+        return torch.ops.cwfast.lm_logprob_backward(grad, sums[0], x, weight, targets, *options)[0]
 
     def gradients(x: Tensor, grad: Tensor, weight: Tensor, bias: Tensor | None) -> Logits:
         def at_logits(rows: Tensor, low: int, high: int) -> Tensor:
@@ -162,11 +162,11 @@ def _kl(
         given = (x, weight, ref_hidden, ref_head.weight, bias, ref_head.bias, head.softcap, head.scale, backend)
         found = torch.ops.cwfast.lm_token_kl(*given)
         sums[:] = found[1:]
-        return found[0]  # type: ignore[no-any-return]
+        return found[0]
 
     def at_input(x: Tensor, grad: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         given = (grad, *sums, x, weight, ref_hidden, ref_head.weight, bias, ref_head.bias, head.softcap, head.scale)
-        return torch.ops.cwfast.lm_token_kl_backward(*given, [True, False, False], backend)[0]  # type: ignore[no-any-return]
+        return torch.ops.cwfast.lm_token_kl_backward(*given, [True, False, False], backend)[0]
 
     def gradients(x: Tensor, grad: Tensor, weight: Tensor, bias: Tensor | None) -> Logits:
         def at_logits(rows: Tensor, low: int, high: int) -> Tensor:

@@ -144,13 +144,16 @@ class Estimator:
             return self._by_batch(scorer) if batched else self._by_sample(scorer)
 
     def _by_sample(self, scorer: SaliencyScorer) -> dict[str, Tensor]:
-        """A side's losses carry its weight: what is summed over samples is the criterion."""
+        """A side's losses carry its weight: what is summed over samples is the criterion.
+
+        The graph begins at the embedding: some layers find there whose their rows are.
+        """
         lam = self.settings.lam
         for side, weight, loss in ((self.members, 1 - lam, self._mean_nll), (self.reference, lam, self._mean_kl)):
             count = sum(len(rows.ids) for rows in side)
             for i, rows in enumerate(side):
                 if weight:
-                    with scorer.batch(len(rows.ids)):
+                    with self.body.rooted(), scorer.batch(len(rows.ids)):
                         _backward(loss(i, rows).sum() * (weight / count))
                 self.progress()
         return scorer.scores()
@@ -170,7 +173,7 @@ class Estimator:
         self.body.model.zero_grad()
         return scorer.scores()
 
-    def _mean_nll(self, index: int, rows: Rows) -> Tensor:
+    def _mean_nll(self, _: int, rows: Rows) -> Tensor:
         """[B], each text's mean over its tokens."""
         return _means(self._nll(rows), rows)
 
@@ -189,8 +192,9 @@ class Estimator:
         try:
             with torch.no_grad():
                 self._base = [self._hidden(rows)[0].cpu() for rows in self.reference]
-                weight, bias, *scaling = self.body.live_head()
-                self._base_head = LMHead(weight.clone(), None if bias is None else bias.clone(), *scaling)
+                head = LMHead(*self.body.live_head())
+                bias = None if head.bias is None else head.bias.clone()
+                self._base_head = head._replace(weight=head.weight.clone(), bias=bias)
         finally:
             self.weights.put(1)
 

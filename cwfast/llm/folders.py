@@ -1,10 +1,11 @@
 """A model's folder with its critical weights put back to the base checkpoint's, larger than memory or not."""
 
+import functools
+import hashlib
 import json
 import os
 import shutil
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import suppress
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,9 @@ from torch import Tensor
 from cwfast import _picks, ops
 from cwfast._mask_files import MaskFile
 from cwfast.checkpoint import Checkpoint
-from cwfast.checkpoint.files import atomic_write, exclusive, fsync, sha256
+from cwfast.checkpoint.files import atomic_write, sha256
+from cwfast.checkpoint.identity import files_of, hashed
+from cwfast.checkpoint.making import check_space, making
 from cwfast.checkpoint.reader import INDEX
 from cwfast.checkpoint.writer import rewrite
 from cwfast.errors import CheckpointError
@@ -22,7 +25,6 @@ from cwfast.ops.rewind import Bits
 
 FORMAT = "cwfast-rewound/1"
 MANIFEST = "cwfast-rewound.json"  # in the folder that is written
-_SPARE = 64 << 20  # bytes that must be free beside the weights
 _INTS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 # What else is copied. Weights in another format would still be those that were not rewound, so nothing unknown is.
 _KNOWN = {".json", ".jsonl", ".txt", ".model", ".jinja", ".md", ".tiktoken", ".vocab", ".merges"}
@@ -48,7 +50,8 @@ def rewind_folder(
     Args:
         model: safetensors file or folder with the trained weights. It is only read.
         base: the same with the initial ones: each tensor of the mask in the same shape and dtype. It is only read.
-        mask: file of ``MaskSet.save``; its names are those of ``model``.
+        mask: file of ``MaskSet.save``; its names are those of ``model``. Where it says which base it was made with, as
+            one from ``score_folder``'s scores does, ``base`` must be that.
         out: folder to make; it must not exist (an empty one may), nor lie in ``model`` or ``base``.
         resume: go on where an earlier run with the same arguments was stopped.
         copy_code: also copy ``*.py`` and keep ``auto_map``, which names code that ``trust_remote_code`` runs.
@@ -67,53 +70,44 @@ def rewind_folder(
     """
     source, initial, masks = Checkpoint(model), Checkpoint(base), MaskFile(mask)
     out = Path(out)
-    _check_place(out, {"MODEL": source.path, "BASE": initial.path})
+    places = {"MODEL": source.path, "BASE": initial.path}
     _check_fit(source, initial, masks)
-    partial = out.with_name(f".{out.name}.partial")
-    if partial.exists() and not resume:
-        raise FileExistsError(
-            f"{partial} must not exist: a run into {out} was stopped; resume it, or remove that folder"
-        )
-    partial.mkdir(exist_ok=True)
-    inputs = {"model": _identity(source), "base": _identity(initial), "mask": {"sha256": sha256(mask)}}
-    with exclusive(partial):
-        for broken in partial.glob(".*.tmp"):  # of a run that was killed
-            broken.unlink()
-        state = _begin(partial, inputs)
+    inputs = {"model": files_of(source), "base": files_of(initial), "mask": {"sha256": sha256(mask)}}
+    with making(out, places, inputs, kind=FORMAT, manifest=MANIFEST, resume=resume, files={}) as made:
+        partial, state = made.path, made.state
         _check_space(partial, source, state["files"])
         for file in sorted({entry.file for entry in source.entries.values()}):
             size = file.stat().st_size
             if not _is_done(partial / file.name, state["files"].get(file.name), size):
-                hashes = rewrite(
-                    source,
-                    file,
-                    partial / file.name,
-                    lambda name: _rewound(source, initial, masks, name, progress),
-                )
-                state["files"][file.name] = {"bytes": size, "sha256": hashes}
-                _save(partial, state)
+                counts: list[int] = []
+                pieces = functools.partial(_rewound, source, initial, masks, counts, progress)
+                hashes = rewrite(source, file, partial / file.name, pieces)
+                state["files"][file.name] = {"bytes": size, "sha256": hashes, "rewound": sum(counts)}
+                made.save()
             else:
                 progress(size)
         state["copied"], state["left_out"] = _copy_others(source.path, partial, copy_code)
-        state["rewound"] = sum(masks.counts().values())
+        state["rewound"] = sum(done["rewound"] for done in state["files"].values())
         _verify(partial, source)
-        _save(partial, state)
-        (partial / "lock").unlink()
-        with suppress(OSError):
-            out.rmdir()  # where it is there and empty
-        partial.rename(out)
-        fsync(out.parent)
     return state
 
 
 def _rewound(
-    source: Checkpoint, initial: Checkpoint, masks: MaskFile, name: str, progress: Callable[[int], object]
+    source: Checkpoint,
+    initial: Checkpoint,
+    masks: MaskFile,
+    counts: list[int],
+    progress: Callable[[int], object],
+    name: str,
 ) -> Iterator[Tensor]:
-    """The pieces of a tensor, its selected entries as in ``initial``."""
+    """The pieces of a tensor, its selected entries as in ``initial``; how many these are goes to ``counts``."""
     bits: Bits | None = masks.picks(name) if name in masks.shapes else None
-    if bits is not None and not _picks.count(bits):
-        bits = None
-    base = initial.pieces(name) if bits is not None else iter(())
+    if bits is not None:
+        counts.append(_picks.count(bits))
+        if not counts[-1]:
+            bits = None
+    found = hashlib.sha256()
+    base = hashed(initial.pieces(name), found) if bits is not None else iter(())
     begin = 0
     for piece in source.pieces(name):
         end = begin + len(piece)
@@ -123,18 +117,12 @@ def _rewound(
         yield piece
         progress(piece.nbytes)
         begin = end
-
-
-def _check_place(out: Path, inputs: Mapping[str, Path]) -> None:
-    if not out.parent.is_dir():
-        raise FileNotFoundError(f"{out} must be made in a folder that exists; there is no {out.parent}")
-    if out.exists() and not (out.is_dir() and not any(out.iterdir())):
-        raise FileExistsError(f"{out} must not exist, or be an empty folder: nothing is written over")
-    there = out.resolve()
-    for what, path in inputs.items():
-        given = path.resolve()
-        if there == given or given in there.parents:
-            raise ValueError(f"the folder that is written must lie outside {what}; {out} is in {path}")
+    expected = None if masks.base is None or bits is None else masks.base.get(name)
+    if expected is not None and found.hexdigest() != expected:
+        raise CheckpointError(
+            f"{initial.path} must be the base that {masks.path} was made with; the SHA-256 of its {name!r} is "
+            f"{found.hexdigest()[:16]}..., in the mask {expected[:16]}..."
+        )
 
 
 def _check_fit(source: Checkpoint, initial: Checkpoint, masks: MaskFile) -> None:
@@ -151,6 +139,16 @@ def _check_fit(source: Checkpoint, initial: Checkpoint, masks: MaskFile) -> None
                 f"{masks.path} must be of {source.path}: {name!r} has shape {source.entries[name].shape} there, "
                 f"{shape} in the mask"
             )
+    check_base(source, initial, masks.shapes)
+
+
+def check_base(source: Checkpoint, initial: Checkpoint, names: Iterable[str]) -> None:
+    """The base has these tensors as the model has them.
+
+    Raises:
+        CheckpointError: it has not.
+    """
+    for name in names:
         if name not in initial:
             raise CheckpointError(f"{initial.path} must hold the initial values of {name!r}; it has no such tensor")
         here, there = source.entries[name], initial.entry(name)
@@ -161,51 +159,13 @@ def _check_fit(source: Checkpoint, initial: Checkpoint, masks: MaskFile) -> None
             )
 
 
-def _identity(checkpoint: Checkpoint) -> dict[str, Any]:
-    """Sizes and times of the files: enough to see that a resumed run has other inputs than the one that was stopped."""
-    files = sorted({entry.file for entry in checkpoint.entries.values()})
-    return {
-        "files": {file.name: [file.stat().st_size, file.stat().st_mtime_ns] for file in files},
-    }
-
-
-def _begin(partial: Path, inputs: Mapping[str, Any]) -> dict[str, Any]:
-    """The state of the run that was stopped, or a new one."""
-    path = partial / MANIFEST
-    if not path.exists():
-        state = {"format": FORMAT, "inputs": dict(inputs), "files": {}}
-        _save(partial, state)
-        return state
-    try:
-        state = json.loads(path.read_text(encoding="utf-8"))
-        known = state["inputs"]
-        if state["format"] != FORMAT or not isinstance(state["files"], dict):
-            raise ValueError(state["format"])
-    except (ValueError, KeyError, TypeError) as error:
-        raise CheckpointError(f"{path} must be the manifest of a stopped run; remove {partial}") from error
-    for what, identity in inputs.items():
-        if known.get(what) != identity:
-            raise CheckpointError(
-                f"{partial} must be of a run with the same {what}; it was begun with another: remove that folder"
-            )
-    return state
-
-
-def _save(partial: Path, state: Mapping[str, Any]) -> None:
-    with atomic_write(partial / MANIFEST) as temporary:
-        temporary.write_text(json.dumps(state, indent=1) + "\n", encoding="utf-8")
-
-
 def _is_done(target: Path, entry: Mapping[str, Any] | None, size: int) -> bool:
     return entry is not None and target.is_file() and target.stat().st_size == size == entry["bytes"]
 
 
 def _check_space(partial: Path, source: Checkpoint, done: Mapping[str, Any]) -> None:
     files = {entry.file for entry in source.entries.values()}
-    need = sum(file.stat().st_size for file in files if file.name not in done) + _SPARE
-    free = shutil.disk_usage(partial).free
-    if need > free:
-        raise OSError(f"the disk of {partial.parent} must have {need:,} bytes free; it has {free:,}")
+    check_space(partial, sum(file.stat().st_size for file in files if file.name not in done))
 
 
 def _copy_others(model: Path, partial: Path, copy_code: bool) -> tuple[list[str], list[str]]:

@@ -55,7 +55,7 @@ def gradient_norms(
     scored = torch.tensor([document.scored for document in found])
     made = windows(found, range(len(found)), max(2, longest), 1)
     norms = torch.zeros(len(found), dtype=torch.float64)
-    with body.ready(), _without_weights(model):
+    with body.ready(), _without_weights(model), body.rooted():
         for batch in batches(found, made, batch_tokens, "right"):
             ids, mask = batch.ids.to(body.device), batch.mask.to(body.device)
             order = torch.empty(len(ids), dtype=torch.int64)
@@ -82,16 +82,13 @@ def gradient_norms(
 
 @contextmanager
 def _without_weights(model: nn.Module) -> Iterator[None]:
-    """No parameter asks for a gradient; the embedding's output does, so that there is a graph."""
+    """No parameter asks for a gradient."""
     wanted = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
-    embedding: nn.Module = model.get_input_embeddings()  # type: ignore[operator]
-    hook = embedding.register_forward_hook(lambda module, args, out: out.requires_grad_() if out.is_leaf else None)
     for parameter, _ in wanted:
         parameter.requires_grad_(False)
     try:
         yield
     finally:
-        hook.remove()
         for parameter, before in wanted:
             parameter.requires_grad_(before)
 

@@ -56,8 +56,9 @@ class Body:
             raise TypeError(f"model must have an LM head; {type(model).__name__}.get_output_embeddings() gives None")
         self._layer: nn.Module = head
         with self.ready():
-            weight, bias, *scaling = self.live_head()
-            self.head = Head(weight.detach(), None if bias is None else bias.detach(), *scaling)
+            head_now = self.live_head()
+            bias = None if head_now.bias is None else head_now.bias.detach()
+            self.head = head_now._replace(weight=head_now.weight.detach(), bias=bias)
         inner = self.model.get_base_model() if hasattr(model, "get_base_model") else self.model
         known = inspect.signature(inner.forward).parameters
         self._positions = "position_ids" in known
@@ -80,6 +81,16 @@ class Body:
             finally:
                 for module, training in modes:
                     module.training = training
+
+    @contextmanager
+    def rooted(self) -> Iterator[None]:
+        """The embedding's output asks for a gradient: there is a graph from there on, whatever the parameters ask."""
+        embedding: nn.Module = self.model.get_input_embeddings()
+        hook = embedding.register_forward_hook(lambda module, args, out: out.requires_grad_() if out.is_leaf else None)
+        try:
+            yield
+        finally:
+            hook.remove()
 
     def hidden(self, ids: Tensor, mask: Tensor, past: Any = None) -> Tensor:
         """[B, T, d] before the head, for ids and mask [B, T], each row after what ``after`` has read; inside

@@ -1,22 +1,28 @@
 """How much each weight of a fine-tuned language model holds its training texts: scores in memory, and in a folder."""
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+import os
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from cwfast._parameters import Initial
+from cwfast._parameters import Initial, trainable
 from cwfast._tracking import chosen
-from cwfast.llm.estimating import CRITERIA, Estimator, Settings, rows_of
-from cwfast.llm.heads import Body
-from cwfast.llm.swapping import Weights
-from cwfast.llm.windows import documents
-from cwfast.scoring import GRANULARITIES
+from cwfast.checkpoint import Checkpoint
+from cwfast.checkpoint.filling import Filling
+from cwfast.checkpoint.identity import SCORES, files_of, identity, tensor_hashes
+from cwfast.checkpoint.making import check_space, making
+from cwfast.errors import CheckpointError
+from cwfast.llm import score_files
+from cwfast.llm.estimating import Settings
+from cwfast.llm.folders import check_base
+from cwfast.llm.preparing import Ids, check_settings, prepared
 
-Ids = Tensor | Sequence[int]
+FORMAT = "cwfast-scores/1"
 
 
 def score(
@@ -58,9 +64,9 @@ def score(
         points: of the path; one pass over both sets for each; only for "gap".
         batch_size: texts of a batch; changes scores by rounding only (not with granularity "batch").
         only: ``fnmatch`` patterns of parameters to score, the others get no gradient; None: all.
-        granularity: for "taylor" and "taylor_delta": "sample" as above, or "batch": ``|(1 - lam) g + lam h|`` of the mean
-            over a batch's texts, summed over the batches of members (of which reference batches are repeated if there
-            are fewer), for models with layers that have no rule.
+        granularity: for "taylor" and "taylor_delta": "sample" as above, or "batch": ``|((1 - lam) g + lam h) f|``,
+            g and h of the mean over a batch's texts, summed over the batches of members (those of the reference start
+            again where they are fewer): for models with layers that have no rule.
         autocast: run the model's passes in this dtype, such as ``torch.bfloat16`` for float32 weights.
         backend: of the kernels.
         progress: show a bar on stderr.
@@ -84,57 +90,121 @@ def score(
             return run.scores(names)
 
 
-@contextmanager
-def prepared(
-    model: Any, initial: Initial, members: Sequence[Ids], reference: Sequence[Ids], settings: Settings
-) -> Iterator[Estimator]:
-    """All arguments are checked; inside, the model may hold other weights."""
-    _check(settings)
-    body = Body(model)
-    sides = [_documents(name, texts, body) for name, texts in (("members", members), ("reference", reference))]
-    weights = Weights(model, initial)
-    with body.ready(), weights.kept():
-        body.check(sides[0][0].ids)
-        yield Estimator(body, weights, *(rows_of(side, settings.batch_size) for side in sides), settings)
+def score_folder(
+    model: str | os.PathLike[str],
+    base: str | os.PathLike[str],
+    members: Sequence[Ids],
+    reference: Sequence[Ids],
+    out: str | os.PathLike[str],
+    *,
+    criterion: str = "gap",
+    lam: float = 0.5,
+    points: int = 1,
+    batch_size: int = 8,
+    granularity: str = "sample",
+    autocast: torch.dtype | None = None,
+    dtype: torch.dtype | None = None,
+    device: str = "cpu",
+    backend: str = "auto",
+    params_per_pass: int | None = None,
+    resume: bool = False,
+    progress: bool = False,
+) -> dict[str, Any]:
+    """``score`` of a model in a folder: a folder of scores, sharded and named as the weights are.
+
+    ``cwfast select`` takes it. The model is in memory, and what ``score`` needs beside it; of the scores, only those of
+    one pass. Everything is written into a folder beside ``out``, whose name begins with a dot, and renamed to ``out``
+    at the end; what a killed run has finished there, pass by pass, ``resume`` keeps. Scores do not depend on how many
+    passes there were.
+
+    Args:
+        model: folder of transformers with safetensors files. It is only read; code in it is not run.
+        base: the same before fine-tuning: each tensor that is scored in the same shape and dtype. It is only read.
+        members: see ``score``.
+        reference: see ``score``.
+        out: folder to make; it must not exist (an empty one may), nor lie in ``model`` or ``base``.
+        criterion: see ``score``.
+        lam: see ``score``.
+        points: see ``score``.
+        batch_size: see ``score``.
+        granularity: see ``score``.
+        autocast: see ``score``.
+        dtype: of the weights in memory; None: as they are saved. Between bfloat16 weights that differ by one step there
+            is no point of the path: float32 has it.
+        device: of the model.
+        backend: of the kernels.
+        params_per_pass: score at most so many weights at a time (one module's own at least), with a pass over the
+            texts for each such part; None: all at once.
+        resume: go on where an earlier run with the same arguments was stopped; params_per_pass may be another.
+        progress: show a bar on stderr.
+
+    Returns:
+        What ``cwfast-scores.json`` in ``out`` says: settings, the SHA-256 of each tensor of scores, of the base's
+        tensors, of the model and of the token ids, and which tensors of the model are not scored.
+
+    Raises:
+        ImportError: transformers is not installed.
+        FileNotFoundError: an input is not there.
+        CheckpointError: a broken file, or names, shapes or dtypes that do not fit.
+        FileExistsError: ``out`` is there, or an unfinished run of it is and ``resume`` is False.
+        RuntimeError: another process writes the same folder.
+        TypeError, ValueError, UnsupportedLayer: see ``score``.
+        OSError: the disk is too small or full. In all these cases no folder ``out`` has been made.
+    """
+    settings = Settings(criterion, lam, points, batch_size, granularity, autocast, backend)
+    check_settings(settings)
+    source, initial = Checkpoint(model), Checkpoint(base)
+    described = {name: _plain(value) for name, value in asdict(settings).items()} | {"dtype": _plain(dtype)}
+    texts = {"members": score_files.texts_identity(members), "reference": score_files.texts_identity(reference)}
+    inputs = {"model": files_of(source), "base": files_of(initial), "settings": described, **texts}
+    places = {"MODEL": source.path, "BASE": initial.path}
+    with making(Path(out), places, inputs, kind=FORMAT, manifest=SCORES, resume=resume, tensors={}) as made:
+        loaded = _load(source.path, dtype).to(device)
+        parameters = trainable(loaded)
+        plan = score_files.plan(source, loaded, parameters, params_per_pass)
+        shapes = {name: shape for tensors in plan.tensors for name, shape in tensors.items()}
+        check_base(source, initial, shapes)
+        kept = made.state["tensors"]
+        wide = torch.float64 if any(p.dtype == torch.float64 for p in parameters.values()) else torch.float32
+        check_space(made.path, (score_files.size(plan) if not kept else 0) * wide.itemsize)
+        files = Filling(made.path, score_files.by_file(source, plan), wide)
+        for name in [name for name, known in kept.items() if not files.holds(name, known)]:
+            del kept[name]
+        todo = [i for i, tensors in enumerate(plan.tensors) if not all(name in kept for name in tensors)]
+        if todo:
+            with (
+                prepared(loaded, base, members, reference, settings) as run,
+                tqdm(total=run.batches() * len(todo), desc="score", unit="batch", disable=not progress) as bar,
+            ):
+                run.progress = bar.update
+                for i in todo:
+                    found = score_files.on_disk(loaded, run.scores(plan.groups[i]))
+                    hashes = {name: files.write(name, found.pop(name)) for name in plan.tensors[i]}
+                    files.flush()
+                    kept.update(hashes)
+                    made.save()
+        files.finish()
+        if Checkpoint(made.path).shapes != shapes:
+            raise CheckpointError(f"{made.path} must hold the tensors of {source.path} that were scored; it does not")
+        base_hashes = tensor_hashes(initial, shapes)
+        made.state |= {
+            "base": {"sha256": identity(initial, base_hashes), "tensors": base_hashes},
+            "model": {"sha256": identity(source, tensor_hashes(source, shapes))},
+            "weights": score_files.size(plan),
+            "unscored": plan.unscored,
+        }
+    return made.state
 
 
-def _check(settings: Settings) -> None:
-    s = settings
-    if s.criterion not in CRITERIA:
-        raise ValueError(f"criterion must be one of {CRITERIA}; got {s.criterion!r}")
-    if s.granularity not in GRANULARITIES:
-        raise ValueError(f"granularity must be one of {GRANULARITIES}; got {s.granularity!r}")
-    if not 0 <= s.lam <= 1:
-        raise ValueError(f"lam must lie between 0 and 1; got {s.lam}")
-    for name, value in (("points", s.points), ("batch_size", s.batch_size)):
-        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-            raise ValueError(f"{name} must be a whole number, at least 1; got {value!r}")
+def _load(folder: Path, dtype: torch.dtype | None) -> Any:
+    """The model of a local folder, in evaluation mode."""
+    from transformers import AutoModelForCausalLM
+
+    if not folder.is_dir():
+        raise ValueError(f"model must be a folder of transformers; {folder} is a file")
+    options = {"trust_remote_code": False, "use_safetensors": True, "local_files_only": True}
+    return AutoModelForCausalLM.from_pretrained(folder, dtype=dtype or "auto", **options).eval()
 
 
-def _documents(name: str, texts: Sequence[Ids], body: Body) -> Any:
-    """Token ids, each text checked."""
-    if isinstance(texts, str | Tensor) or not len(texts):
-        given = type(texts).__name__ if isinstance(texts, str | Tensor) else "none"
-        raise ValueError(f"{name} must be a list of texts as token ids, at least one; got {given}")
-    rows = []
-    config = body.model.config
-    text_config = config.get_text_config() if hasattr(config, "get_text_config") else config
-    longest = getattr(text_config, "max_position_embeddings", None)
-    vocabulary = body.model.get_input_embeddings().weight.shape[0]
-    for i, text in enumerate(texts):
-        if isinstance(text, str):
-            raise TypeError(f"{name} must be token ids; text {i} is a str: tokenize it first")
-        row = text if isinstance(text, Tensor) else torch.tensor(text, dtype=torch.int64)
-        if row.ndim != 1 or row.dtype != torch.int64:
-            raise TypeError(f"{name} must be 1-D int64 token ids; text {i} is {row.dtype} of shape {tuple(row.shape)}")
-        if longest is not None and len(row) > longest:
-            raise ValueError(f"{name} must fit into the model's {longest} tokens; text {i} has {len(row)}: cut it")
-        if len(row) and not (0 <= int(row.min()) and int(row.max()) < vocabulary):
-            raise ValueError(
-                f"{name} must hold tokens in 0 .. {vocabulary - 1}; text {i} has {int(row.min())} to {int(row.max())}"
-            )
-        rows.append(row.tolist())
-    try:
-        return documents(None, rows)
-    except ValueError as error:
-        raise ValueError(f"{name}: {error}") from None
+def _plain(value: Any) -> Any:
+    return str(value).removeprefix("torch.") if isinstance(value, torch.dtype) else value

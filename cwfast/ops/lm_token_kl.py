@@ -95,9 +95,9 @@ def _run(
         return _lm_token_tiles.kl(hidden, head, ref_hidden, ref_head)
     if backend == "reference":
         result = reference.lm_token_kl(hidden, head, ref_hidden, ref_head)
-        pairs = ((hidden, head), (ref_hidden, ref_head))
-        found = [reference.lm_logits(*pair).logsumexp(dim=1) for pair in pairs]
-        return result, *(torch.stack([x, torch.zeros_like(x)], dim=1) for x in found)
+        sums = (reference.lm_logits(*pair).logsumexp(dim=1) for pair in ((hidden, head), (ref_hidden, ref_head)))
+        own, other = (torch.stack([x, torch.zeros_like(x)], dim=1) for x in sums)
+        return result, own, other
     return device().kl(hidden, head, ref_hidden, ref_head, backend)
 
 

@@ -1,0 +1,81 @@
+"""Which checkpoint it is: the hash of each tensor, and one of them all, whatever files they lie in."""
+
+import hashlib
+import json
+import os
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from cwfast.checkpoint.reader import Checkpoint
+from cwfast.errors import CheckpointError
+
+SCORES = "cwfast-scores.json"  # in a folder of scores: how they were made, and from what
+
+
+def tensor_hashes(checkpoint: Checkpoint, names: Iterable[str]) -> dict[str, str]:
+    """SHA-256 of the bytes of each tensor, which are read in pieces."""
+    return {name: sha256_of(checkpoint.pieces(name)) for name in names}
+
+
+def sha256_of(pieces: Iterable[Tensor]) -> str:
+    """Of a tensor's bytes."""
+    found = hashlib.sha256()
+    for _ in hashed(pieces, found):
+        pass
+    return found.hexdigest()
+
+
+def hashed(pieces: Iterable[Tensor], into: "hashlib._Hash") -> Iterator[Tensor]:
+    """The pieces, each hashed before it is handed on."""
+    for piece in pieces:
+        into.update(piece.view(torch.uint8).numpy().data)
+        yield piece
+
+
+def identity(checkpoint: Checkpoint, hashes: Mapping[str, str]) -> str:
+    """SHA-256 over the names, dtypes, shapes and hashes of these tensors: the same for any sharding."""
+    lines = []
+    for name in sorted(hashes):
+        entry = checkpoint.entry(name)
+        lines.append(json.dumps([name, str(entry.dtype), list(entry.shape), hashes[name]]))
+    return hashlib.sha256("\n".join(lines).encode()).hexdigest()
+
+
+def files_of(checkpoint: Checkpoint) -> dict[str, Any]:
+    """Sizes and times of the files: enough to see that a resumed run has other inputs than the one that was stopped."""
+    files = sorted({entry.file for entry in checkpoint.entries.values()})
+    return {"files": {file.name: [file.stat().st_size, file.stat().st_mtime_ns] for file in files}}
+
+
+def base_of_scores(scores: str | os.PathLike[str]) -> dict[str, str] | None:
+    """SHA-256 of the base checkpoint's tensors by which a folder of scores was made; None where it does not say.
+
+    Raises:
+        CheckpointError: it says so in no known form.
+    """
+    path = Path(scores) / SCORES
+    if not path.is_file():
+        return None
+    try:
+        return checked_hashes(json.loads(path.read_text(encoding="utf-8"))["base"]["tensors"])
+    except (ValueError, RecursionError, KeyError, TypeError) as error:
+        raise CheckpointError(f"{path} must be JSON of cwfast score; {type(error).__name__}: {error}") from error
+
+
+def checked_hashes(found: Any) -> dict[str, str]:
+    """``{name: SHA-256}``, as it was read from a file.
+
+    Raises:
+        ValueError: it is not.
+    """
+    if not isinstance(found, dict) or not all(_is_hash(value) for value in found.values()):
+        raise ValueError(f"hashes must be an object of 64 hexadecimal digits by name; got {str(found)[:80]}")
+    return found
+
+
+def _is_hash(value: object) -> bool:
+    return isinstance(value, str) and len(value) == 64 and not set(value) - set("0123456789abcdef")
