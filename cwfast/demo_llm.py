@@ -267,8 +267,8 @@ class _Demo:
             begin, spent = time.perf_counter(), time.process_time()
             found: dict[str, Any] = make() or {}
             measured = self._meter(found.pop("model", self.model)) if key != "base" else self._meter.base()
-            row = {"id": key, "group": group, "label": label, "curve": curve or group, **llm_defense.NO_SETTINGS}
-            row |= settings | found | measured
+            row: dict[str, Any] = {"id": key, "group": group, "label": label, "curve": curve or group}
+            row |= {**llm_defense.NO_SETTINGS, **settings, **found, **measured}
             row |= {"seconds": time.perf_counter() - begin, "cpu_seconds": time.process_time() - spent}
             with atomic_write(file) as temporary:
                 temporary.write_text(json.dumps(row, allow_nan=False) + "\n", encoding="utf-8")

@@ -6,8 +6,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from cwfast import select
 from cwfast._parameters import Initial
+from cwfast._selecting import select
 from cwfast.llm.measuring import Ids, token_loss
 from cwfast.llm.scoring import score
 from cwfast.llm.training import fine_tune

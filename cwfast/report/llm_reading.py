@@ -85,7 +85,7 @@ def matched(rows: Sequence[Row], name: str) -> list[dict[str, Any]]:
         difference, row minus rival: below 0 the row wins) and ``verdict``: "ahead", "behind" or "not told apart" by
         that interval, "alone" without a rival.
     """
-    found = []
+    found: list[dict[str, Any]] = []
     for row in (row for row in rows if row["group"] == "cwrf"):
         rivals = [r for r in rows if r["group"] in ("control", "baseline", "undefended") and _no_worse(r, row)]
         if not rivals:
