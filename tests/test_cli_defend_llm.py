@@ -72,6 +72,7 @@ def test_the_model_loads_and_the_report_has_before_and_after(folder, tmp_path, c
     assert set(before["attacks"]) == {"reference", "ez_mia", "wbc", "min_k_pp", "loss"}
     assert (base["attacks"]["reference"]["auc"], before["attacks"]["reference"]["auc"]) == (0.5, 1.0)
     assert after["loss"]["members"] > before["loss"]["members"]
+    assert found["settings"]["max_tokens"] == 64  # what the model reads
     assert found["rewound"] == {"weights": after["rewound"], "of": MaskSet.load(out / "mask.safetensors").numel}
     assert len(found["losses"]) == 4
     model, start, trained = load(out / "model"), load(folder / "base"), load(folder / "tuned")

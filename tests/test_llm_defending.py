@@ -25,8 +25,10 @@ def case(kind):
     return base, model, *sides
 
 
-@pytest.mark.parametrize("kind", ["gpt2", "llama"])
-@pytest.mark.parametrize("criterion", ["gap", "taylor_delta"])
+@pytest.mark.parametrize(
+    ("kind", "criterion"),
+    [(kind, name) for kind in ("gpt2", "llama") for name in ("gap", "taylor_delta")] + [("qwen3_moe", "gap")],
+)
 def test_rewound_weights_are_the_base_s_and_the_others_go_on(kind, criterion):
     base, model, members, reference = case(kind)
     trained = copy.deepcopy(model)

@@ -42,7 +42,8 @@ def test_it_finds_what_an_audit_finds(sides, models):
     shadows = [
         (tuned([row for row, one in zip(members + nonmembers, half, strict=True) if one]), half) for half in halves
     ]
-    found = measuring.Meter(base, members, nonmembers, heldout, shadows=shadows, **HOW)(model)
+    loaders = [(lambda one=one: one, half) for one, half in shadows]
+    found = measuring.Meter(base, members, nonmembers, heldout, shadows=loaders, **HOW)(model)
     known = [(one, [text for text, member in zip(texts, half, strict=True) if member]) for one, half in shadows]
     inputs = auditing.Inputs(
         model, llm_models.tokenizer(), texts[:16], texts[16:], reference=base, shadows=known,

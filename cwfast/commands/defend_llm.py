@@ -4,6 +4,7 @@ after."""
 import argparse
 import sys
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -42,11 +43,13 @@ def run(options: argparse.Namespace) -> tuple[dict[str, Any], str]:
     notes = check_apart(texts)
     model, tokenizer = audit_llm._model(options.model), audit_llm._tokenizer(options.model)
     dtype = next(model.parameters()).dtype
-    rows = {name: measuring.tokenized(tokenizer, side, options.max_tokens) for name, side in texts.items()}
-    known = [read_texts(Path(folder) / "members.jsonl") for folder in options.shadow]
+    window = getattr(model.config.get_text_config(), "max_position_embeddings", None) or options.max_tokens
+    read = min(window, options.max_tokens)
+    rows = {name: measuring.tokenized(tokenizer, side, read) for name, side in texts.items()}
+    known = [set(read_texts(Path(folder) / "members.jsonl")) for folder in options.shadow]
     audited = [*texts["members"], *texts["nonmembers"]]
     shadows = [
-        (audit_llm._model(folder), np.array([text in set(side) for text in audited]))
+        (partial(audit_llm._model, folder), np.array([text in side for text in audited]))
         for folder, side in zip(options.shadow, known, strict=True)
     ]
     base = audit_llm._model(options.base)
@@ -60,17 +63,21 @@ def run(options: argparse.Namespace) -> tuple[dict[str, Any], str]:
         bootstrap=options.bootstrap,
         seed=options.seed,
     )
-    del shadows
     found = [_row("base", "base", "Before fine-tuning", meter.base())]
     found.append(_row("undefended", "undefended", "Fine-tuned, undefended", meter(model)))
-    print("cwfast: defending", file=sys.stderr)
     model.to(torch.float32)  # small updates are lost in bfloat16
     sides = {name: [torch.tensor(row) for row in rows[name]] for name in ("members", "reference")}
     settings = {
         name: getattr(options, name) for name in ("criterion", "rate", "points", "steps", "lr", "batch", "seed")
     }
     done = defending.defend_(
-        model, base, sides["members"], sides["reference"], alpha=options.alpha, progress=True, **settings
+        model,
+        base,
+        sides["members"],
+        sides["reference"],
+        alpha=options.alpha,
+        **settings,
+        progress=sys.stderr.isatty(),
     )
     model.to(dtype)
     label = f"CWRF {options.criterion} {percent(options.rate)}, {options.steps} steps"
@@ -90,7 +97,7 @@ def run(options: argparse.Namespace) -> tuple[dict[str, Any], str]:
         "models": {"model": options.model, "base": options.base, "shadows": options.shadow},
         "inputs": {name: audit_llm._named(getattr(options, name)) for name in given},
         "texts": {name: len(side) for name, side in texts.items()},
-        "settings": {**settings, "alpha": options.alpha, "max_tokens": options.max_tokens},
+        "settings": {**settings, "alpha": options.alpha, "max_tokens": read},
         "rewound": {"weights": done.masks.total, "of": done.masks.numel},
         "losses": done.losses,
         "rows": [llm_defense.without_draws(row) for row in found],
@@ -175,11 +182,11 @@ def _row(name: str, group: str, label: str, measured: dict[str, Any], **more: An
 def _save(out: Path, model: Any, tokenizer: Any, masks: MaskSet, base: Any) -> dict[str, str]:
     """The model as a complete folder, the mask beside it; their hashes."""
     masks.save(out / "mask.safetensors")
-    with atomic_folder(out / "model") as partial:
-        model.save_pretrained(partial)
-        tokenizer.save_pretrained(partial)
-        _check_saved(model, base, masks, partial)
-        hashes = {f"model/{file.name}": sha256(file) for file in sorted(partial.iterdir())}
+    with atomic_folder(out / "model") as made:
+        model.save_pretrained(made)
+        tokenizer.save_pretrained(made)
+        _check_saved(model, base, masks, made)
+        hashes = {f"model/{file.name}": sha256(file) for file in sorted(made.iterdir())}
     return {"mask.safetensors": sha256(out / "mask.safetensors"), **hashes}
 
 

@@ -4,17 +4,18 @@ Many models are measured on the same texts: what does not depend on them (the ba
 made once.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
 import torch
 
 from cwfast.llm import _segments
+from cwfast.llm._segments import Bools
 from cwfast.llm.attacks import ATTACKS, attack
 from cwfast.llm.auditing import judged
 from cwfast.llm.recording import records
-from cwfast.llm.storage import Floats, TokenRecords
+from cwfast.llm.storage import TokenRecords
 
 Ids = Sequence[Sequence[int]]
 DEFAULT = ("reference", "ez_mia", "wbc", "min_k_pp", "loss")  # of attacks, the main one first
@@ -30,8 +31,8 @@ class Meter:
         nonmembers: of texts from the same source that they were not.
         heldout: of texts whose perplexity is told; they may be the non-members.
         attacks: names of ``cwfast.llm.ATTACKS`` that need no more than a reference, or "rmia" with shadows.
-        shadows: models trained like the audited one on other texts, each with a bool [N] of which members and
-            non-members it was trained on.
+        shadows: models trained like the audited one on other texts: a function that loads it (one is in memory at a
+            time), and a bool [N] of which members and non-members it was trained on.
         fprs: false-positive rates for TPR at FPR.
         bootstrap: replicates for all intervals, at least 1.
         confidence: of the intervals.
@@ -50,7 +51,7 @@ class Meter:
         heldout: Ids,
         *,
         attacks: Sequence[str] = DEFAULT,
-        shadows: Sequence[tuple[Any, Floats]] = (),
+        shadows: Sequence[tuple[Callable[[], Any], Bools]] = (),
         fprs: Sequence[float] = (0.01,),
         bootstrap: int = 1000,
         confidence: float = 0.95,
@@ -77,7 +78,7 @@ class Meter:
         self._how: dict[str, Any] = {"fprs": fprs, "bootstrap": bootstrap, "confidence": confidence, "seed": seed}
         self._batch_tokens = batch_tokens
         self._base = self._records(base, self._texts)
-        self._shadows = [self._audited(self._records(model, self._texts)) for model, _ in shadows]
+        self._shadows = [self._audited(self._records(load(), self._texts)) for load, _ in shadows]
         self._membership = np.array([self.flags, *(trained for _, trained in shadows)], dtype=bool)
 
     def __call__(self, model: Any) -> dict[str, Any]:
