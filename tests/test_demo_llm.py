@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from cwfast import demo_llm
+from cwfast.cli import main
 from cwfast.errors import CheckpointError
 from cwfast.report import llm_defense
 
@@ -108,6 +109,17 @@ def test_what_is_there_can_be_reported(made, tmp_path, monkeypatch):
     assert found["notes"][1] == "Not done: CWRF gap 30% + 2 steps; Random weights, 30% + 2 steps."
     with pytest.raises(ValueError, match="must hold an undefended model for a report; it holds none yet"):
         demo_llm.run(tmp_path / "empty", sizes=SIZES, material=material, report_only=True)
+
+
+def test_the_command(made, monkeypatch, capsys):
+    out, report = made
+    monkeypatch.setattr(demo_llm, "Sizes", lambda: SIZES)
+    monkeypatch.setattr(demo_llm, "smollm_material", material)
+    assert main(["demo-llm", "--out", str(out)]) == 0
+    printed = capsys.readouterr().out
+    assert all(row["label"] in printed for row in report["rows"])
+    assert main(["demo-llm", "--out", str(out), "--json", "--seed", "1"]) == 1
+    assert "must hold a run with the same seed" in capsys.readouterr().err
 
 
 def test_a_folder_of_another_run_is_refused(made):
