@@ -157,7 +157,7 @@ def _parser() -> argparse.ArgumentParser:
         "demo-llm",
         _demo_llm,
         arguments.demo_llm,
-        help="attack, defend and attack again a pre-trained language model, beside controls: about 15 minutes",
+        help="attack, defend and attack again: a pre-trained language model, beside controls",
         description="SmolLM2-135M, from installed packages, fine-tuned on docstrings. A run that was stopped goes on "
         "in the same folder.",
     )
