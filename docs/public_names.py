@@ -22,6 +22,7 @@ ROOMS = (  # every module whose names users import
     "cwfast.examples",
     "cwfast.integrations.prune",
     "cwfast.llm.attacks",
+    "cwfast.llm.shadows",
     "cwfast.llm.smollm",
     "cwfast.mia.attacks",
     "cwfast.mia.metrics",

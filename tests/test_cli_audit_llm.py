@@ -35,15 +35,16 @@ def folder(tmp_path_factory, without_torchvision):
     base.save_pretrained(where / "base")
     rng = np.random.default_rng(0)
     halves = {f"shadow{i}": rng.permutation(32)[:16].tolist() for i in range(SHADOWS)}
-    for name, side in {"tuned": range(16), **halves}.items():
+    for name, side in {"tuned": [*range(16), 46, 47], **halves}.items():
         model = llm_models.small("llama", torch.float32)
         smollm.fine_tune(model, llm_models.tokenizer(), [texts[i] for i in side], epochs=4, lr=3e-3, batch=8)
         model.save_pretrained(where / name)
         lines(where / name / "members.jsonl", [texts[i] for i in side])
     for name in ("base", "tuned", *halves):
         llm_models.tokenizer().save_pretrained(where / name)
-    for name, side in (("m", slice(0, 16)), ("n", slice(16, 32)), ("shots", slice(32, 35)), ("corpus", slice(35, 48))):
-        lines(where / f"{name}.jsonl", texts[side])
+    sides = {"m": (0, 16), "n": (16, 32), "shots": (32, 35), "corpus": (35, 46), "member_shots": (46, 48)}
+    for name, side in sides.items():
+        lines(where / f"{name}.jsonl", texts[slice(*side)])
     return where
 
 
@@ -71,9 +72,10 @@ def test_all_attacks_with_everything_given(folder, tmp_path, capsys):
     shadows = [folder / f"shadow{i}" for i in range(SHADOWS)]
     more = ["--reference", folder / "base", "--shots", folder / "shots.jsonl", "--corpus", folder / "corpus.jsonl"]
     more += ["--shadow", *shadows, "--out", tmp_path / "out", "--copies", 2, "--fpr", 0.1]
+    more += ["--member-shots", folder / "member_shots.jsonl"]
     found = document(capsys, folder, *more)
-    assert set(found["attacks"]) == set(llm.ATTACKS) - {"con_recall"}
-    assert found["left_out"] == {"con_recall": "needs members that are not audited (--member-shots)"}
+    assert set(found["attacks"]) == set(llm.ATTACKS)
+    assert found["left_out"] == {}
     assert found["schema"] == "cwfast-audit-llm/1"
     for name, row in found["attacks"].items():
         point = row["tpr_at_fpr"][0]
@@ -91,6 +93,17 @@ def test_all_attacks_with_everything_given(folder, tmp_path, capsys):
     assert report == found
     page = (tmp_path / "out" / "report.html").read_text()
     assert not any(text in page for text in (folder / "m.jsonl").read_text().split('"') if text.startswith("w"))
+    assert found["headline"] == found["exposed"]["attack"] == "ez_mia"
+    highest = found["highest"]
+    assert (
+        found["attacks"][highest["attack"]]["auc"] == highest["auc"] == max(r["auc"] for r in found["attacks"].values())
+    )
+    assert highest["confidence"] == pytest.approx(1 - 0.05 / len(found["attacks"]))
+    printed = (tmp_path / "out" / "report.md").read_text()
+    assert f"AUC {found['attacks']['ez_mia']['auc']:.3f} [" in printed
+    assert "by ez_mia, an attack chosen before any score was seen" in printed
+    assert "of 6 controls differ from 0.5" in printed
+    assert all(f"| `{name}` | " in printed for name in [*found["attacks"], *found["controls"]])
     kept = llm.TokenRecords.load(tmp_path / "out" / "records" / "texts-kl")
     member = np.arange(32) < 16
     alone = mia.metrics.auc(llm.attack("min_k", kept.of_reference()), member)
@@ -104,8 +117,10 @@ def test_the_table_and_what_was_not_run(folder, capsys):
     assert "loss " in printed
     assert "min_k_pp" in printed
     assert "(bag_of_words)" in printed
+    assert "0 of 1 controls differ from 0.5 (intervals at 95% each" in printed
     assert "Not run: wbc, it needs a reference model (--reference)." in printed
     assert "Not run: rmia, it needs shadow models (--shadow)." in printed
+    assert "Not run: con_recall, it needs non-members that are not audited (--shots)." in printed
     assert document(capsys, folder, "--attacks", "loss", "min_k")["left_out"] == {}
 
 
@@ -118,12 +133,38 @@ def test_an_attack_that_cannot_run_ends_no_audit_of_all(folder, tmp_path, capsys
 
 
 def test_two_runs_agree_and_the_second_reads_the_records(folder, tmp_path, capsys, monkeypatch):
-    more = ["--attacks", "loss", "wbc", "--reference", folder / "base", "--out", tmp_path / "out"]
+    more = ["--attacks", "wbc", "gradient_norm", "pac", "--reference", folder / "base", "--out", tmp_path / "out"]
+    more += ["--autocast", "bfloat16", "--max-tokens", "7"]
     first = document(capsys, folder, *more)
-    from cwfast.llm import recording
+    assert first["headline"] == "wbc"  # the first that was asked for
+    assert first["records"]["autocast"] == "bfloat16"
+    from cwfast.llm import gradients, recording
 
     monkeypatch.setattr(recording._Run, "shard", None)  # nothing may be computed again
+    monkeypatch.setattr(gradients, "windows", None)
     assert document(capsys, folder, *more) == first
+    file = tmp_path / "out" / "records" / "norms.safetensors"
+    file.write_bytes(file.read_bytes()[:-9])
+    assert "must hold gradient norms of this run" in error(capsys, folder, *more)
+
+
+def test_controls_and_changed_copies_are_of_what_is_read(folder, capsys, monkeypatch):
+    """A word after the last token that is read tells the sides apart; nothing here may see it."""
+    rows = llm_models.words(llm_models.ids(16, 10, 12, seed=8))
+    lines(folder / "ends.jsonl", [f"{text} w60 w60 w60" for text in rows])
+    whole = document(capsys, folder, "--attacks", "loss", nonmembers="ends")
+    assert whole["controls"]["bag_of_words"]["auc"] > 0.95
+    from cwfast.llm import gathering
+
+    seen = []
+    real = gathering.records
+    monkeypatch.setattr(gathering, "records", lambda m, t, given, **how: seen.extend(given) or real(m, t, given, **how))
+    cut = document(capsys, folder, "--attacks", "loss", "lowercase", "pac", "--max-tokens", 8, nonmembers="ends")
+    assert cut["warnings"] == []
+    changed = seen[32:]
+    assert len(changed) == 32 + 5 * 32
+    assert max(len(text.split()) for text in changed) == 8
+    assert not any("w60" in text for text in changed[16:32])
 
 
 class Text(HTMLParser):

@@ -259,8 +259,7 @@ def test_every_attack_calls_a_memorised_text_a_member(without_torchvision):
     for name in attacks.ATTACKS:
         if name != "lira":  # it needs several models on each side
             scores = llm.attack(name, records, **given.get(name, {}))
-            least = 0.5 if name in ("ez_mia", "surp", "pac", "con_recall") else 0.9
-            assert mia.metrics.auc(scores, member) > least, name
+            assert mia.metrics.auc(scores, member) == 1.0, name
 
 
 def test_what_is_refused(records):

@@ -19,8 +19,9 @@ def test_bag_of_words_finds_a_word_of_one_side_and_nothing_in_equal_sides():
     member = np.arange(120) < 60
     told = texts(60, 0, ("2023",)) + texts(60, 1)
     assert mia.metrics.auc(llm.bag_of_words(told, member), member) > 0.99
-    areas = [mia.metrics.auc(llm.bag_of_words(texts(120, seed), member, seed=seed), member) for seed in range(8)]
-    assert abs(np.mean(areas) - 0.5) < 4 * np.std(areas, ddof=1) / np.sqrt(len(areas)) + 0.02
+    areas = [mia.metrics.auc(llm.bag_of_words(texts(120, seed), member, seed=seed), member) for seed in range(10)]
+    assert abs(np.mean(areas) - 0.5) < 3 * np.std(areas, ddof=1) / np.sqrt(len(areas))
+    assert np.std(areas, ddof=1) < 0.11  # of 60 against 60 equal texts: 0.053, and folds that are no independent fits
 
 
 def test_bag_of_words_is_logistic_regression():
@@ -62,8 +63,9 @@ def test_dataset_inference_finds_many_weak_scores_and_no_difference_where_there_
     rng = np.random.default_rng(0)
     found = llm.dataset_inference(rng.normal(0.4, 1, (200, 6)), rng.normal(0, 1, (200, 6)))
     assert found.p_value < 1e-4
-    values = [llm.dataset_inference(*rng.normal(size=(2, 60, 6)), seed=i).p_value for i in range(200)]
-    assert 0.02 < np.mean(np.array(values) < 0.1) < 0.19  # a tenth, four standard deviations on either side
+    values = np.array([llm.dataset_inference(*rng.normal(size=(2, 60, 6)), seed=i).p_value for i in range(1000)])
+    for share in (0.01, 0.05, 0.5, 0.95):  # p-values are uniform where there is nothing: three standard deviations
+        assert abs(np.mean(values < share) - share) < 3 * np.sqrt(share * (1 - share) / len(values))
     with pytest.raises(ValueError, match=r"must be \[N >= 4, F\]"):
         llm.dataset_inference(np.zeros((3, 2)), np.zeros((9, 2)))
     with pytest.raises(ValueError, match="must be finite"):

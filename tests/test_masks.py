@@ -244,6 +244,18 @@ def test_a_folder_that_is_not_there_leaves_nothing(tmp_path):
     assert [p.name for p in tmp_path.iterdir()] == ["folder"]
 
 
+def test_a_set_says_which_base_it_belongs_to(tmp_path):
+    plain = random_masks()
+    base, other = {"b": "0" * 64}, {"b": "f" * 64}
+    masks, same, different = (MaskSet(plain.bits, plain.shapes, base=hashes) for hashes in (base, base, other))
+    masks.save(tmp_path / "m")
+    assert MaskSet.load(tmp_path / "m").base == masks.base == base
+    plain.save(tmp_path / "m")
+    assert MaskSet.load(tmp_path / "m").base is None
+    assert (masks & same).base == masks.to("cpu").base == masks.random_like(0).base == base
+    assert (masks | different).base is None is (masks - plain).base
+
+
 def write(path, tensors, **metadata):
     """A mask file with these contents and a right hash, so that only the change is wrong."""
     plain = {"format": _mask_files.FORMAT, "shapes": json.dumps({n: list(s) for n, s in SHAPES.items()})}
@@ -276,6 +288,9 @@ BROKEN = {
     ),
     "shapes of others": lambda t: (t, {"shapes": json.dumps({"c": [3]})}),
     "zero scores": lambda t: (t, {"zero_score_selected": "many"}),
+    "base no JSON": lambda t: (t, {"base": "["}),
+    "base no hash": lambda t: (t, {"base": json.dumps({"b": "f" * 63})}),
+    "base a list": lambda t: (t, {"base": json.dumps(["f" * 64])}),
     "missing tensor": lambda t: ({k: v for k, v in t.items() if k != "b/offset"}, {}),
     "out of range": lambda t: ({**t, "a.bias/low": low([7]), "a.bias/offset": torch.tensor([0, 1])}, {}),
     "unsorted": lambda t: ({**t, "a.bias/low": low([3, 1]), "a.bias/offset": torch.tensor([0, 2])}, {}),

@@ -29,9 +29,9 @@ def score(parser: argparse.ArgumentParser) -> None:
     how.add_argument("--batch-size", type=int, default=8, metavar="N", help="texts of a batch (default: %(default)s)")
     how.add_argument("--params-per-pass", type=int, metavar="N", help="score at most N weights at a time, with a pass "
                      "over the texts for each such part, where weights fit into memory but scores do not")  # fmt: skip
-    how.add_argument("--dtype", choices=("float32", "bfloat16", "float16", "float64"), help="of the weights in memory; "
-                     "default: as they are saved")  # fmt: skip
-    how.add_argument("--autocast", choices=("bfloat16", "float16"), help="run the passes in this dtype")
+    how.add_argument("--dtype", choices=("float32", "bfloat16", "float64"), help="of the weights in memory (default: "
+                     "as they are saved)")  # fmt: skip
+    how.add_argument("--autocast", choices=("bfloat16",), help="run the passes in this dtype")
     how.add_argument("--device", default="cpu", help="of the model (default: %(default)s)")
     how.add_argument("--resume", action="store_true", help="go on where a run with the same arguments was stopped")
 
@@ -187,7 +187,7 @@ def audit_llm(parser: argparse.ArgumentParser) -> None:
     how.add_argument(
         "--autocast",
         choices=("bfloat16", "float16"),
-        help="run models, not their heads, in that precision: faster, scores move by rounding (not gradient_norm)",
+        help="run models, not their heads, in that precision: faster, scores move by rounding",
     )
     how.add_argument(
         "--copies",
@@ -208,7 +208,7 @@ def audit_llm(parser: argparse.ArgumentParser) -> None:
     )
     told = parser.add_argument_group("what is told")
     told.add_argument(
-        "--out", type=Path, help="folder for report.json, report.html and the token records, to go on with"
+        "--out", type=Path, help="folder for report.json, .html, .md and the token records, to go on with"
     )
     told.add_argument(
         "--show-text",

@@ -18,7 +18,7 @@ FILES = ("members", "nonmembers", "shots", "member_shots", "corpus")
 
 
 def run(options: argparse.Namespace) -> tuple[dict[str, Any], str]:
-    """The report and what is printed; with ``--out``, report.json and report.html are written.
+    """The report and what is printed; with ``--out``, report.json, .html and .md are written.
 
     Raises:
         ImportError: transformers is missing, or jinja2 with ``--out``.
@@ -75,8 +75,9 @@ def run(options: argparse.Namespace) -> tuple[dict[str, Any], str]:
         page = llm_page.render(document, shown)
         with atomic_write(options.out / "report.json") as temporary:
             temporary.write_text(json.dumps(document, indent=1, allow_nan=False) + "\n", encoding="utf-8")
-        with atomic_write(options.out / "report.html") as temporary:
-            temporary.write_text(page, encoding="utf-8")
+        for name, content in (("report.html", page), ("report.md", llm_page.markdown(document))):
+            with atomic_write(options.out / name) as temporary:
+                temporary.write_text(content, encoding="utf-8")
         lines += ["", f"Report: {(options.out / 'report.html').resolve()}"]
     return document, "\n".join(lines)
 

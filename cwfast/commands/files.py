@@ -10,6 +10,7 @@ from tqdm import tqdm
 from cwfast._selecting import select
 from cwfast.checkpoint import Checkpoint
 from cwfast.checkpoint.files import sha256
+from cwfast.checkpoint.identity import identity
 from cwfast.llm.folders import rewind_folder
 from cwfast.report import provenance
 
@@ -47,6 +48,7 @@ def run_select(options: argparse.Namespace) -> tuple[dict[str, Any], str]:
         "backends": provenance.backends("select"),
         "scores": str(options.scores),
         "mask": {"path": str(options.out), "sha256": sha256(options.out)},
+        "base_sha256": None if masks.base is None else identity(masks.base),
         "selected": masks.total,
         "weights": masks.numel,
         "zero_score_selected": masks.zero_score_selected,

@@ -70,10 +70,11 @@ def run(options: argparse.Namespace) -> tuple[dict[str, Any], str]:
 
 def _tokenizer(folder: Path) -> Any:
     try:
-        from transformers import AutoTokenizer
+        import transformers
     except ImportError as error:
         raise ImportError('score needs transformers; pip install "cwfast[llm]" brings it') from error
-    return AutoTokenizer.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
+    transformers.utils.logging.disable_progress_bar()
+    return transformers.AutoTokenizer.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
 
 
 def _ids(name: str, tokenizer: Any, texts: list[str], max_tokens: int | None) -> list[list[int]]:

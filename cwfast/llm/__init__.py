@@ -22,6 +22,7 @@ _HOME = {  # public name -> the module that holds it
     "neighbours": "variants",
     "records": "recording",
     "score": "scoring",
+    "score_folder": "scoring",
     "swapped": "variants",
     "token_counts": "variants",
 }

@@ -62,8 +62,9 @@ class Estimator:
 
     def scores(self, names: Sequence[str]) -> dict[str, Tensor]:
         """At least 0, float32 (float64); only these parameters get gradients."""
+        chosen = set(names)
         for name, parameter in self.weights.parameters.items():
-            parameter.requires_grad_(name in set(names))
+            parameter.requires_grad_(name in chosen)
         if self.settings.criterion == "gap":
             return self._gap(names)
         with torch.enable_grad():

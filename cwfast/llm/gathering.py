@@ -112,9 +112,11 @@ def scores(
     def prefixed(shots: Sequence[str]) -> Callable[[str], TokenRecords]:
         return lambda name: recorded(name, texts, prefix=_prefix(inputs, shots))
 
-    def norms() -> Any:
+    def norms(name: str) -> Any:
         inputs.progress(f"gradients of {len(texts):,} texts")
-        return gradient_norms(inputs.model, inputs.tokenizer, texts, max_tokens=inputs.max_tokens)
+        file = None if inputs.out is None else inputs.out / "records" / f"{name}.safetensors"
+        how: dict[str, Any] = {"max_tokens": inputs.max_tokens, "autocast": inputs.how.get("autocast"), "out": file}
+        return gradient_norms(inputs.model, inputs.tokenizer, texts, **how)
 
     def shadow(i: int) -> TokenRecords:
         one = inputs.shadows[i][0]
@@ -130,7 +132,7 @@ def scores(
         "counts": lambda _: variants.token_counts(
             inputs.tokenizer, inputs.corpus, inputs.model.get_output_embeddings().weight.shape[0]
         ),
-        "norms": lambda _: norms(),
+        "norms": norms,
         "shadows": lambda _: [shadow(i) for i in range(len(inputs.shadows))],
     }
     own = None

@@ -1,17 +1,24 @@
 """The norm of every text's gradient, many texts a backward pass, by ghost norms."""
 
+import hashlib
+import json
+import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from cwfast import ops
-from cwfast.errors import UnsupportedLayer
+from cwfast.checkpoint.files import atomic_write
+from cwfast.errors import CheckpointError, UnsupportedLayer
 from cwfast.llm.heads import Body
 from cwfast.llm.recording import LONGEST
 from cwfast.llm.windows import batches, documents, windows
+
+FORMAT = "cwfast-gradient-norms/1"
 
 
 def gradient_norms(
@@ -22,6 +29,8 @@ def gradient_norms(
     max_tokens: int | None = None,
     bos: bool | None = None,
     batch_tokens: int = 1024,
+    autocast: torch.dtype | None = None,
+    out: str | os.PathLike[str] | None = None,
     backend: str = "auto",
 ) -> Tensor:
     """[N]: mean over the linear layers before the LM head of ``|d nll / d W|`` (Frobenius), nll of the text's mean.
@@ -37,6 +46,8 @@ def gradient_norms(
         max_tokens: read only so many tokens of each; a text must fit into one window.
         bos: as for ``records``.
         batch_tokens: of a batch, pads counted.
+        autocast: run the model, but not its head, under autocast of this dtype, or None.
+        out: a safetensors file to write the norms to; where it is there, of the same model and texts, it is read.
         backend: of ``lm_token_stats``.
 
     Returns:
@@ -45,13 +56,19 @@ def gradient_norms(
     Raises:
         ValueError: a text longer than the model's window.
         UnsupportedLayer: no linear layer, or one that does not take ``[B, T, I]`` or ``[B T, I]``.
+        CheckpointError: ``out`` holds something else.
     """
-    body = Body(model)
+    body = Body(model, autocast=autocast)
     found = documents(tokenizer, texts, bos=bos, max_tokens=max_tokens)
     longest = max(len(document.ids) for document in found)
     allowed = getattr(model.config, "max_position_embeddings", None) or LONGEST
     if longest > allowed:
         raise ValueError(f"texts must fit into {allowed} tokens; one has {longest}: give max_tokens")
+    tokens = [[document.ids, document.context] for document in found]
+    plan = hashlib.sha256(json.dumps([body.fingerprint(), tokens, str(autocast)]).encode()).hexdigest()
+    file = None if out is None else Path(out)
+    if file is not None and file.exists():
+        return _kept(file, plan, len(found))
     scored = torch.tensor([document.scored for document in found])
     made = windows(found, range(len(found)), max(2, longest), 1)
     norms = torch.zeros(len(found), dtype=torch.float64)
@@ -77,7 +94,31 @@ def gradient_norms(
                 share = (1.0 / scored[batch.document].double()).to(stats.logprob)
                 (-(stats.logprob * share).sum()).backward()
             norms[order] = ghosts.mean()
-    return norms if body.head.weight.dtype == torch.float64 else norms.float()
+    norms = norms if body.head.weight.dtype == torch.float64 else norms.float()
+    if file is not None:
+        from safetensors.torch import save
+
+        file.parent.mkdir(parents=True, exist_ok=True)
+        with atomic_write(file) as temporary:
+            temporary.write_bytes(save({"norms": norms}, metadata={"format": FORMAT, "plan": plan}))
+    return norms
+
+
+def _kept(file: Path, plan: str, texts: int) -> Tensor:
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(file, "pt") as content:
+            header, norms = content.metadata() or {}, content.get_tensor("norms")
+        if (header.get("format"), header.get("plan")) != (FORMAT, plan):
+            raise ValueError(
+                "it is of another model, other texts or another precision: remove it, or give a new folder"
+            )
+        if norms.shape != (texts,):
+            raise ValueError(f"it holds {tuple(norms.shape)} for {texts} texts")
+    except (SafetensorError, ValueError) as error:
+        raise CheckpointError(f"{file} must hold gradient norms of this run; {error}") from error
+    return norms
 
 
 @contextmanager

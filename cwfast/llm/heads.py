@@ -5,23 +5,21 @@ import hashlib
 import inspect
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from cwfast.errors import UnsupportedLayer
+from cwfast.reference import LMHead
 
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
-class Head(NamedTuple):
-    """Logits are ``softcap * tanh(scale * (W h + bias) / softcap)``, without a soft-cap ``scale * (W h + bias)``."""
+class Head(LMHead):
+    """An LM head that makes logits of a few tokens, in its own precision."""
 
-    weight: Tensor  # [V, d]
-    bias: Tensor | None  # [V]
-    softcap: float | None
-    scale: float
+    __slots__ = ()
 
     def logits(self, hidden: Tensor) -> Tensor:
         """[..., V], for a few tokens."""

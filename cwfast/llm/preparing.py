@@ -45,6 +45,8 @@ def check_settings(settings: Settings) -> None:
         raise ValueError(f"granularity must be one of {GRANULARITIES}; got {s.granularity!r}")
     if not 0 <= s.lam <= 1:
         raise ValueError(f"lam must lie between 0 and 1; got {s.lam}")
+    if s.autocast not in (None, torch.bfloat16):  # the gradients of long texts are too small for float16
+        raise ValueError(f"autocast must be None or torch.bfloat16; got {s.autocast}")
     for name, value in (("points", s.points), ("batch_size", s.batch_size)):
         if isinstance(value, bool) or not isinstance(value, int) or value < 1:
             raise ValueError(f"{name} must be a whole number, at least 1; got {value!r}")

@@ -18,6 +18,7 @@ from cwfast.llm.heads import Body
 from cwfast.llm.storage import TokenRecords
 from cwfast.llm.texts import as_read
 from cwfast.llm.windows import Batch, Document, batches, documents, windows
+from cwfast.ops.lm_token_pair import lm_token_pair
 
 SHARD_TOKENS = 1 << 18  # scored tokens of a shard: what a run that is killed loses at most
 LONGEST = 2048  # of a window, where neither the caller nor the model says less
@@ -201,46 +202,52 @@ class _Run:
         return TokenRecords(offsets, tokens, values, sizes)
 
     def _statistics(self, batch: Batch, targets: Tensor) -> dict[str, Tensor]:
-        found: dict[str, Tensor] = {}
-        hidden = []
-        for body, before, past in zip((self.body, self.other), ("", "reference."), self.past, strict=True):
-            if body is None:
-                continue
-            with body.ready():
-                states = body.hidden(batch.ids.to(body.device), batch.mask.to(body.device), past)
-                rows = states[batch.row.to(states.device), batch.column.to(states.device)]
-                head = body.head
-                rows = rows.to(head.weight.dtype)  # a head under autocast, or kept in another precision
-                stats = ops.lm_token_stats(
-                    rows,
-                    head.weight,
-                    targets.to(rows.device),
-                    bias=head.bias,
-                    softcap=head.softcap,
-                    scale=head.scale,
-                    topk=0 if before else self.topk,
-                    backend=self.backend,
-                )
-            found |= {before + name: getattr(stats, name) for name in STATISTICS}
-            if self.topk and not before:
-                found |= {"topk_logprob": stats.topk.logprob, "topk_index": stats.topk.indices}
-            hidden.append(rows)
+        states = []
+        for body, past in zip((self.body, self.other), self.past, strict=True):
+            if body is not None:
+                with body.ready():
+                    seen = body.hidden(batch.ids.to(body.device), batch.mask.to(body.device), past)
+                rows = seen[batch.row.to(seen.device), batch.column.to(seen.device)]
+                states.append(rows.to(body.head.weight.dtype))  # under autocast, or with a head of another precision
         if self.kl:
             assert self.other is not None
-            head, ref = self.body.head, self.other.head
-            with torch.no_grad():
-                found["kl"] = ops.lm_token_kl(
-                    hidden[0],
-                    head.weight,
-                    hidden[1].to(hidden[0].device),
-                    ref.weight.to(hidden[0].device),
-                    bias=head.bias,
-                    ref_bias=None if ref.bias is None else ref.bias.to(hidden[0].device),
-                    softcap=head.softcap,
-                    scale=head.scale,
-                    backend=self.backend,
-                )
-        return found
+            device = states[0].device
+            ref = self.other.head
+            ref = ref._replace(weight=ref.weight.to(device), bias=None if ref.bias is None else ref.bias.to(device))
+            stats, ref_stats, divergence = lm_token_pair(
+                states[0],
+                self.body.head,
+                states[1].to(device),
+                ref,
+                targets.to(device),
+                topk=self.topk,
+                backend=self.backend,
+            )
+            made, kl = [stats, ref_stats], {"kl": divergence}
+        else:
+            made, kl = [self._of(self.body, states[0], targets, self.topk)], {}
+            made += [] if self.other is None else [self._of(self.other, states[1], targets, 0)]
+        found = {
+            before + name: getattr(stats, name)
+            for before, stats in zip(("", "reference."), made, strict=False)
+            for name in STATISTICS
+        }
+        if self.topk:
+            found |= {"topk_logprob": made[0].topk.logprob, "topk_index": made[0].topk.indices}
+        return found | kl
+
+    def _of(self, body: Body, states: Tensor, targets: Tensor, topk: int) -> ops.TokenStats:
+        head = body.head
+        return ops.lm_token_stats(
+            states,
+            head.weight,
+            targets.to(states.device),
+            bias=head.bias,
+            softcap=head.softcap,
+            scale=head.scale,
+            topk=topk,
+            backend=self.backend,
+        )
 
 
 def _shards(found: Sequence[Document], most: int) -> Iterator[list[int]]:

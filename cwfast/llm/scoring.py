@@ -67,9 +67,9 @@ def score(
         granularity: for "taylor" and "taylor_delta": "sample" as above, or "batch": ``|((1 - lam) g + lam h) f|``,
             g and h of the mean over a batch's texts, summed over the batches of members (those of the reference start
             again where they are fewer): for models with layers that have no rule.
-        autocast: run the model's passes in this dtype, such as ``torch.bfloat16`` for float32 weights.
+        autocast: ``torch.bfloat16``: run the model's passes in it, over float32 weights; None: in the weights' dtype.
         backend: of the kernels.
-        progress: show a bar on stderr.
+        progress: show a bar on stderr, where that is a terminal.
 
     Returns:
         ``{name: scores}``, at least 0, float32 (float64 for float64 parameters), on the parameters' devices.
@@ -85,7 +85,7 @@ def score(
     settings = Settings(criterion, lam, points, batch_size, granularity, autocast, backend)
     with prepared(model, initial, members, reference, settings) as run:
         names = list(chosen(run.weights.parameters, only, None))
-        with tqdm(total=run.batches(), desc="score", unit="batch", disable=not progress) as bar:
+        with tqdm(total=run.batches(), desc="score", unit="batch", disable=None if progress else True) as bar:
             run.progress = bar.update
             return run.scores(names)
 
@@ -131,12 +131,12 @@ def score_folder(
         autocast: see ``score``.
         dtype: of the weights in memory; None: as they are saved. Between bfloat16 weights that differ by one step there
             is no point of the path: float32 has it.
-        device: of the model.
+        device: of the model; only "cpu" has been run so far.
         backend: of the kernels.
         params_per_pass: score at most so many weights at a time (one module's own at least), with a pass over the
             texts for each such part; None: all at once.
         resume: go on where an earlier run with the same arguments was stopped; params_per_pass may be another.
-        progress: show a bar on stderr.
+        progress: see ``score``.
 
     Returns:
         What ``cwfast-scores.json`` in ``out`` says: settings, the SHA-256 of each tensor of scores, of the base's
@@ -174,7 +174,9 @@ def score_folder(
         if todo:
             with (
                 prepared(loaded, base, members, reference, settings) as run,
-                tqdm(total=run.batches() * len(todo), desc="score", unit="batch", disable=not progress) as bar,
+                tqdm(
+                    total=run.batches() * len(todo), desc="score", unit="batch", disable=None if progress else True
+                ) as bar,
             ):
                 run.progress = bar.update
                 for i in todo:
@@ -188,8 +190,8 @@ def score_folder(
             raise CheckpointError(f"{made.path} must hold the tensors of {source.path} that were scored; it does not")
         base_hashes = tensor_hashes(initial, shapes)
         made.state |= {
-            "base": {"sha256": identity(initial, base_hashes), "tensors": base_hashes},
-            "model": {"sha256": identity(source, tensor_hashes(source, shapes))},
+            "base": {"sha256": identity(base_hashes), "tensors": base_hashes},
+            "model": {"sha256": identity(tensor_hashes(source, shapes))},
             "weights": score_files.size(plan),
             "unscored": plan.unscored,
         }
@@ -202,6 +204,11 @@ def _load(folder: Path, dtype: torch.dtype | None) -> Any:
 
     if not folder.is_dir():
         raise ValueError(f"model must be a folder of transformers; {folder} is a file")
+    if (folder / "adapter_config.json").exists():
+        raise ValueError(
+            f"model must be a folder of whole weights; {folder} holds a PEFT adapter: merge it into its base "
+            "(merge_and_unload), or score its own weights in memory (cwfast.llm.score)"
+        )
     options = {"trust_remote_code": False, "use_safetensors": True, "local_files_only": True}
     return AutoModelForCausalLM.from_pretrained(folder, dtype=dtype or "auto", **options).eval()
 

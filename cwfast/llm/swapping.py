@@ -1,5 +1,6 @@
 """A model whose weights stand for a while between their initial and their trained values, and are put back."""
 
+import math
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -11,6 +12,8 @@ from torch import Tensor, nn
 from cwfast._parameters import Initial, check_apart, check_shapes, trainable
 from cwfast._tracking import sum_dtype
 from cwfast.checkpoint import Checkpoint
+
+FLOATS = (torch.float32, torch.bfloat16, torch.float64)
 
 
 class Weights:
@@ -30,26 +33,35 @@ class Weights:
         self.parameters = trainable(model)
         if not self.parameters:
             raise ValueError("model must have a parameter that requires a gradient; it has none")
-        strange = [name for name, p in self.parameters.items() if not p.is_floating_point() or p.is_meta]
-        if strange:
-            dtype = "on disk" if self.parameters[strange[0]].is_meta else self.parameters[strange[0]].dtype
-            raise TypeError(f"parameters must be floating-point tensors in memory; {strange[0]!r} is {dtype}")
+        for name, parameter in self.parameters.items():
+            if parameter.is_meta or parameter.dtype not in FLOATS:
+                raise TypeError(
+                    f"parameters must be in memory in one of {FLOATS} (in float16, gradients are lost); {name!r} is "
+                    f"{'on disk' if parameter.is_meta else parameter.dtype}"
+                )
         self._initial = _source(model, self.parameters, initial)
         self._trained: dict[str, Tensor] | None = None  # a copy, while the model holds something else
+        self._at = 1.0  # the t at which it is
 
     def put(self, t: float) -> None:
         """Make the weights ``w0 + t (w - w0)``: rounded to their dtype, and exact at 0 and 1."""
+        if t == self._at:
+            return
         with torch.no_grad():
             if self._trained is None:
                 self._trained = {name: p.detach().clone() for name, p in self.parameters.items()}
+            self._at = math.nan  # until all are there
             for name, parameter in self.parameters.items():
                 end = self._trained[name]
                 if t == 1:
                     parameter.copy_(end)
                 else:
-                    start = self._initial(name).to(parameter.device)
+                    start = self.initial(name)
                     sums = sum_dtype(parameter.dtype)
                     parameter.copy_(start if t == 0 else torch.lerp(start.to(sums), end.to(sums), t))
+        self._at = t
+        if t == 1:
+            self._trained = None
 
     def initial(self, name: str) -> Tensor:
         """In the dtype in which it was given, on the parameter's device."""
@@ -81,9 +93,7 @@ class Weights:
                 for parameter, wanted, grad in flags:
                     parameter.requires_grad_(wanted)
                     parameter.grad = grad
-                if self._trained is not None:
-                    self.put(1)
-                    self._trained = None
+                self.put(1)
                 with torch.no_grad():
                     for module, name, value, content in buffers:
                         value.copy_(content)

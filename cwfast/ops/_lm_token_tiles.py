@@ -1,6 +1,7 @@
 """lm_token_stats and lm_token_kl on the CPU: torch multiplies a tile, cwfast._C takes from it what is needed.
 
-A tile of logits and what its product needs in another precision stay below 40 MB, whatever N, V and d are.
+A tile of logits and what its product needs in another precision stay below 40 MB, whatever N, V and d are; a divergence
+has two of them.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -173,6 +174,36 @@ def _two(hidden: Tensor, head: LMHead, ref_hidden: Tensor, ref_head: LMHead, dty
 
 def kl(hidden: Tensor, head: LMHead, ref_hidden: Tensor, ref_head: LMHead) -> tuple[Tensor, Tensor, Tensor]:
     """The results of ``torch.ops.cwfast.lm_token_kl``."""
+    return _divergence(hidden, head, ref_hidden, ref_head, lambda tile, ref_tile, rows, first: None)
+
+
+def pair(
+    hidden: Tensor, head: LMHead, ref_hidden: Tensor, ref_head: LMHead, targets: Tensor, topk: int
+) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...], Tensor]:
+    """The results of ``lm_token_stats`` for both models and of ``lm_token_kl``, each logit made once."""
+    targets = targets.contiguous()
+    logits = [target_logits(h, own, targets) for h, own in ((hidden, head), (ref_hidden, ref_head))]
+    kernel = _kernel("lm_stats_tile", logits[0].dtype)
+    each = [no_parts(logit, len(head.weight), k) for logit, k in zip(logits, (topk, 0), strict=True)]
+
+    def add(tile: tuple[object, ...], ref_tile: tuple[object, ...], rows: slice, first: int) -> None:
+        for made, parts, logit, k in zip((tile, ref_tile), each, logits, (topk, 0), strict=True):
+            final = (*made[:4], 0, 1.0, 0.0)  # bias, scale and softcap are in it already
+            kernel(final, first, *(x[rows].data_ptr() for x in (targets, logit, *parts)), k)
+
+    divergence = _divergence(hidden, head, ref_hidden, ref_head, add)[0]
+    stats, ref_stats = (finish(parts, logit, targets) for parts, logit in zip(each, logits, strict=True))
+    return stats, ref_stats, divergence
+
+
+def _divergence(
+    hidden: Tensor,
+    head: LMHead,
+    ref_hidden: Tensor,
+    ref_head: LMHead,
+    then: Callable[[tuple[object, ...], tuple[object, ...], slice, int], None],
+) -> tuple[Tensor, Tensor, Tensor]:
+    """As ``kl``; ``then`` gets each pair of tiles, whose logits are final, their rows and the first of their tokens."""
     dtype = torch.promote_types(hidden.dtype, torch.float32)
     kernel = _kernel("lm_kl_tile", dtype)
     found = torch.zeros((5, len(hidden)), dtype=torch.float64)  # as in LmDivergence
@@ -185,6 +216,7 @@ def kl(hidden: Tensor, head: LMHead, ref_hidden: Tensor, ref_head: LMHead) -> tu
             _, tile = tiles.product(h, tiles.weight_of(columns), columns)
             _, ref_tile = ref_tiles.product(r, ref_tiles.weight_of(columns), columns)
             kernel(tile, ref_tile, *mine)
+            then(tile, ref_tile, rows, columns.start)
     peak, total, ref_peak, ref_total, gap = found
     logsumexp, ref_logsumexp = peak + total.log(), ref_peak + ref_total.log()
     divergence = gap / ref_total + (total.log() - ref_total.log())

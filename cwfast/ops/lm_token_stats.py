@@ -42,7 +42,9 @@ def lm_token_stats(
     largest logit is not finite has no distribution: NaN, rank -1, not correct, topk's indices -1. N = 0 gives empty
     results.
 
-    ``logprob`` is differentiable in hidden, weight and bias, once: backward computes the tiles again.
+    ``logprob`` is differentiable in hidden, weight and bias, once: backward computes the tiles again. On a GPU the
+    gradient at the logits passes through the dtype of hidden: in float16 what of it is below 6e-8 is lost, as in any
+    backward pass in float16, so scale the loss (``torch.amp.GradScaler``).
 
     Args:
         hidden: ``[N, d]``, the last hidden states; float32, bfloat16, float16 (computed in float32) or float64; any

@@ -125,12 +125,27 @@ def table(report: Mapping[str, Any]) -> str:
         for row in body
     ]
     lines += ["In brackets below the attacks: controls that need no such model. " + tested(report)]
+    return "\n".join([*lines, *_as_a_set(report), *(f"* {note}" for note in notes(report))])
+
+
+def markdown(report: Mapping[str, Any]) -> str:
+    """The tables of the report as Markdown; no text is in it."""
+    rows = report["attacks"]
+    points = next(iter(rows.values()))["tpr_at_fpr"]
+    head = ["attack", "AUC", "balanced accuracy", *(f"TPR at {percent(p['fpr'])} FPR" for p in points)]
+    lines = [*(f"**Warning:** {warning}\n" for warning in report["warnings"]), " ".join(lead(report)), ""]
+    lines += ["| " + " | ".join(head) + " |", "|---|" + "---:|" * (len(head) - 1)]
+    lines += [f"| `{name}` | " + " | ".join(_cells(row)) + " |" for name, row in rows.items()]
+    lines += ["", *(f"\\* {note}\n" for note in notes(report)), "| control | AUC |", "|---|---:|"]
+    lines += [f"| `{name}` | {interval(row)} |" for name, row in report["controls"].items()]
+    return "\n".join([*lines, "", tested(report), *_as_a_set(report)]) + "\n"
+
+
+def _as_a_set(report: Mapping[str, Any]) -> list[str]:
     test = report["dataset_inference"]
-    if test is not None:
-        lines.append(
-            f"As a set: t = {test['t']:.2f}, p = {test['p_value']:.2g} that members score no higher than the others."
-        )
-    return "\n".join([*lines, *(f"* {note}" for note in notes(report))])
+    if test is None:
+        return []
+    return [f"As a set: t = {test['t']:.2f}, p = {test['p_value']:.2g} that members score no higher than the others."]
 
 
 def _cells(row: Mapping[str, Any]) -> list[str]:
