@@ -152,6 +152,23 @@ def _parser() -> argparse.ArgumentParser:
         "attacks. MODEL is a local folder, or else a hub id; code that comes with a model is never run. FILE has "
         'one JSON object with "text" in each line.',
     )
+    add(
+        "defend-llm",
+        _defend_llm,
+        arguments.defend_llm,
+        help="score, rewind and fine-tune a language model, save it, and attack it before and after",
+        description="Weights of MODEL that hold its members are put back to BASE's and frozen; the rest is fine-tuned "
+        "for a few steps. MODEL and BASE are only read. The sets of texts must share none. FILE has one JSON object "
+        'with "text" in each line.',
+    )
+    add(
+        "demo-llm",
+        _demo_llm,
+        arguments.demo_llm,
+        help="attack, defend and attack again: a pre-trained language model, beside controls",
+        description="SmolLM2-135M, from installed packages, fine-tuned on docstrings. A run that was stopped goes on "
+        "in the same folder.",
+    )
 
     bench = commands.add_parser(
         "bench", parents=[common], help="time the kernels against their peers and this machine's limits"
@@ -253,6 +270,20 @@ def _audit_llm(options: argparse.Namespace) -> tuple[dict[str, Any], str]:
     from cwfast.commands import audit_llm
 
     return audit_llm.run(options)
+
+
+def _defend_llm(options: argparse.Namespace) -> tuple[dict[str, Any], str]:
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    from cwfast.commands import defend_llm
+
+    return defend_llm.run(options)
+
+
+def _demo_llm(options: argparse.Namespace) -> tuple[dict[str, Any], str]:
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    from cwfast.commands import demo_llm
+
+    return demo_llm.run(options)
 
 
 def _env(options: argparse.Namespace) -> tuple[dict[str, Any], str]:

@@ -23,7 +23,7 @@ LEVELS = [
     {"defense", "mia"},
     {"integrations", "llm", "shadow"},
     {"report"},
-    {"demo", "examples", "study"},
+    {"demo", "demo_llm", "examples", "study"},
     {"commands"},
     {"cli"},
 ]
@@ -83,6 +83,7 @@ def python(code: str) -> str:
         "import contextlib, cwfast.cli\nwith contextlib.suppress(SystemExit): cwfast.cli.main(['demo', '--help'])",
         "import contextlib, cwfast.cli\nwith contextlib.suppress(SystemExit): cwfast.cli.main(['audit', '--help'])",
         "import contextlib, cwfast.cli\nwith contextlib.suppress(SystemExit): cwfast.cli.main(['audit-llm', '--help'])",
+        "import contextlib, cwfast.cli\nwith contextlib.suppress(SystemExit): cwfast.cli.main(['demo-llm', '--help'])",
         "import cwfast.llm; dir(cwfast.llm)",
     ],
 )

@@ -32,6 +32,7 @@ def test_every_page_with_a_program_has_a_test():
             "audit-a-language-model",
             "audit-from-logits",
             "choose-a-defense",
+            "defend-a-language-model",
             "fine-tune-a-transformer",
             "load-data",
             "run-on-a-gpu",
@@ -72,6 +73,14 @@ def test_audit_a_language_model(capsys, without_torchvision):
     found = snippets.run("how-to/audit-a-language-model.md")
     assert len(found["records"]) == 40
     assert capsys.readouterr().out.count(" AUC 0.") == 4
+
+
+def test_defend_a_language_model(capsys, without_torchvision):
+    found = snippets.run("how-to/defend-a-language-model.md")
+    assert found["done"].masks.total == found["done"].masks.numel // 10
+    for name in ("loss", "reference"):
+        assert found["after"]["attacks"][name]["auc"] <= found["before"]["attacks"][name]["auc"]
+    assert capsys.readouterr().out.count(" before, ") == 6
 
 
 def test_getting_started_has_the_set_up_commands_of_the_readme():

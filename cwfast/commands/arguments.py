@@ -228,3 +228,50 @@ def audit_llm(parser: argparse.ArgumentParser) -> None:
         action="store_true",
         help="show the most exposed texts in report.html, token by token; else no text is in it",
     )
+
+
+def demo_llm(parser: argparse.ArgumentParser) -> None:
+    """Of ``cwfast demo-llm``."""
+    parser.add_argument("--out", type=Path, default=Path("cwfast-demo-llm"), help="folder of the run and its report, "
+                        "about 1.2 GB (default: %(default)s)")  # fmt: skip
+    parser.add_argument("--full", action="store_true", help="more texts, starts, criteria, rates and controls: hours")
+    parser.add_argument(
+        "--seed", type=int, default=0, help="of orders, random masks and bootstrap (default: %(default)s)"
+    )
+    parser.add_argument("--report-only", action="store_true", help="train nothing: report the models that are done")
+
+
+def defend_llm(parser: argparse.ArgumentParser) -> None:
+    """Of ``cwfast defend-llm``."""
+    parser.add_argument("model", metavar="MODEL", help="folder of transformers: the fine-tuned model")
+    given = parser.add_argument_group("what it is defended with, and judged by")
+    given.add_argument("--base", required=True, metavar="BASE", help="folder of the model before fine-tuning")
+    given.add_argument("--members", type=Path, metavar="FILE", required=True, help="texts that it was fine-tuned on")
+    given.add_argument("--reference", type=Path, metavar="FILE", required=True, help="other texts of the same source, "
+                       "by which weights are scored")  # fmt: skip
+    given.add_argument("--nonmembers", type=Path, metavar="FILE", required=True, help="further ones, for the attacks")
+    given.add_argument("--heldout", type=Path, metavar="FILE", help="further ones, for perplexity (default: the "
+                       "non-members)")  # fmt: skip
+    given.add_argument("--shadow", nargs="+", default=[], metavar="FOLDER", help="models trained like MODEL on other "
+                       "halves of members and non-members, each with members.jsonl in it; for rmia")  # fmt: skip
+    how = parser.add_argument_group("how")
+    how.add_argument(
+        "--criterion", choices=("gap", "taylor_delta", "taylor"), default="gap", help="default: %(default)s"
+    )
+    how.add_argument("--rate", type=float, default=0.1, help="share of the weights to rewind (default: %(default)s)")
+    how.add_argument("--points", type=int, default=1, help="of the path, for gap (default: %(default)s)")
+    how.add_argument(
+        "--steps", type=int, default=15, help="of fine-tuning after rewinding; 0: none (default: %(default)s)"
+    )
+    how.add_argument("--lr", type=float, default=5e-5, help="its learning rate (default: %(default)s)")
+    how.add_argument("--alpha", default="auto", metavar="NATS", help="level of the mean token loss that it holds the "
+                     "members at (default: that of the rewound model)")  # fmt: skip
+    how.add_argument("--batch", type=int, default=8, help="texts of a step (default: %(default)s)")
+    how.add_argument("--max-tokens", type=int, default=512, metavar="N", help="read the first N tokens of each text "
+                     "(default: %(default)s)")  # fmt: skip
+    how.add_argument("--fpr", nargs="+", type=float, default=[0.01], help="false-positive rates (default: 0.01)")
+    how.add_argument("--bootstrap", type=int, default=1000, help="replicates for intervals (default: %(default)s)")
+    how.add_argument(
+        "--seed", type=int, default=0, help="of the order of texts and of bootstrap (default: %(default)s)"
+    )
+    parser.add_argument("--out", type=Path, required=True, help="folder to make: model/, mask.safetensors, report.*")

@@ -8,12 +8,16 @@ from typing import Any
 
 _HOME = {  # public name -> the module that holds it
     "ATTACKS": "attacks",
+    "Meter": "measuring",
     "TokenRecords": "storage",
     "attack": "attacks",
     "bag_of_words": "controls",
     "dataset_inference": "datasets",
+    "defend_": "defending",
     "duplicates": "controls",
+    "fine_tune": "training",
     "gradient_norms": "gradients",
+    "hold_": "defending",
     "lowercased": "variants",
     "neighbours": "variants",
     "records": "recording",

@@ -61,7 +61,7 @@ def audit(
         },
         "records": dict(own.manifest),
         "seed": seed,
-        "attacks": {name: _judged(score, flags, how) for name, score in scored.items()},
+        "attacks": {name: judged(score, flags, how) for name, score in scored.items()},
         "controls": {name: _area(score, flags, several) for name, score in controls.items()},
         "duplicates": duplicates(read[: len(inputs.members)], read[len(inputs.members) :]),
         "dataset_inference": None,
@@ -100,7 +100,14 @@ def warnings(report: Mapping[str, Any]) -> list[str]:
     return found
 
 
-def _judged(scores: Floats, flags: Any, how: Mapping[str, Any]) -> dict[str, Any]:
+def judged(scores: Floats, flags: Any, how: Mapping[str, Any]) -> dict[str, Any]:
+    """``cwfast.mia.metrics.summary`` with intervals of the TPR by Clopper and Pearson, the bootstrap's beside them.
+
+    Args:
+        scores: [N].
+        flags: bool [N], members.
+        how: options of ``summary``, ``confidence`` among them.
+    """
     found = metrics.summary(scores, flags, **how)
     for point in found["tpr_at_fpr"]:
         at = metrics.tpr_at_fpr(scores, flags, point["fpr"])

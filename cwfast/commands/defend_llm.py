@@ -1,0 +1,208 @@
+"""``cwfast defend-llm``: a fine-tuned language model scored, rewound, fine-tuned on, saved, and attacked before and
+after."""
+
+import argparse
+import sys
+from collections.abc import Mapping, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from cwfast import report
+from cwfast.checkpoint.files import atomic_folder, sha256
+from cwfast.commands import audit_llm
+from cwfast.errors import CheckpointError
+from cwfast.llm import controls, defending, measuring
+from cwfast.llm.texts import read_texts
+from cwfast.masks import MaskSet
+from cwfast.ops import gather
+from cwfast.report import llm_defense, llm_reading, provenance
+from cwfast.report.table import percent
+
+SCHEMA = "cwfast-defend-llm/1"
+SIDES = ("members", "reference", "nonmembers", "heldout")
+PACKAGES = ("cwfast", "torch", "transformers", "tokenizers", "numpy", "safetensors")
+
+
+def run(options: argparse.Namespace) -> tuple[dict[str, Any], str]:
+    """The report and what is printed; ``--out`` gets the model, the mask and the report.
+
+    Raises:
+        ImportError: transformers, matplotlib or jinja2 is missing.
+        FileExistsError: ``--out`` holds a model already.
+        ValueError, TypeError, UnsupportedLayer, CheckpointError, OSError: as the messages say.
+    """
+    _check_usage(options)
+    _check_place(options)
+    out = report.prepare(options.out)
+    given = [name for name in SIDES if getattr(options, name) is not None]
+    texts = {name: read_texts(getattr(options, name)) for name in given}
+    notes = check_apart(texts)
+    model, tokenizer = audit_llm._model(options.model), audit_llm._tokenizer(options.model)
+    dtype = next(model.parameters()).dtype
+    window = getattr(model.config.get_text_config(), "max_position_embeddings", None) or options.max_tokens
+    read = min(window, options.max_tokens)
+    rows = {name: measuring.tokenized(tokenizer, side, read) for name, side in texts.items()}
+    known = [set(read_texts(Path(folder) / "members.jsonl")) for folder in options.shadow]
+    audited = [*texts["members"], *texts["nonmembers"]]
+    shadows = [
+        (partial(audit_llm._model, folder), np.array([text in side for text in audited]))
+        for folder, side in zip(options.shadow, known, strict=True)
+    ]
+    base = audit_llm._model(options.base)
+    meter = measuring.Meter(
+        base,
+        rows["members"],
+        rows["nonmembers"],
+        rows.get("heldout", rows["nonmembers"]),
+        shadows=shadows,
+        fprs=options.fpr,
+        bootstrap=options.bootstrap,
+        seed=options.seed,
+    )
+    found = [_row("base", "base", "Before fine-tuning", meter.base())]
+    found.append(_row("undefended", "undefended", "Fine-tuned, undefended", meter(model)))
+    model.to(torch.float32)  # small updates are lost in bfloat16
+    sides = {name: [torch.tensor(row) for row in rows[name]] for name in ("members", "reference")}
+    settings = {
+        name: getattr(options, name) for name in ("criterion", "rate", "points", "steps", "lr", "batch", "seed")
+    }
+    done = defending.defend_(
+        model,
+        base,
+        sides["members"],
+        sides["reference"],
+        alpha=options.alpha,
+        **settings,
+        progress=sys.stderr.isatty(),
+    )
+    model.to(dtype)
+    label = f"CWRF {options.criterion} {percent(options.rate)}, {options.steps} steps"
+    found.append(_row("defended", "cwrf", label, meter(model), criterion=options.criterion, rate=options.rate,
+                      steps=options.steps, alpha=done.alpha, rewound=done.masks.total))  # fmt: skip
+    files = _save(out, model, tokenizer, done.masks, base)
+    reading = llm_reading.before_and_after(found)
+    document = {
+        "schema": SCHEMA,
+        "title": "A language model, defended",
+        "command": options.command_line,
+        "seed": options.seed,
+        "versions": provenance.versions(PACKAGES),
+        "device": str(next(model.parameters()).device),
+        "machine": provenance.machine(),
+        "backends": provenance.backends("saliency", "select", "rewind", "lm_token_stats"),
+        "models": {"model": options.model, "base": options.base, "shadows": options.shadow},
+        "inputs": {name: audit_llm._named(getattr(options, name)) for name in given},
+        "texts": {name: len(side) for name, side in texts.items()},
+        "settings": {**settings, "alpha": options.alpha, "max_tokens": read},
+        "rewound": {"weights": done.masks.total, "of": done.masks.numel},
+        "losses": done.losses,
+        "rows": [llm_defense.without_draws(row) for row in found],
+        "reading": reading,
+        "notes": notes,
+        "files": files,
+    }
+    llm_defense.write(document, out)
+    return document, "\n".join([llm_defense.text(document), "", f"Model: {(out / 'model').resolve()}",
+                                f"Report: {(out / 'report.html').resolve()}"])  # fmt: skip
+
+
+def check_apart(texts: Mapping[str, Sequence[str]]) -> list[str]:
+    """No text is in two of the sets: what shaped the defense must not judge it. Near-duplicates are told.
+
+    Raises:
+        ValueError: a set is too small, or shares texts with another (up to white space).
+    """
+    for name, least in (("members", 5), ("reference", 1), ("nonmembers", 5), ("heldout", 1)):
+        if name in texts and len(texts[name]) < least:
+            raise ValueError(f"{name} must hold at least {least} texts; got {len(texts[name])}")
+    names, notes = list(texts), []
+    for i, one in enumerate(names):
+        for other in names[i + 1 :]:
+            shared = controls.duplicates(texts[one], texts[other])
+            if shared["exact"]:
+                raise ValueError(f"{one} and {other} must share no text; got {shared['exact']} in both")
+            if shared["members"] or shared["nonmembers"]:
+                notes.append(
+                    f"{shared['members']} texts of {one} and {shared['nonmembers']} of {other} share runs of "
+                    f"{shared['n']} words with the other set (at least {100 * shared['share']:g}% of their own)."
+                )
+    return notes
+
+
+def _check_usage(options: argparse.Namespace) -> None:
+    for name, least in (("steps", 0), ("batch", 1), ("points", 1), ("bootstrap", 1), ("max_tokens", 2)):
+        if getattr(options, name) < least:
+            options.usage(f"--{name.replace('_', '-')} must be at least {least}; got {getattr(options, name)}")
+    for name, value in (*(("fpr", fpr) for fpr in options.fpr), ("rate", options.rate)):
+        if not 0 <= value <= 1:
+            options.usage(f"--{name} must lie in [0, 1]; got {value:g}")
+    if options.alpha != "auto":
+        try:
+            options.alpha = float(options.alpha)
+        except ValueError:
+            options.usage(f"--alpha must be auto or a number of nats; got {options.alpha!r}")
+        if not 0 <= options.alpha < float("inf"):
+            options.usage(f"--alpha must be at least 0 and finite; got {options.alpha:g}")
+    else:
+        options.alpha = None
+
+
+def _check_place(options: argparse.Namespace) -> None:
+    """Before anything takes time: both models are folders, and no written file would lie in them or over another."""
+    out = options.out
+    for what in ("model", "base"):
+        folder = Path(getattr(options, what))
+        if not folder.is_dir():
+            raise FileNotFoundError(f"{what.upper()} must be a folder of transformers; there is none at {folder}")
+        if (folder / "adapter_config.json").is_file():
+            raise ValueError(f"{what.upper()} must be a whole model; {folder} holds an adapter: merge it first")
+        if folder.resolve() in (out.resolve(), *out.resolve().parents):
+            raise ValueError(f"--out must lie outside {what.upper()}; {out} is in {folder}")
+    if (out / "model").exists():
+        raise FileExistsError(f"{out / 'model'} must not exist: nothing is written over")
+
+
+def _row(name: str, group: str, label: str, measured: dict[str, Any], **more: Any) -> dict[str, Any]:
+    return {
+        "id": name,
+        "group": group,
+        "label": label,
+        "curve": group,
+        **llm_defense.NO_SETTINGS,
+        "start": None if group == "base" else "this model",
+        **more,
+        **measured,
+    }
+
+
+def _save(out: Path, model: Any, tokenizer: Any, masks: MaskSet, base: Any) -> dict[str, str]:
+    """The model as a complete folder, the mask beside it; their hashes."""
+    masks.save(out / "mask.safetensors")
+    with atomic_folder(out / "model") as made:
+        model.save_pretrained(made)
+        tokenizer.save_pretrained(made)
+        _check_saved(model, base, masks, made)
+        hashes = {f"model/{file.name}": sha256(file) for file in sorted(made.iterdir())}
+    return {"mask.safetensors": sha256(out / "mask.safetensors"), **hashes}
+
+
+def _check_saved(model: Any, base: Any, masks: MaskSet, folder: Path) -> None:
+    """What was written loads as what was measured, and the weights that were rewound are the base's, bit for bit.
+
+    Raises:
+        CheckpointError: not so.
+    """
+    loaded = audit_llm._model(str(folder))
+    ours, before = dict(model.named_parameters()), dict(base.named_parameters())
+    for name, parameter in loaded.named_parameters():
+        if not torch.equal(parameter, ours[name]):
+            raise CheckpointError(f"{folder} must load as the model that was measured; {name!r} differs")
+        if masks.counts.get(name):
+            picks = masks.picks(name)
+            rewound, wanted = (gather([one.detach()], [picks])[0] for one in (parameter, before[name].to(parameter)))
+            if not torch.equal(rewound, wanted):
+                raise CheckpointError(f"{folder} must hold the base's values where the mask says; {name!r} does not")

@@ -1,0 +1,150 @@
+"""cwfast defend-llm: from folders and JSON lines to a model that loads, a mask and a report; what it refuses."""
+
+import json
+
+import pytest
+import torch
+
+from cwfast import MaskSet
+from cwfast.checkpoint.files import sha256
+from cwfast.cli import main
+from cwfast.llm import smollm
+
+pytest.importorskip("transformers")
+pytest.importorskip("jinja2")
+pytest.importorskip("matplotlib")
+import llm_models
+
+pytestmark = pytest.mark.usefixtures("without_torchvision")
+PARTS = {"m": slice(0, 16), "r": slice(16, 32), "n": slice(32, 48), "h": slice(48, 56)}
+
+
+def lines(path, texts):
+    path.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts), encoding="utf-8")
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory, without_torchvision):
+    """A tiny base model, the same fine-tuned on its members, and texts."""
+    where = tmp_path_factory.mktemp("defend")
+    texts = llm_models.words(llm_models.ids(56, 6, 12, seed=4))
+    base = llm_models.small("llama", torch.float32, tie_word_embeddings=True)
+    base.save_pretrained(where / "base")
+    smollm.fine_tune(base, llm_models.tokenizer(), texts[PARTS["m"]], epochs=4, lr=3e-3)
+    base.save_pretrained(where / "tuned")
+    for name in ("base", "tuned"):
+        llm_models.tokenizer().save_pretrained(where / name)
+    for name, part in PARTS.items():
+        lines(where / f"{name}.jsonl", texts[part])
+    return where
+
+
+def arguments(folder, out, *more, model="tuned", members="m", reference="r", nonmembers="n"):
+    sides = {"members": members, "reference": reference, "nonmembers": nonmembers}
+    files = [part for name, stem in sides.items() for part in (f"--{name}", folder / f"{stem}.jsonl")]
+    given = [folder / model, "--base", folder / "base", *files, "--out", out, "--bootstrap", 50, "--fpr", 0.1, *more]
+    return ["defend-llm", *map(str, given)]
+
+
+def error(capsys, *given, **named):
+    assert main(arguments(*given, **named)) == 1
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    return captured.err.splitlines()[-1]
+
+
+def load(path):
+    from transformers import AutoModelForCausalLM
+
+    return AutoModelForCausalLM.from_pretrained(path, dtype="auto").eval()
+
+
+def test_the_model_loads_and_the_report_has_before_and_after(folder, tmp_path, capsys):
+    kept = {path: sha256(path) for name in ("base", "tuned") for path in (folder / name).iterdir()}
+    out = tmp_path / "out"
+    more = ["--rate", 0.2, "--steps", 4, "--lr", 1e-3, "--heldout", folder / "h.jsonl", "--json"]
+    assert main(arguments(folder, out, *more)) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found == json.loads((out / "report.json").read_text())
+    assert {path: sha256(path) for name in ("base", "tuned") for path in (folder / name).iterdir()} == kept
+    assert [row["id"] for row in found["rows"]] == ["base", "undefended", "defended"]
+    base, before, after = found["rows"]
+    assert set(before["attacks"]) == {"reference", "ez_mia", "wbc", "min_k_pp", "loss"}
+    assert (base["attacks"]["reference"]["auc"], before["attacks"]["reference"]["auc"]) == (0.5, 1.0)
+    assert after["loss"]["members"] > before["loss"]["members"]
+    assert found["settings"]["max_tokens"] == 64  # what the model reads
+    assert found["rewound"] == {"weights": after["rewound"], "of": MaskSet.load(out / "mask.safetensors").numel}
+    assert len(found["losses"]) == 4
+    model, start, trained = load(out / "model"), load(folder / "base"), load(folder / "tuned")
+    masks = MaskSet.load(out / "mask.safetensors")
+    for name, parameter in model.named_parameters():
+        assert torch.equal(parameter[masks[name]], start.get_parameter(name)[masks[name]]), name
+    assert any(not torch.equal(a, b) for a, b in zip(model.parameters(), trained.parameters(), strict=True))
+    written = model.generate(torch.tensor([[3, 4, 5]]), max_new_tokens=4, do_sample=False, pad_token_id=0)
+    assert written.shape[1] > 3
+    for name, digest in found["files"].items():
+        assert sha256(out / name) == digest
+    page, told = (out / "report.html").read_text(), (out / "report.md").read_text()
+    assert "CWRF gap 20%, 4 steps" in page
+    assert "| CWRF gap 20%, 4 steps |" in told
+    assert found["reading"][0] in told
+    assert not any(text in page + told for text in (folder / "m.jsonl").read_text().split('"') if text.startswith("w"))
+
+
+def test_a_bfloat16_model_stays_one(folder, tmp_path, capsys):
+    for name in ("base", "tuned"):
+        model = load(folder / name).to(torch.bfloat16)
+        model.save_pretrained(tmp_path / name)
+        llm_models.tokenizer().save_pretrained(tmp_path / name)
+    for stem in PARTS:
+        (tmp_path / f"{stem}.jsonl").write_text((folder / f"{stem}.jsonl").read_text())
+    assert main(arguments(tmp_path, tmp_path / "out", "--steps", 2, "--criterion", "taylor_delta")) == 0
+    printed = capsys.readouterr().out
+    assert "Fine-tuned, undefended" in printed
+    assert "CWRF taylor_delta 10%, 2 steps" in printed
+    model, start = load(tmp_path / "out" / "model"), load(tmp_path / "base")
+    masks = MaskSet.load(tmp_path / "out" / "mask.safetensors")
+    assert {parameter.dtype for parameter in model.parameters()} == {torch.bfloat16}
+    for name, parameter in model.named_parameters():
+        assert torch.equal(parameter[masks[name]], start.get_parameter(name)[masks[name]]), name
+
+
+def test_what_is_refused_in_one_line(folder, tmp_path, capsys):
+    out = tmp_path / "out"
+    assert "members and nonmembers must share no text; got 16 in both" in error(capsys, folder, out, nonmembers="m")
+    assert "reference and nonmembers must share no text; got 16 in both" in error(capsys, folder, out, nonmembers="r")
+    heldout = error(capsys, folder, out, "--heldout", folder / "r.jsonl")
+    assert "reference and heldout must share no text; got 16 in both" in heldout
+    assert "MODEL must be a folder of transformers; there is none at" in error(capsys, folder, out, model="nothing")
+    assert "--out must lie outside MODEL" in error(capsys, folder, folder / "tuned" / "out")
+    assert not (folder / "tuned" / "out").exists()
+    assert "rate must lie above 0, and at most 0." in error(capsys, folder, out, "--rate", 0.999)
+    assert not (out / "model").exists()
+    (out / "model").mkdir(parents=True)
+    assert "must not exist: nothing is written over" in error(capsys, folder, out)
+    (tmp_path / "adapter").mkdir()
+    (tmp_path / "adapter" / "adapter_config.json").write_text("{}")
+    assert "must be a whole model" in error(capsys, folder, tmp_path / "o", model=tmp_path / "adapter")
+    lines(folder / "spaced.jsonl", [f" {text.replace(' ', '  ')}" for text in _texts(folder / "r.jsonl")])
+    assert "reference and nonmembers must share no text" in error(capsys, folder, tmp_path, nonmembers="spaced")
+
+
+def _texts(path):
+    return [json.loads(line)["text"] for line in path.read_text().splitlines()]
+
+
+@pytest.mark.parametrize(
+    ("more", "match"),
+    [
+        (["--alpha", "low"], "--alpha must be auto or a number of nats; got 'low'"),
+        (["--alpha", "nan"], "--alpha must be at least 0 and finite; got nan"),
+        (["--steps", "-1"], "--steps must be at least 0; got -1"),
+        (["--rate", "2"], "--rate must lie in [0, 1]; got 2"),
+        (["--fpr", "2"], "--fpr must lie in [0, 1]; got 2"),
+    ],
+)
+def test_wrong_usage_exits_with_2(folder, tmp_path, capsys, more, match):
+    with pytest.raises(SystemExit) as exit_:
+        main(arguments(folder, tmp_path / "out", *more))
+    assert exit_.value.code == 2
+    assert match in capsys.readouterr().err
