@@ -18,7 +18,8 @@ _PROMISES = """\
 - Rewinding alone costs some of what fine-tuning taught. The method goes on by fine-tuning the weights that were not
   selected; this folder is the model before that.
 - Who has the fine-tuned model, or an artefact of its own values at these weights, can undo this.
-- Which weights were selected was computed from training texts. The texts are in no file here.
+- Where the criterion looks at training texts, which weights were selected tells of them, too. cwfast writes no text
+  into any file here; other files are copies of the fine-tuned model's.
 """
 
 
@@ -49,7 +50,6 @@ def model_card(masks: MaskFile, base_id: str | None, base: Mapping[str, str]) ->
         "# A fine-tuned model, some of its weights put back",
         "",
         "Made by cwfast: of a fine-tuned model, selected weights were put back to what they were in the base model.",
-        "They are meant to be those that hold the most of its training texts.",
         "",
         "| | |",
         "|---|---|",
