@@ -75,8 +75,8 @@ def _lead(levels_of: Mapping[str, Levels]) -> list[str]:
     levels = [level for several in levels_of.values() for level in several if level["curves"]]
     if not levels:
         return []
-    first = {_choice(level["curves"][0]) for level in levels}
-    near = {_choice(one) for level in levels for one in level["curves"] if one["behind"]["auc_low"] <= 0}
+    first = dict.fromkeys(_choice(level["curves"][0]) for level in levels)  # in order, which a set has not
+    near = dict.fromkeys(_choice(one) for level in levels for one in level["curves"] if one["behind"]["auc_low"] <= 0)
     firsts, nears = (Counter(curve for curve, *_ in choices) for choices in (first, near))
     told = "; ".join(f"{named(curve)} {firsts[curve]} ({n})" for curve, n in nears.most_common(6))
     return [
