@@ -59,7 +59,7 @@ def test_a_run_does_every_cell_once_and_reports_it(run):
     cells = grid.cells(presets.PRESETS["tiny"].settings["digits"])
     part = report["data"]["digits"]
     assert [row["key"] for row in part["rows"]] == [cell.key for cell in cells]
-    assert report["trained_models"] == 6 * len(cells)
+    assert report["fleets"] == len(cells)
     assert part["samples"] == {"pool": 120, "reference": 60, "test": 1617}
     assert report["missing"] == {"digits": {"0": 0}}
     assert report == json.loads((out / "report.json").read_text())

@@ -285,10 +285,14 @@ def test_the_places_that_the_hash_is_of_exist():
 def test_every_control_copies_a_cell_of_the_same_base_and_rate():
     for setting in (SETTING, *presets.PRESETS["small"].settings.values()):
         cells = grid.cells(setting)
-        copied = {(cell.base, cell.curve, cell.rate) for cell in cells if cell.curve == cell.criterion}
+        copied = {
+            (cell.base, cell.criterion, cell.rate, cell.strength, cell.spec)
+            for cell in cells
+            if cell.curve.partition(",")[0] == cell.criterion
+        }
         controls = [cell for cell in cells if cell.like is not None]
         assert controls
-        assert {(cell.base, cell.like, cell.rate) for cell in controls} <= copied
+        assert {(cell.base, cell.like, cell.rate, cell.strength, cell.spec) for cell in controls} <= copied
         assert all(cell.like in cell.curve for cell in controls)
 
 
@@ -305,8 +309,20 @@ def test_other_strengths_stand_in_curves_of_their_own():
     for base in ("relaxloss", "hamp", "ccl"):
         mine = [cell for cell in cells if cell.base == base]
         plain = [cell.strength for cell in mine if cell.curve == "fine-tuning without rewinding"]
-        others = [cell.strength for cell in mine if cell.curve == "gap, other strengths"]
         assert plain[0] is None  # the preset's, the first
-        assert sorted(plain[1:]) == sorted(others)
-        assert len(others) == 2
+        assert len(plain) == 3
+        for curve in ("gap", "taylor", "random as gap", "random as taylor", "interpolated as gap, then fine-tuned",
+                      "interpolated as taylor, then fine-tuned"):  # fmt: skip
+            others = [cell.strength for cell in mine if cell.curve == f"{curve}, other strengths"]
+            assert sorted(others) == sorted(plain[1:])
         assert len([cell for cell in mine if cell.curve == "fine-tuning stopped by the reference set"]) == 3
+
+
+def test_controls_at_other_strengths_come_last_and_change_no_other_cell():
+    for name, setting in presets.PRESETS["small"].settings.items():
+        keys = [cell.key for cell in grid.cells(setting) if cell.how != "table"]
+        before = [key for key in keys if not ("-as-" in key and "-strength-" in key)]
+        assert keys[: len(before)] == before
+        strengths = [base for base, several in setting.strengths.items() for _ in several]
+        views = len(strengths) + strengths.count("hamp")
+        assert len(keys) - len(before) == 2 * len(setting.copied) * views, name

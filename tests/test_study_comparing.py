@@ -47,6 +47,8 @@ def test_a_figures_error_is_that_of_its_definition():
     low, high = one.interval
     assert (low + high) / 2 == pytest.approx(models.mean())
     assert high - low == pytest.approx(2 * 1.96 * one.error)
+    low, high = apart.interval  # by the spread of three seeds: two degrees of freedom
+    assert high - low == pytest.approx(2 * math.sqrt(1.96**2 * samples + 4.303**2 * between), rel=1e-12)
 
 
 def test_a_difference_is_one_of_pairs():
@@ -106,19 +108,37 @@ def test_the_intervals_of_attacks_on_simulated_models_hold_the_true_auc():
     assert coverage(samples_alone, truth) < coverage(ours, truth) - 0.1
 
 
+@pytest.mark.parametrize(("effect", "least"), [(1.0, (0.79, 0.91, 0.94)), (3.0, (0.42, 0.88, 0.93))])
+def test_intervals_where_seeds_have_an_effect_of_their_own(effect, least):
+    """As of a split or a reference set, so many times as large as the error of one seed over samples and models."""
+    rng, times, models, common = np.random.default_rng(4), 1000, 16, 0.67
+    for seeds, at_least in zip((1, 2, 3), least, strict=True):
+        overlap = np.full((seeds, seeds), common) + (1 - common) * np.eye(seeds)
+        held = []
+        for _ in range(times):
+            of_samples = common**0.5 * rng.normal() + (1 - common) ** 0.5 * rng.normal(size=(seeds, 1))
+            own = 4 * rng.normal(size=(seeds, models)) + 2**0.5 * effect * rng.normal(size=(seeds, 1))
+            figures = of_samples + own
+            draws = figures.mean(axis=1)[:, None] + rng.normal(size=(seeds, 50))
+            held.append(Figure(figures, draws, overlap).interval)
+        assert at_least <= coverage(held, 0.0) <= (at_least + 0.07 if seeds == 1 else 0.99)  # one seed cannot know
+
+
 # -- verdicts
 
 
 @pytest.mark.parametrize(
     ("accuracy", "auc", "verdict"),
     [
-        ([0.8, 0.81], [0.6, 0.6], "better"),
+        ([0.81, 0.81], [0.6, 0.6], "better"),
         ([0.799, 0.799], [0.6, 0.6], "better"),  # lower by less than the margin
         ([0.79, 0.79], [0.6, 0.6], "trade"),
         ([0.7, 0.7], [0.8, 0.8], "worse"),
         ([0.801, 0.801], [0.8, 0.8], "worse"),  # higher by less than the margin
         ([0.9, 0.9], [0.8, 0.8], "trade"),
-        ([0.9, 0.9], [0.7, 0.7], "even"),
+        ([0.804, 0.804], [0.7, 0.7], "even"),
+        ([0.9, 0.9], [0.7, 0.7], "even AUC, higher accuracy"),
+        ([0.7, 0.7], [0.7, 0.7], "even AUC, lower accuracy"),
     ],
 )
 def test_verdicts(accuracy, auc, verdict):
@@ -151,6 +171,9 @@ def test_each_cell_stands_beside_its_own_controls():
         measured("gap", "none", 0.1, [0.8], [0.6], criterion="gap"),
         measured("gap", "relaxloss", 0.1, [0.8], [0.6], criterion="gap"),
         measured("gap, other strengths", "none", 0.1, [0.8], [0.2], criterion="gap", strength=0.3),
+        measured(
+            "random as gap, other strengths", "none", 0.1, [0.8], [0.3], criterion="gap", like="gap", strength=0.3
+        ),
         measured("taylor", "none", 0.1, [0.8], [0.65], criterion="taylor"),
         *(
             measured(curve.format(like), "none", rate, [0.8], [auc], criterion=like, like=like)
@@ -160,23 +183,26 @@ def test_each_cell_stands_beside_its_own_controls():
         ),
         measured("ablation: three rounds", "none", 0.1, [0.8], [0.5], criterion="gap"),
     ]
-    found = {(pair["criterion"], pair["against"]): pair for pair in comparing.pairs(cells, "none")}
+    whole = comparing.pairs(cells, "none")
+    found = {(pair["criterion"], pair["against"]): pair for pair in whole if pair["strength"] is None}
     controls = ("fine-tuning without rewinding", "random weights", "interpolation, then fine-tuning")
     assert list(found) == [(criterion, against) for criterion in ("gap", "taylor") for against in controls]
     differences = [pair["auc"] for pair in found.values()]
     assert differences == pytest.approx([-0.1, -0.01, -0.01, -0.05, 0.03, 0.03])
+    elsewhere = {pair["against"]: pair["auc"] for pair in whole if pair["strength"] == 0.3}
+    assert elsewhere == {controls[0]: pytest.approx(0.1), controls[1]: pytest.approx(-0.1)}
     assert comparing.pairs(cells, "relaxloss") == []
 
 
-# -- equal utility
+# -- at no less than an accuracy
 
 
 def test_the_setting_is_chosen_on_the_other_seeds():
     lucky = measured("gap", "none", 0.1, [0.8, 0.8], [0.4, 0.9], criterion="gap")
     steady = measured("gap", "none", 0.2, [0.8, 0.8], [0.6, 0.6], criterion="gap", strength=0.5)
     undefended = measured("undefended", "none", None, [0.8, 0.8], [0.9, 0.9])
-    levels = comparing.at_equal_utility([undefended, lucky, steady], "none")
-    gap = next(curve for curve in levels[1]["curves"] if curve["curve"] == "gap")
+    levels = comparing.at_levels([undefended, lucky, steady], "none")
+    gap = next(curve for curve in levels[0]["curves"] if curve["curve"] == "gap")
     # seed 0 is measured by what is best on seed 1 (steady, 0.6), seed 1 by what is best on seed 0 (lucky, 0.9)
     assert gap["settings"] == ["gap 0.2", "gap 0.1"]
     assert gap["points"] == ["20%, 0.5", "10%"]
@@ -189,21 +215,63 @@ def test_a_curve_that_falls_short_where_it_was_not_chosen_is_not_ranked():
         measured("gap", "none", rate, [0.9 - 0.4 * (seed == k) for k in range(2)], [0.5, 0.5], criterion="gap")
         for seed, rate in enumerate((0.1, 0.2))
     ]  # each reaches the level on one seed alone
-    level = comparing.at_equal_utility([undefended, *lucky], "none")[1]
+    level = comparing.at_levels([undefended, *lucky], "none")[0]
     assert [curve["curve"] for curve in level["curves"]] == ["undefended"]
     assert level["short"] == {"gap": pytest.approx(0.3)}
 
 
-def test_a_curve_below_the_level_is_left_out_and_the_first_is_behind_by_nothing():
+def test_a_curve_below_the_level_is_named_and_the_first_is_behind_by_nothing():
     undefended = measured("undefended", "none", None, [0.8], [0.9])
     poor = measured("gap", "none", 0.3, [0.5], [0.5], criterion="gap")
     good = measured("random as gap", "none", 0.3, [0.81], [0.7])
-    level = comparing.at_equal_utility([undefended, poor, good], "none")[1]
+    [level] = comparing.at_levels([undefended, poor, good], "none")[:1]
     assert [curve["curve"] for curve in level["curves"]] == ["random as gap", "undefended"]
+    assert level["short"] == {"gap": pytest.approx(0.3)}
+    assert level["ours"] is None
     assert level["curves"][0]["behind"]["auc"] == 0
     assert level["curves"][1]["behind"]["auc"] == pytest.approx(0.2)
     aucs = [one["behind"]["auc_low"] for one in level["curves"]]
     assert all(a <= b for a, b in pairwise(aucs))
+
+
+def test_a_level_is_reached_within_the_margin_where_settings_are_chosen_too():
+    undefended = measured("undefended", "none", None, [0.8, 0.8], [0.9, 0.9])
+    near = measured("gap", "none", 0.1, [0.796, 0.796], [0.5, 0.5], criterion="gap")
+    far = measured("taylor", "none", 0.1, [0.794, 0.794], [0.5, 0.5], criterion="taylor")
+    level = next(level for level in comparing.at_levels([undefended, near, far], "none") if "taylor" in level["short"])
+    assert [curve["curve"] for curve in level["curves"]] == ["gap", "undefended"]
+    assert level["curves"][0]["accuracy"] == pytest.approx(0.796)
+    assert level["short"] == {"taylor": pytest.approx(0.006)}
+
+
+def test_levels_at_which_the_same_was_chosen_are_one():
+    cells = [
+        measured("undefended", "none", None, [0.8], [0.9]),
+        measured("gap", "none", 0.1, [0.815], [0.5], criterion="gap"),
+        measured("mixup", "other", None, [0.818], [0.7]),
+        measured("short training", "none", None, [0.3], [0.5]),
+        measured("ablation: three rounds", "none", 0.1, [0.83], [0.6], criterion="gap"),
+    ]
+    first, best, own = comparing.at_levels(cells, "none")
+    # all three curves reach both; the best of all may be an ablation, and CWRF's own accuracy is a level
+    assert first["level"].startswith("1 point less than undefended (0.790) and the undefended accuracy (0.800)")
+    assert "3 points less than the best of all cells, ablation: three rounds 0.1 at 0.830 (0.800)" in first["level"]
+    assert first["accuracy"] == pytest.approx(0.8)
+    assert first["short"] == {"short training": pytest.approx(0.5)}
+    assert best["level"].startswith("1 point less than the best of all cells")
+    assert own is best or "CWRF's lowest AUC above the undefended accuracy, gap 0.1 (0.815)" in own["level"]
+
+
+def test_cwrf_stands_beside_the_best_rival_by_auc_and_accuracy():
+    cells = [
+        measured("undefended", "none", None, [0.8], [0.9]),
+        measured("gap", "none", 0.1, [0.81], [0.5], criterion="gap"),
+        measured("mixup", "other", None, [0.85], [0.6]),
+    ]
+    ours = comparing.at_levels(cells, "none")[0]["ours"]
+    assert (ours["curve"], ours["against"], ours["verdict"]) == ("gap", "mixup", "trade")
+    assert ours["accuracy"] == pytest.approx(-0.04)
+    assert ours["auc"] == pytest.approx(-0.1)
 
 
 def test_other_bases_stay_out_and_what_has_no_base_stands_beside_all():
@@ -216,5 +284,5 @@ def test_other_bases_stay_out_and_what_has_no_base_stands_beside_all():
         measured("ablation: three rounds", "relaxloss", 0.1, [0.8], [0.1], criterion="gap"),
         measured("gap", "relaxloss", 0.1, [0.8], [0.6], criterion="gap"),
     ]
-    names = {curve["curve"] for curve in comparing.at_equal_utility(cells, "relaxloss")[1]["curves"]}
+    names = {curve["curve"] for curve in comparing.at_levels(cells, "relaxloss")[0]["curves"]}
     assert names == {"undefended", "early stopping", "short training", "mixup", "gap"}

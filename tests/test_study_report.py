@@ -9,10 +9,11 @@ import pytest
 from cwfast.defense.accounting import Privacy
 from cwfast.report import studies
 from cwfast.report.privacy import STATEMENT
+from cwfast.report.table import interval
 from cwfast.study import comparing, measuring, presets
 from cwfast.study.grid import cells
 from cwfast.study.jobs import Study
-from cwfast.study.reading import verdicts
+from cwfast.study.reading import UNRANKED, _lead, verdicts
 from cwfast.study.reporting import report
 from cwfast.study.running import run
 from cwfast.training import Fitted
@@ -140,7 +141,8 @@ def test_hamps_outputs_unchanged_are_a_base_of_their_own_and_no_more_models(whol
     unchanged = [row for row in part["rows"] if row["base"] == "hamp_plain"]
     fleets = part["fleets"] + whole["data"]["digits_private"]["fleets"]
     assert part["fleets"] == 2 * (len(part["rows"]) - len(unchanged))
-    assert whole["trained_models"] == 16 * fleets
+    assert whole["fleets"] == fleets
+    assert f"{fleets} fleets of 16 models attacked" in studies.counts(whole)
     assert {pair["against"] for pair in part["pairs"]["hamp_plain"]} == {
         "fine-tuning without rewinding", "random weights", "interpolation, then fine-tuning"
     }  # fmt: skip
@@ -148,41 +150,66 @@ def test_hamps_outputs_unchanged_are_a_base_of_their_own_and_no_more_models(whol
 
 def test_the_summary_shows_each_curves_best_and_a_verdict_for_each_base(whole):
     lines = studies.summary(whole)
+    part = whole["data"]["digits"]
     digits = lines[lines.index("## digits") : lines.index("## digits_private")]
     assert sum(line.startswith("- ") for line in digits) == 5
-    assert any(line.startswith("- RelaxLoss: lowest AUC at equal utility (4 levels): ") for line in digits)
+    assert any(line.startswith("- RelaxLoss: lowest AUC at no less than an accuracy (") for line in digits)
     table = [[cell.strip() for cell in line.split("|")[1:-1]] for line in digits if line.startswith("|")]
-    assert {len(row) for row in table} == {5}
-    best, rows = table[:12], table[12:]
-    assert [row[0] for row in best[2:4]] == ["none: CWRF", "none: without"]
-    for column in range(1, 5):  # one curve is the first at each level, of each base
-        assert sum("**" in row[column] for row in best) == sum("**" in row[column] for row in rows) == 5
-    level = whole["data"]["digits"]["levels"]["none"][0]
-    first = level["curves"][0]
-    shown = next(row for row in rows if row[0] == first["curve"])
-    assert shown[1].startswith(f"**{first['auc']:.3f} [{first['auc_low']:.3f}, {first['auc_high']:.3f}]**")
-    assert f"{first['accuracy']:.3f}" in shown[1]
+    rows = [(base, level) for base, levels in part["levels"].items() for level in levels]
+    best, others = table[2 : 2 + len(rows)], table[2 + len(rows) :]
+    assert [row[:2] for row in best] == [[base, level["level"]] for base, level in rows]
+    assert all(("**" in row[2]) != ("**" in row[3]) for row in best)  # one curve is the first
+    level = part["levels"]["none"][0]
+    first, ours = level["curves"][0], level["ours"]
+    assert best[0][4:] == [interval(ours), interval(ours, "accuracy"), ours["verdict"]]
+    shown = next(row for row in others if row[0] == first["curve"])
+    assert shown[1].startswith(f"**{interval(first)}**, {interval(first, 'accuracy')}")
+
+
+def test_dpsgd_from_scratch_is_not_ranked_beside_fine_tuning_and_no_sentence_has_cwrf_beat_it(whole):
+    part = whole["data"]["digits_private"]
+    assert "from scratch" in {row["curve"] for row in part["rows"]}
+    ranked = {one["curve"] for level in part["levels"]["dpsgd"] for one in level["curves"]}
+    assert "gap" in ranked
+    assert "from scratch" not in ranked | {name for level in part["levels"]["dpsgd"] for name in level["short"]}
+    assert UNRANKED in part["reading"]
+    assert part["verdicts"]["dpsgd"].startswith("Fine-tuning by DP-SGD: ")
+    assert "CWRF does better than DP-SGD" in STATEMENT
+    assert STATEMENT in studies.summary(whole)
 
 
 def curve(name, low):
-    return {"curve": name, "cwrf": comparing.is_cwrf(name), "behind": {"auc_low": low}}
+    return {"curve": name, "cwrf": comparing.is_cwrf(name), "behind": {"auc_low": low}, "settings": [name]}
 
 
 @pytest.mark.parametrize(
-    ("curves", "said"),
+    ("curves", "ours", "said"),
     [
-        ([("gap", 0.0), ("taylor", 0.1), ("random as gap", 0.1)], "ahead"),
-        ([("gap, other strengths", 0.0), ("interpolation", -0.1)], "first but not told apart"),
-        ([("interpolation", 0.0), ("random as gap", 0.1), ("gap", -0.1)], "not first but not told apart"),
-        ([("short training", 0.0), ("gap", 0.1)], "behind"),
-        ([("gap", 0.0), ("taylor", 0.1)], "without a rival"),
-        ([("undefended", 0.0)], "below the level"),
+        ([("gap", 0.0), ("random as gap", 0.1)], ("better", 0.001), "better at 1"),
+        ([("gap, other strengths", 0.0), ("interpolation", -0.1)], ("even", -0.02), "even at 1 (accuracy -0.020)"),
+        ([("gap", 0.0), ("short training", 0.1)], ("trade", -0.03), "trade at 1 (accuracy -0.030)"),
+        ([("short training", 0.0), ("gap", 0.1)], ("worse", 0.0), "worse at 1"),
+        ([("gap", 0.0), ("taylor", 0.1)], None, "without a rival at 1"),
+        ([("undefended", 0.0)], None, "not at the level at 1"),
     ],
 )
-def test_verdicts(curves, said):
-    found = verdicts({"none": [{"curves": [curve(*one) for one in curves]}, {"curves": []}]})["none"]
-    assert found.startswith("no defense: lowest AUC at equal utility (1 levels): ")
-    assert found.endswith(f"CWRF against the best curve without it: {said} at 1.")
+def test_verdicts(curves, ours, said):
+    against = ours and {"verdict": ours[0], "accuracy": ours[1]}
+    level = {"curves": [curve(*one) for one in curves], "ours": against}
+    found = verdicts({"none": [level, {"curves": [], "ours": None}]})["none"]
+    assert found.startswith("no defense: lowest AUC at no less than an accuracy (one level): ")
+    assert found.endswith(f"CWRF against the best without it: {said}.")
+
+
+def test_the_reading_counts_choices_and_not_levels(whole):
+    level = {"curves": [curve("gap", 0.0), curve("short training", -0.1), curve("taylor", 0.1)]}
+    said = _lead({"none": [level, level], "hamp": [level]})[0]
+    assert "CWRF by gap 1 (1); short training 0 (1)." in said
+    assert "taylor" not in said
+    text = studies.text(whole)
+    assert "comparisons" not in text
+    assert "equal utility" not in text
+    assert f"{whole['data']['digits']['samples']['test']} test samples" in text
 
 
 @pytest.mark.parametrize(
@@ -198,9 +225,10 @@ def test_the_method_says_margin_overlap_and_what_is_not_corrected(whole):
     said = " ".join(studies.method(whole))
     share = re.search(r"in common, ([0-9.]+)% on digits", said)
     assert float(share[1]) == pytest.approx(67, abs=4)
-    assert "digits_private" not in said  # one seed
+    assert "% on digits_private" not in said  # one seed
     assert f"less than {comparing.MARGIN:g}" in said
     assert "none is corrected for the number of comparisons" in said
+    assert "digits_private has one seed: the intervals there say nothing of how another split" in said
 
 
 def test_the_whole_report_is_written(whole, tmp_path):

@@ -60,6 +60,7 @@ def page(report: Mapping[str, Any], pictures: Mapping[str, "Figure"]) -> str:
         pictures={name: plots.data_uri(figure) for name, figure in pictures.items()},
         head=head(report),
         method=method,
+        fleets=fleets,
         cells=cells,
         missing=missing,
         tables=study_tables.tables,
@@ -101,7 +102,12 @@ def counts(report: Mapping[str, Any]) -> str:
         f"{part['samples']['reference']} for reference, {part['samples']['test']} for accuracy"
         for name, part in report["data"].items()
     ]
-    return "; ".join([*parts, f"{report['trained_models']} models in all."])
+    return "; ".join([*parts, f"{fleets(report)}."])
+
+
+def fleets(report: Mapping[str, Any]) -> str:
+    """How many were attacked; snapshots and interpolations of models that others start from are fleets of their own."""
+    return f"{report['fleets']} fleets of {report['models']} models attacked"
 
 
 def markdown(report: Mapping[str, Any]) -> str:
@@ -145,18 +151,37 @@ def method(report: Mapping[str, Any]) -> list[str]:
         if overlaps
         else ""
     )
+    alone = [name for name, part in report["data"].items() if len(part["seeds"]) == 1]
+    of_one = (
+        [
+            f"{' and '.join(alone)} {'has' if len(alone) == 1 else 'have'} one seed: the intervals there say nothing "
+            "of how another split or reference set would differ."
+        ]
+        if alone
+        else []
+    )
     margin, draws = f"{report['margin']:g}", report["bootstrap"]
     return [
         "Intervals (95%) of an AUC or an accuracy, and of the difference of two in pairs, add two variances: over "
         f"samples, by resampling ({draws} times the audited ones for an AUC, the test set for an accuracy) alike for "
         f"all models and cells of a seed{correlated}; and over models, by each model's own figure, or by the seeds' "
-        "means if those differ more. The models of a fleet are each other's shadows, and a few seeds tell little of "
-        "how seeds differ: the intervals are approximate, and none is corrected for the number of comparisons.",
+        "means if those differ more (then with Student's t). The models of a fleet are each other's shadows, and a few "
+        "seeds tell little of how seeds differ: the intervals are approximate, and none is corrected for the number of "
+        "comparisons.",
+        *of_one,
         f"A cell is better than another if its AUC is lower and its accuracy lower by less than {margin} (the whole "
         f"interval), worse if its AUC is higher and its accuracy higher by less than {margin}, a trade if both are "
         "lower or both higher; the accuracy is open where its interval is too wide for any of these; even are cells "
-        "whose AUCs are not told apart. At equal utility, settings are chosen among those that reach the level on the "
-        f"seeds where they are chosen; a curve that then misses it by more than {margin} is not ranked.",
+        "whose AUCs are not told apart (with a higher or a lower accuracy, where its whole interval is beyond "
+        f"{margin}).",
+        "At no less than an accuracy, each curve shows the setting of the lowest AUC among those that reach it by "
+        f"point estimate, less {margin}; with several seeds it is chosen on the others and measured on the one left "
+        f"out, in turn. A curve that no setting takes there, or that misses it by more than {margin} where it was not "
+        "chosen, is not ranked. Settings are held out, curves are not: which curve is the first is seen by looking, "
+        "and its interval is not corrected for that.",
+        "CWRF and all that is fine-tuned train one and a half times as many epochs as what is trained from scratch. "
+        "Random weights are drawn from all, also from those that never moved, such as the ones of pixels that are "
+        "always 0: they may rewind less than their number says.",
     ]
 
 

@@ -28,6 +28,8 @@ OWN = {  # of one base; darker: controls of gap
     "interpolated as gap, then fine-tuned": ("#6E6E6E", "<", "--"),
     "interpolated as taylor, then fine-tuned": ("#A6A6A6", ">", "--"),
 }
+ELSEWHERE = ", other strengths"  # of the base defense; no line, as they are of one rate
+OWN |= {curve + ELSEWHERE: (*look[:2], "none") for curve, look in OWN.items() if " as " in curve}
 OTHER = ("#B8B8B8", "h", "none")  # weight decay, mixup...
 Rows = Sequence[Mapping[str, Any]]
 
@@ -75,7 +77,7 @@ def rates_figure(part: Mapping[str, Any]) -> "Figure":
     figure = Figure(figsize=(max(10, 2.6 * len(bases)), 7.6))
     panels = figure.subplots(2, len(bases), sharex=True, sharey="row", squeeze=False)
     ours = {curve: look for curve, look in _ours(part["rows"]).items() if curve in plots.CRITERIA}
-    controls = {curve: look for curve, look in OWN.items() if " as " in curve}
+    controls = {curve: look for curve, look in OWN.items() if " as " in curve and not curve.endswith(ELSEWHERE)}
     drawn: dict[str, Any] = {}
     for column, base in enumerate(bases):
         mine = [row for row in part["rows"] if row["base"] == base]
@@ -151,7 +153,7 @@ def _curve(axes: "Axes", rows: Rows, look: tuple[str, str, str]) -> Any:
     x, y = [score["auc"] for score in scores], [row["test_accuracy"] for row in rows]
     spread = [[s["auc"] - s["auc_low"] for s in scores], [s["auc_high"] - s["auc"] for s in scores]]
     ours = not colour[1:3] == colour[3:5] == colour[5:7]
-    hollow = ours and dash != "-"
+    hollow = dash != "-" if ours else marker in ".<>" and dash == "none"  # other strengths
     options: dict[str, Any] = {
         "color": colour,
         "marker": marker,

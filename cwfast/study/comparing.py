@@ -1,6 +1,6 @@
-"""Who wins where: cells beside each other on the same models and samples, and curves at equal utility."""
+"""Who wins where: cells beside each other on the same models and samples, and curves at no less than an accuracy."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -16,8 +16,17 @@ SHARED = (
     "interpolation",
 )  # stand beside any base
 PLAIN = "fine-tuning without rewinding"
-MARGIN = 0.005  # of test accuracy: less than this counts as none
-VERDICTS = ("better", "lower AUC, accuracy open", "trade", "even", "higher AUC, accuracy open", "worse")
+MARGIN = 0.005  # of test accuracy: no more than this counts as none
+VERDICTS = (
+    "better",
+    "even AUC, higher accuracy",
+    "lower AUC, accuracy open",
+    "trade",
+    "even",
+    "higher AUC, accuracy open",
+    "even AUC, lower accuracy",
+    "worse",
+)
 DROPS = (0.01, 0.0)  # test accuracy that may be given up, against the undefended models
 NEAR_BEST = (0.03, 0.01)  # and against the best of all cells
 
@@ -33,7 +42,8 @@ def beside(one: Measured, other: Measured) -> dict[str, Any]:
 
     Returns:
         ``auc``, ``auc_low``, ``auc_high``, ``accuracy``, ``accuracy_low``, ``accuracy_high`` (see ``Figure``) and
-        ``verdict``, one of ``VERDICTS``. "even": the interval of the AUCs' difference holds 0. "better": a lower AUC,
+        ``verdict``, one of ``VERDICTS``. "even": the interval of the AUCs' difference holds 0; "even AUC,
+        higher accuracy" (or lower): the accuracies' whole interval is beyond ``MARGIN``. "better": a lower AUC,
         and an accuracy that is lower by less than ``MARGIN`` (by the whole interval); "worse": a higher AUC, and an
         accuracy that is higher by less than that. "trade": both are lower, or both higher. Otherwise the AUCs differ,
         and the accuracies' interval is too wide to tell.
@@ -42,6 +52,8 @@ def beside(one: Measured, other: Measured) -> dict[str, Any]:
     (low, high), (least, most) = auc.interval, accuracy.interval
     if low <= 0 <= high:
         verdict = "even"
+        if least > MARGIN or most < -MARGIN:
+            verdict = f"even AUC, {'higher' if least > 0 else 'lower'} accuracy"
     elif high < 0:
         verdict = "better" if least > -MARGIN else "trade" if most < 0 else "lower AUC, accuracy open"
     else:
@@ -50,43 +62,48 @@ def beside(one: Measured, other: Measured) -> dict[str, Any]:
 
 
 def pairs(cells: Sequence[Measured], base: str) -> list[dict[str, Any]]:
-    """Each CWRF cell of a base beside its controls, where they are there.
+    """Each CWRF cell of a base beside its controls, where they are there, all with the base at the same strength.
 
     These are the same fine-tuning without rewinding; as many weights rewound in each tensor, chosen at random; and the
     whole model interpolated as far to the initial weights, then fine-tuned. The last two are those that copy the cell's
     own criterion at its own rate.
     """
     mine = [cell for cell in cells if cell.row["base"] == base]
-    plain = next((cell for cell in mine if cell.row["curve"] == PLAIN), None)  # the preset's strength comes first
     found = []
     for cell in mine:
-        criterion, rate = cell.row["criterion"], cell.row["rate"]
-        if cell.row["curve"] != criterion:
+        criterion, rate, strength = (cell.row[name] for name in ("criterion", "rate", "strength"))
+        if cell.row["curve"] not in (criterion, f"{criterion}, other strengths"):
             continue
-        copies = [c for c in mine if c.row["like"] == criterion and c.row["rate"] == rate]
-        rivals = {"fine-tuning without rewinding": plain}
+        alike = [c for c in mine if c.row["strength"] == strength]
+        copies = [c for c in alike if c.row["like"] == criterion and c.row["rate"] == rate]
+        rivals = {PLAIN: next((c for c in alike if c.row["curve"] == PLAIN), None)}
         for kind, name in (("random", "random weights"), ("interpolated", "interpolation, then fine-tuning")):
             rivals[name] = next((c for c in copies if c.row["curve"].startswith(f"{kind} as ")), None)
         found += [
-            {"criterion": criterion, "rate": rate, "against": name, **beside(cell, rival)}
+            {"criterion": criterion, "rate": rate, "strength": strength, "against": name, **beside(cell, rival)}
             for name, rival in rivals.items()
             if rival is not None
         ]
     return found
 
 
-def at_equal_utility(cells: Sequence[Measured], base: str) -> list[dict[str, Any]]:
-    """At several levels of test accuracy: the lowest AUC of each curve, its setting chosen on the other seeds.
+def at_levels(cells: Sequence[Measured], base: str) -> list[dict[str, Any]]:
+    """At no less than several levels of test accuracy: the lowest AUC of each curve, its setting chosen on other seeds.
 
     With several seeds the setting (rate, alpha, epochs...) is the best on the other seeds, and measured on the seed
-    that is left out, in turn: choosing by luck is not rewarded. With a single seed it is chosen where it is measured.
+    that is left out, in turn. With a single seed it is chosen where it is measured. A setting reaches a level if its
+    accuracy, as measured, is less by no more than ``MARGIN``. Levels at which the same settings were chosen are one.
+
+    DP-SGD from scratch is no curve of the base "dpsgd": its epsilon is that of the released model, the others' is not.
 
     Returns:
-        For each level: ``level`` (in words), ``accuracy`` (mean over seeds) and ``curves``, the lowest AUC first, each
-        with ``cwrf`` (see ``is_cwrf``), ``auc``, its interval, ``accuracy``, ``settings`` and ``points`` (as chosen for
-        each seed), and ``behind``: its AUC less that of the first, with interval. ``short``: curves whose settings
-        reach the level on the seeds that they are chosen on and miss it by more than ``MARGIN`` on those left out, with
-        what they lack; they are not ranked.
+        For each level: ``level`` (in words, with the mean accuracy), ``accuracy`` (the mean; of several levels that are
+        one, the highest), ``curves``, the lowest AUC first, each with ``cwrf`` (see ``is_cwrf``), ``auc`` and
+        ``accuracy`` with intervals, ``settings`` and ``points`` (as chosen for each seed), and ``behind``: its AUC less
+        that of the first, with interval. ``ours``: the first curve of CWRF ``beside`` the first other one, with the
+        names of both as ``curve`` and ``against``; None where one of them is not there. ``short``: curves that are not
+        ranked, with the accuracy that they lack: no setting reaches the level, or those that do miss it by more than
+        ``MARGIN`` on the seeds left out.
     """
     undefended = next((cell for cell in cells if cell.row["curve"] == "undefended"), None)
     if undefended is None:
@@ -95,49 +112,80 @@ def at_equal_utility(cells: Sequence[Measured], base: str) -> list[dict[str, Any
     for cell in cells:
         curve = cell.row["curve"]
         shared = curve in SHARED or cell.row["base"] == "other"
-        if (cell.row["base"] == base or shared) and not curve.startswith("ablation"):
+        apart = curve.startswith("ablation") or (base == "dpsgd" and curve == "from scratch")
+        if (cell.row["base"] == base or shared) and not apart:
             curves.setdefault(curve, []).append(cell)
-    own = undefended.accuracy.seeds
-    best = np.max([cell.accuracy.seeds for curve in curves.values() for cell in curve], axis=0)
-    levels = {("the undefended accuracy" if not drop else f"{100 * drop:g} point less than undefended"): own - drop
-              for drop in DROPS}  # fmt: skip
+    found: dict[Any, dict[str, Any]] = {}
+    for words, level in _levels(cells, curves, undefended):
+        one = _at_level(curves, level) | {"level": f"{words} ({level.mean():.3f})", "accuracy": float(level.mean())}
+        choices = tuple((curve["curve"], *curve["settings"]) for curve in one["curves"])
+        same = found.get(choices)
+        if same is not None:
+            one = max(one, same, key=lambda either: either["accuracy"]) | {
+                "level": f"{same['level']} and {one['level']}"
+            }
+        found[choices] = one
+    return list(found.values())
+
+
+def _levels(
+    cells: Sequence[Measured], curves: Mapping[str, Sequence[Measured]], undefended: Measured
+) -> list[tuple[str, Floats]]:
+    """In words, and of each seed."""
+    own = undefended.accuracy
+    best = max(cells, key=lambda cell: cell.accuracy.mean)
+    found = [(f"{100 * drop:g} point less than undefended" if drop else "the undefended accuracy", own.seeds - drop)
+             for drop in DROPS]  # fmt: skip
     for drop in NEAR_BEST:
-        levels[f"{100 * drop:g} point{'s' * (drop > 0.01)} less than the best of all"] = best - drop
-    found = []
-    for words, level in levels.items():
-        reached = {name: _chosen(curve, level) for name, curve in curves.items()}
-        able = [value | {"curve": name, "cwrf": is_cwrf(name)} for name, value in reached.items() if value]
-        ranked = sorted((value for value in able if value["short"] <= MARGIN), key=_by_auc)
-        for value in ranked:
-            value["behind"] = value["figure"].less(ranked[0]["figure"]).told("auc")
-        told = [{name: value[name] for name in value if name != "figure"} for value in ranked]
-        short = {value["curve"]: value["short"] for value in able if value["short"] > MARGIN}
-        found.append({"level": words, "accuracy": float(level.mean()), "curves": told, "short": short})
+        words = f"{100 * drop:g} point{'s' * (drop > 0.01)} less than the best of all cells, {best.row['label']}"
+        found.append((f"{words} at {best.accuracy.mean:.3f}", best.accuracy.seeds - drop))
+    ours = [cell for name, curve in curves.items() if is_cwrf(name) for cell in curve]
+    able = [cell for cell in ours if cell.accuracy.mean > own.mean]
+    if able:
+        lowest = min(able, key=lambda cell: cell.auc.mean)
+        words = f"the accuracy of CWRF's lowest AUC above the undefended accuracy, {lowest.row['label']}"
+        found.append((words, lowest.accuracy.seeds))
     return found
 
 
-_by_auc: Callable[[Mapping[str, Any]], float] = lambda value: value["auc"]  # noqa: E731
+def _at_level(curves: Mapping[str, Sequence[Measured]], level: Floats) -> dict[str, Any]:
+    able, short = [], {}
+    for name, curve in curves.items():
+        picked, lacks = _chosen(curve, level)
+        if lacks > MARGIN:
+            short[name] = lacks
+            continue
+        accuracy, auc = stacked(picked)
+        points = [_point(cell.row) for cell, _ in picked]
+        told = {"curve": name, "cwrf": is_cwrf(name), "settings": [cell.row["label"] for cell, _ in picked]}
+        able.append((told | {"points": points}, Measured({}, accuracy, auc)))
+    able.sort(key=lambda pair: pair[1].auc.mean)
+    ranked = [
+        told
+        | one.auc.told("auc")
+        | one.accuracy.told("accuracy")
+        | {"behind": one.auc.less(able[0][1].auc).told("auc")}
+        for told, one in able
+    ]
+    ours, rival = (next((pair for pair in able if pair[0]["cwrf"] is which), None) for which in (True, False))
+    against = None
+    if ours is not None and rival is not None:
+        against = {"curve": ours[0]["curve"], "against": rival[0]["curve"], **beside(ours[1], rival[1])}
+    return {"curves": ranked, "ours": against, "short": short}
 
 
-def _chosen(curve: Sequence[Measured], level: Floats) -> dict[str, Any] | None:
-    """A curve's setting of the lowest AUC at no less than a level; None where none reaches it."""
+def _chosen(curve: Sequence[Measured], level: Floats) -> tuple[list[tuple[Measured, int]], float]:
+    """For each seed a curve's setting of the lowest AUC at a level, with the accuracy that it lacks; maybe none."""
     seeds = range(len(level))
     picked = []
     for seed in seeds:
         others = [s for s in seeds if s != seed] or [seed]
-        able = [c for c in curve if (c.accuracy.seeds - level)[others].mean() >= 0]
-        if not able:
-            return None
+        lacks = [float((level - cell.accuracy.seeds)[others].mean()) for cell in curve]
+        if min(lacks) > MARGIN:
+            return [], min(lacks)
+        able = [cell for cell, lack in zip(curve, lacks, strict=True) if lack <= MARGIN]
         picked.append((min(able, key=lambda cell: float(cell.auc.seeds[others].mean())), seed))
-    accuracy, auc = stacked(picked)
-    return {
-        **auc.told("auc"),
-        "accuracy": accuracy.mean,
-        "short": float((level - accuracy.seeds).mean()),
-        "settings": [cell.row["label"] for cell, _ in picked],
-        "points": [_point(cell.row) for cell, _ in picked],
-        "figure": auc,
-    }
+    return picked, float(np.mean([level[seed] - cell.accuracy.seeds[seed] for cell, seed in picked]))
 
 
 def _point(row: Mapping[str, Any]) -> str:

@@ -88,6 +88,7 @@ def cells(setting: Setting, lams: Sequence[float] = ()) -> list[Cell]:
         for kind in ("ablation", "entanglement")
     ]
     found.sort(key=lambda cell: cell.base == "dpsgd")  # the slowest last
+    found += _controls_at_other_strengths(setting)
     found = [one for cell in found for one in (cell, unchanged(cell)) if one is not None]
     keys = [cell.key for cell in found]
     if len(set(keys)) != len(keys):
@@ -185,6 +186,18 @@ def _distance(cell: Cell) -> Cell:
         label=cell.label.replace(f"CWRF {by}", f"Interpolated as far as {by}") + ", fine-tuned",
         how="private distance" if cell.how == "private" else "distance",
     )  # fmt: skip
+
+
+def _controls_at_other_strengths(setting: Setting) -> list[Cell]:
+    """What CWRF at the middle rate and other strengths of a base defense is to be compared with, at those strengths."""
+    return [
+        _other_strength(control(_cwrf(base, spec, criterion, setting.middle_rate)), spec)
+        for base in setting.losses
+        if base != "dpsgd"
+        for spec in setting.strengths.get(base, ())
+        for criterion in setting.copied
+        for control in (_random, _distance)
+    ]
 
 
 def _other_strength(cell: Cell, spec: str) -> Cell:

@@ -5,7 +5,9 @@ the mean over both, and other samples as well as other models would move it. The
 replicates in which all models share the resampled samples; seeds draw from one data set, so that their errors are
 correlated by the share of samples that they have in common. The variance over models is that of the models' own
 figures. As the replicates hold some of the models' noise and the models' figures some of the samples', the sum is
-rather too large than too small.
+rather too large than too small. Where the spread between the seeds' means is what counts, it is one of few values, and
+Student's t takes the normal's place. One seed shows no such spread: its interval is for its own split, reference set
+and test set.
 
 Source: Owen, "The pigeonhole bootstrap", 2007 (samples and models crossed); variances added instead of resampled.
 """
@@ -19,6 +21,7 @@ import numpy.typing as npt
 
 Floats = npt.NDArray[np.float64]
 NORMAL = 1.96  # 95%
+STUDENT = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)  # 95%, of 1, 2... degrees of freedom
 
 
 @dataclass(frozen=True)
@@ -47,22 +50,32 @@ class Figure:
         return float(self.models.mean())
 
     @property
-    def error(self) -> float:
-        """Standard error of the mean, over samples and models.
-
-        The variance over models is that within seeds or, if it is larger, that between the seeds' means.
-        """
+    def variances(self) -> tuple[float, float, float]:
+        """Of the mean: over samples, over models within seeds, and between the seeds' means (0 for one seed)."""
         seeds, models = self.models.shape
         by_sample = self.draws.std(axis=1, ddof=1)
         samples = float(by_sample @ self.shared @ by_sample) / seeds**2
         within = float(self.models.var(axis=1, ddof=1).mean()) / (seeds * models)
         between = float(self.seeds.var(ddof=1)) / seeds if seeds > 1 else 0.0
+        return samples, within, between
+
+    @property
+    def error(self) -> float:
+        """Standard error of the mean, over samples and models.
+
+        The variance over models is that within seeds or, if it is larger, that between the seeds' means.
+        """
+        samples, within, between = self.variances
         return float((samples + max(within, between)) ** 0.5)
 
     @property
     def interval(self) -> tuple[float, float]:
-        """95%, normal."""
+        """95%: normal, but by Student's t (one degree of freedom less than seeds) for a spread between the seeds."""
+        samples, within, between = self.variances
         half = NORMAL * self.error
+        if between > within:
+            student = STUDENT[min(len(self.models) - 1, len(STUDENT)) - 1]  # of more seeds: rather too wide
+            half = float((NORMAL**2 * samples + student**2 * between) ** 0.5)
         return self.mean - half, self.mean + half
 
     def less(self, other: "Figure") -> "Figure":

@@ -1,4 +1,4 @@
-"""What a study runs: sizes, data sets, networks, defenses and rates, fixed before any result was seen."""
+"""What a study runs: sizes, data sets, networks, defenses and rates, chosen after earlier trials on the same data."""
 
 import functools
 from collections.abc import Callable, Sequence

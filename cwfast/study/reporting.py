@@ -48,7 +48,7 @@ def report(study: "Study", command: str) -> dict[str, Any]:
         "margin": comparing.MARGIN,
         "data": {name: part for name, part in parts.items() if part["rows"]},
         "missing": {name: part["missing"] for name, part in parts.items()},
-        "trained_models": sum(part["fleets"] for part in parts.values()) * study.sizes.models,
+        "fleets": sum(part["fleets"] for part in parts.values()),
     }
 
 
@@ -107,7 +107,7 @@ def _of_data(study: "Study", name: str, seeds: Sequence[int]) -> dict[str, Any]:
             if "impossible" in document
         },
         "pairs": {base: comparing.pairs(measured, base) for base in bases},
-        "levels": {base: comparing.at_equal_utility(measured, base) for base in bases},
+        "levels": {base: comparing.at_levels(measured, base) for base in bases},
         "fleets": sum(cell.key in documents for documents in found.values() for cell in grid if not cell.unchanged),
         "left_out": {base: "Opacus is not installed" for base in setting.losses if base not in able_here},
         "missing": {str(seed): len(grid) - len(found[seed]) for seed in seeds},
