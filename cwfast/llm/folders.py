@@ -53,7 +53,7 @@ def rewind_folder(
         mask: file of ``MaskSet.save``; its names are those of ``model``. Where it says which base it was made with, as
             one from ``score_folder``'s scores does, ``base`` must be that.
         out: folder to make; it must not exist (an empty one may), nor lie in ``model`` or ``base``.
-        resume: go on where an earlier run with the same arguments was stopped.
+        resume: go on where an earlier run with the same arguments, ``copy_code`` and ``card`` too, was stopped.
         copy_code: also copy ``*.py`` and keep ``auto_map``, which names code that ``trust_remote_code`` runs.
         card: write a model card, ``README.md``, in place of the model's own.
         base_id: what the base is called on a hub, for the card.
@@ -127,6 +127,7 @@ def write_folder(
     Returns:
         What the manifest in ``out`` holds.
     """
+    inputs = {**inputs, "copy_code": copy_code, "card": card is not None}  # what a stopped run has copied is kept
     with making(out, places, inputs, kind=FORMAT, manifest=MANIFEST, resume=resume, files={}) as made:
         partial, state = made.path, made.state
         _check_space(partial, source, state["files"])
