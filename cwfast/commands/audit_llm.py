@@ -123,8 +123,8 @@ def _model(name: str) -> Any:
         except ImportError as error:
             raise ImportError("a folder with an adapter needs peft; pip install peft brings it") from error
 
-        class Whole(AutoPeftModelForCausalLM):  # type: ignore[misc]
-            class _target_class:  # noqa: N801: what loads the base
+        class Whole(AutoPeftModelForCausalLM):
+            class _target_class:  # what loads the base
                 @staticmethod
                 def from_pretrained(base: str, **options: Any) -> Any:
                     return whole(transformers.AutoModelForCausalLM, base, **options)
@@ -140,7 +140,9 @@ def _autocast(name: str | None) -> Any:
 
 
 def _tokenizer(name: str) -> Any:
-    return _transformers().AutoTokenizer.from_pretrained(name, trust_remote_code=False)
+    return _transformers().AutoTokenizer.from_pretrained(
+        name, trust_remote_code=False, local_files_only=Path(name).is_dir()
+    )
 
 
 def _reference(name: str | None, model: Any) -> Any:

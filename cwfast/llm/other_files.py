@@ -46,14 +46,14 @@ def copy_others(model: Path, partial: Path, copy_code: bool, own: set[str]) -> t
             continue
         with atomic_write(partial / file.name) as temporary:
             if file.suffix == ".json" and file.name != INDEX and not copy_code:
-                temporary.write_bytes(_without_code(file.read_bytes()))
+                temporary.write_bytes(without_code(file.read_bytes()))
             else:
                 shutil.copyfile(file, temporary)
         copied.append(file.name)
     return copied, left_out + sorted(f"{f.name}/" for f in model.iterdir() if f.is_dir())
 
 
-def _without_code(data: bytes) -> bytes:
+def without_code(data: bytes) -> bytes:
     """A JSON file without ``auto_map``, wherever in it; unchanged where it has none.
 
     Raises:
