@@ -9,6 +9,7 @@ import cwfast
 from cwfast.commands import audit_llm
 from cwfast.errors import CheckpointError
 from cwfast.llm import loading, scoring
+from cwfast.llm.folders import rewind_folder
 from cwfast.llm.renaming import values_for
 
 pytestmark = pytest.mark.usefixtures("without_torchvision")
@@ -87,3 +88,25 @@ def test_an_adapters_base_must_be_whole(tmp_path):
     write(tmp_path / "base", "llama", lambda tensors: tensors.pop("lm_head.weight"))
     with pytest.raises(CheckpointError, match=r"lacks 'lm_head.weight'"):
         audit_llm._model(str(tmp_path / "adapter"))
+
+
+def test_a_tied_weight_by_both_its_names_is_refused(tmp_path):
+    """A rewind would leave the trained copy, and transformers might read that one."""
+    head, embedding = "lm_head.weight", "model.embed_tokens.weight"
+    both = {"edit": lambda tensors: tensors.update({head: tensors[embedding].clone()}), "tie_word_embeddings": True}
+    model = write(tmp_path / "model", "llama", **both)
+    write(tmp_path / "base", "llama", **both)
+    given = tmp_path / "model", tmp_path / "base"
+    with pytest.raises(CheckpointError, match=f"'{embedding}' and '{head}' are one, tied: load it"):
+        scoring.score_folder(*given, *IDS, tmp_path / "scores")
+    scores = {embedding: torch.rand(model.get_parameter(embedding).shape)}
+    cwfast.select(scores, rate=0.1).save(tmp_path / "mask")
+    with pytest.raises(CheckpointError, match=f"'{embedding}' and '{head}' are the same, and .* the first alone"):
+        rewind_folder(*given, tmp_path / "mask", tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+    cwfast.select(scores | {head: scores[embedding]}, rate=0.1).save(tmp_path / "both")
+    rewind_folder(*given, tmp_path / "both", tmp_path / "out")
+    loading.local(tmp_path / "model").save_pretrained(tmp_path / "once")
+    rewind_folder(tmp_path / "once", tmp_path / "base", tmp_path / "mask", tmp_path / "fixed")
+    cwfast.select({embedding: torch.zeros(61, 16)}, rate=0).save(tmp_path / "nothing")
+    rewind_folder(*given, tmp_path / "nothing", tmp_path / "same")

@@ -21,6 +21,7 @@ from cwfast.checkpoint.writer import rewrite
 from cwfast.errors import CheckpointError
 from cwfast.llm.cards import model_card
 from cwfast.llm.other_files import copy_others
+from cwfast.llm.twins import check_twins
 from cwfast.ops.rewind import Bits
 
 FORMAT = "cwfast-rewound/1"
@@ -192,7 +193,7 @@ def rewound(source: Checkpoint, initial: Checkpoint, masks: MaskFile, seen: Seen
 
 
 def check_masks(source: Checkpoint, masks: MaskFile) -> None:
-    """The masks are of this model, of which the index names all tensors.
+    """The masks are of this model, of which the index names all tensors, and no copy of what they select is left out.
 
     Raises:
         CheckpointError: they are not.
@@ -210,6 +211,7 @@ def check_masks(source: Checkpoint, masks: MaskFile) -> None:
                 f"{masks.path} must be of {source.path}: {name!r} has shape {source.entries[name].shape} there, "
                 f"{shape} in the mask"
             )
+    check_twins(source, masks)
 
 
 def check_base(source: Checkpoint, initial: Checkpoint, names: Iterable[str]) -> None:
