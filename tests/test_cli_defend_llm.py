@@ -1,12 +1,14 @@
 """cwfast defend-llm: from folders and JSON lines to a model that loads, a mask and a report; what it refuses."""
 
 import json
+import shutil
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from cwfast import MaskSet
-from cwfast.checkpoint.files import sha256
+from cwfast.checkpoint.files import exclusive, sha256
 from cwfast.cli import main
 from cwfast.llm import smollm
 
@@ -107,6 +109,60 @@ def test_a_bfloat16_model_stays_one(folder, tmp_path, capsys):
     assert {parameter.dtype for parameter in model.parameters()} == {torch.bfloat16}
     for name, parameter in model.named_parameters():
         assert torch.equal(parameter[masks[name]], start.get_parameter(name)[masks[name]]), name
+
+
+def copied(folder, to):
+    """Model and base once more, to be changed."""
+    for name in ("base", "tuned"):
+        shutil.copytree(folder / name, to / name)
+    for stem in PARTS:
+        shutil.copy(folder / f"{stem}.jsonl", to)
+    return to
+
+
+def test_no_code_is_named_and_bos_is_read_within_the_window(folder, tmp_path, capsys):
+    given = copied(folder, tmp_path / "given")
+    for name in ("config.json", "tokenizer_config.json"):
+        file = given / "tuned" / name
+        file.write_text(json.dumps(json.loads(file.read_text()) | {"auto_map": {"AutoModel": "evil/repo--m.X"}}))
+    out = tmp_path / "out"
+    assert main(arguments(given, out, "--steps", 0)) == 0
+    assert not [file for file in (out / "model").iterdir() if b"auto_map" in file.read_bytes()]
+    llm_models.tokenizer(bos=True).save_pretrained(given / "tuned")
+    long = [" ".join(f"w{3 + (i * j) % 50}" for j in range(90)) for i in range(1, 6)]
+    lines(given / "r.jsonl", long)
+    capsys.readouterr()
+    assert main(arguments(given, tmp_path / "bos", "--steps", 0, "--json")) == 0
+    assert json.loads(capsys.readouterr().out)["settings"]["max_tokens"] == 63  # and BOS: the model reads 64
+
+
+def test_a_base_that_lacks_a_tensor_and_pickles_are_refused(folder, tmp_path, capsys):
+    given = copied(folder, tmp_path / "given")
+    file = given / "base" / "model.safetensors"
+    tensors = load_file(file)
+    tensors.pop("model.layers.1.mlp.up_proj.weight")
+    save_file(tensors, file, metadata={"format": "pt"})
+    assert "must hold every weight of LlamaForCausalLM" in error(capsys, given, tmp_path / "out")
+    file.unlink()
+    torch.save(tensors, given / "base" / "pytorch_model.bin")
+    assert "safetensors" in error(capsys, given, tmp_path / "out")
+
+
+def test_texts_are_compared_as_they_are_read(folder, tmp_path, capsys):
+    given = copied(folder, tmp_path / "given")
+    heads = [" ".join(text.split()[:5]) for text in _texts(folder / "m.jsonl")[:6]]
+    lines(given / "n.jsonl", [f"{head} w60 w60 w60" for head in heads])
+    told = error(capsys, given, tmp_path / "out", "--max-tokens", 5)
+    assert "members and nonmembers must share no text; got 6 in both, as far as they are read" in told
+    told = ["score", given / "tuned", "--base", given / "base", "--members", given / "m.jsonl", "--max-tokens", 5]
+    told += ["--reference", given / "n.jsonl", "--out", tmp_path / "scores"]
+    assert main(list(map(str, told))) == 1
+    assert "must share no text as far as it is read (--max-tokens); got 6 in both" in capsys.readouterr().err
+
+
+def test_two_runs_into_one_folder_exclude_each_other(folder, tmp_path, capsys):
+    with exclusive(tmp_path):
+        assert "must be used by one run at a time" in error(capsys, folder, tmp_path)
 
 
 def test_what_is_refused_in_one_line(folder, tmp_path, capsys):

@@ -153,17 +153,19 @@ def test_code_and_other_weights_are_not_copied(given):
     model = given["model"]
     code = {"auto_map": {"AutoModel": "evil.Model"}}
     (model / "config.json").write_text(json.dumps({"model_type": "x", "text_config": {"n": 1, **code}, **code}))
-    for name in ("x.pkl", "weights.npy", "model.safetensors.bak", "other.bin.index.json", ".secret.json"):
+    hidden = {"x.pkl", "weights.npy", "model.safetensors.bak", "other.bin.index.json", ".secret.json"}
+    hidden |= {"LICENSE.py", "NOTICE.bin", "train.jsonl", "members.txt"}  # code, weights, texts
+    known = {"LICENSE", "NOTICE.txt", "LICENSE.md", "merges.txt"}
+    for name in hidden | known:
         (model / name).write_bytes(b"{}")
     save_file({"old": torch.ones(3)}, model / "forgotten.safetensors")
     (model / "evil.py").write_text("raise SystemExit")
     (model / "pytorch_model.bin").write_bytes(b"old weights")
     (model / "tokenizer.json").write_text('{"a": 1}')
     done = run(given)
-    hidden = {"x.pkl", "weights.npy", "model.safetensors.bak", "other.bin.index.json", ".secret.json"}
     assert set(done["left_out"]) == hidden | {"evil.py", "pytorch_model.bin", "forgotten.safetensors"}
     assert {file.name for file in given["out"].iterdir()} == {
-        *(file.name for file in model.glob("model-*")), "config.json", "tokenizer.json", MANIFEST, reader.INDEX
+        *(file.name for file in model.glob("model-*")), "config.json", "tokenizer.json", MANIFEST, reader.INDEX, *known
     }  # fmt: skip
     assert json.loads((given["out"] / "config.json").read_text()) == {"model_type": "x", "text_config": {"n": 1}}
     assert (given["out"] / "tokenizer.json").read_text() == '{"a": 1}'
@@ -252,6 +254,9 @@ def test_resume_refuses_other_inputs(given, monkeypatch):
     monkeypatch.setattr(folders, "_verify", lambda *_: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         run(given)
+    for name in ("copy_code", "card"):  # what they copied, or not, would stay
+        with pytest.raises(CheckpointError, match=f"must be of a run with the same {name}"):
+            run(given, resume=True, **{name: True})
     MaskSet.load(given["mask"]).random_like(0).save(given["mask"])
     with pytest.raises(CheckpointError, match="must be of a run with the same mask"):
         run(given, resume=True)

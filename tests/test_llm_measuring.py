@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from cwfast.llm import auditing, measuring, smollm
+from cwfast.llm import auditing, measuring, recording, smollm
 from cwfast.mia import metrics
 
 pytest.importorskip("transformers")
@@ -95,6 +95,16 @@ def test_what_is_refused(sides, models):
         measuring.Meter(models[0], members, nonmembers, heldout, attacks=("loss", "dc_pdd"))
     with pytest.raises(ValueError, match="bootstrap must be at least 1; got 0"):
         measuring.Meter(models[0], members, nonmembers, heldout, bootstrap=0)
-    with pytest.raises(ValueError, match="each text must have at least two tokens; text 1 has 1"):
+    with pytest.raises(ValueError, match=r"texts must have a token to score each .*; text 1 has 1 in all"):
         measuring.tokenized(llm_models.tokenizer(), ["w3 w4", "w3"], None)
     assert measuring.tokenized(llm_models.tokenizer(), ["w3 w4 w5"], 2) == [[3, 4]]
+
+
+def test_defenses_read_the_tokens_that_records_have(models):
+    tokenizer, texts = llm_models.tokenizer(bos=True), ["w3 w4 w5 w6", "w7"]
+    rows = measuring.tokenized(tokenizer, texts, 3)
+    assert rows == [[1, 3, 4, 5], [1, 7]]
+    expected = recording.records(models[0], tokenizer, texts, max_tokens=3)
+    found = recording.records(models[0], None, rows)
+    assert np.array_equal(found.tokens, expected.tokens)
+    assert np.array_equal(found["logprob"], expected["logprob"])

@@ -11,6 +11,7 @@ from cwfast import report
 from cwfast.checkpoint.files import atomic_write, sha256
 from cwfast.llm import auditing
 from cwfast.llm.attacks import ATTACKS
+from cwfast.llm.loading import whole
 from cwfast.llm.texts import read_texts
 from cwfast.report import llm_page, provenance
 
@@ -121,8 +122,15 @@ def _model(name: str) -> Any:
             from peft import AutoPeftModelForCausalLM
         except ImportError as error:
             raise ImportError("a folder with an adapter needs peft; pip install peft brings it") from error
-        return AutoPeftModelForCausalLM.from_pretrained(name, trust_remote_code=False).eval()
-    return transformers.AutoModelForCausalLM.from_pretrained(name, dtype="auto", trust_remote_code=False).eval()
+
+        class Whole(AutoPeftModelForCausalLM):
+            class _target_class:  # what loads the base
+                @staticmethod
+                def from_pretrained(base: str, **options: Any) -> Any:
+                    return whole(transformers.AutoModelForCausalLM, base, **options)
+
+        return Whole.from_pretrained(name).eval()
+    return whole(transformers.AutoModelForCausalLM, name, dtype="auto").eval()
 
 
 def _autocast(name: str | None) -> Any:
@@ -132,7 +140,9 @@ def _autocast(name: str | None) -> Any:
 
 
 def _tokenizer(name: str) -> Any:
-    return _transformers().AutoTokenizer.from_pretrained(name, trust_remote_code=False)
+    return _transformers().AutoTokenizer.from_pretrained(
+        name, trust_remote_code=False, local_files_only=Path(name).is_dir()
+    )
 
 
 def _reference(name: str | None, model: Any) -> Any:

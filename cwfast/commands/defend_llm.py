@@ -12,11 +12,14 @@ import numpy as np
 import torch
 
 from cwfast import report
-from cwfast.checkpoint.files import atomic_folder, sha256
+from cwfast.checkpoint.files import atomic_folder, exclusive, sha256
 from cwfast.commands import audit_llm
 from cwfast.errors import CheckpointError
 from cwfast.llm import controls, defending, measuring
-from cwfast.llm.texts import read_texts
+from cwfast.llm.loading import local
+from cwfast.llm.other_files import without_code
+from cwfast.llm.texts import all_as_read, read_texts
+from cwfast.llm.windows import adds_bos
 from cwfast.masks import MaskSet
 from cwfast.ops import gather
 from cwfast.report import llm_defense, llm_reading, provenance
@@ -33,18 +36,29 @@ def run(options: argparse.Namespace) -> tuple[dict[str, Any], str]:
     Raises:
         ImportError: transformers, matplotlib or jinja2 is missing.
         FileExistsError: ``--out`` holds a model already.
+        RuntimeError: another process writes there.
         ValueError, TypeError, UnsupportedLayer, CheckpointError, OSError: as the messages say.
     """
     _check_usage(options)
     _check_place(options)
     out = report.prepare(options.out)
+    with exclusive(out):
+        return _run(options, out)
+
+
+def _run(options: argparse.Namespace, out: Path) -> tuple[dict[str, Any], str]:
+    """``run``, its arguments checked, alone in the folder ``out``."""
+    if (out / "model").exists():
+        raise FileExistsError(f"{out / 'model'} must not exist: nothing is written over")
     given = [name for name in SIDES if getattr(options, name) is not None]
     texts = {name: read_texts(getattr(options, name)) for name in given}
-    notes = check_apart(texts)
-    model, tokenizer = audit_llm._model(options.model), audit_llm._tokenizer(options.model)
+    check_apart(texts)
+    model, tokenizer = local(Path(options.model)), audit_llm._tokenizer(options.model)
     dtype = next(model.parameters()).dtype
-    window = getattr(model.config.get_text_config(), "max_position_embeddings", None) or options.max_tokens
-    read = min(window, options.max_tokens)
+    window = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    read = options.max_tokens if window is None else min(window - adds_bos(tokenizer), options.max_tokens)
+    shown = {name: all_as_read(tokenizer, side, read) for name, side in texts.items()}
+    notes = check_apart(shown, f", as far as they are read (--max-tokens): {read} tokens")
     rows = {name: measuring.tokenized(tokenizer, side, read) for name, side in texts.items()}
     known = [set(read_texts(Path(folder) / "members.jsonl")) for folder in options.shadow]
     audited = [*texts["members"], *texts["nonmembers"]]
@@ -52,7 +66,7 @@ def run(options: argparse.Namespace) -> tuple[dict[str, Any], str]:
         (partial(audit_llm._model, folder), np.array([text in side for text in audited]))
         for folder, side in zip(options.shadow, known, strict=True)
     ]
-    base = audit_llm._model(options.base)
+    base = local(Path(options.base))
     meter = measuring.Meter(
         base,
         rows["members"],
@@ -110,8 +124,12 @@ def run(options: argparse.Namespace) -> tuple[dict[str, Any], str]:
                                 f"Report: {(out / 'report.html').resolve()}"])  # fmt: skip
 
 
-def check_apart(texts: Mapping[str, Sequence[str]]) -> list[str]:
+def check_apart(texts: Mapping[str, Sequence[str]], how: str = "") -> list[str]:
     """No text is in two of the sets: what shaped the defense must not judge it. Near-duplicates are told.
+
+    Args:
+        texts: the sets by name.
+        how: how much of each text that is, for the error.
 
     Raises:
         ValueError: a set is too small, or shares texts with another (up to white space).
@@ -124,7 +142,7 @@ def check_apart(texts: Mapping[str, Sequence[str]]) -> list[str]:
         for other in names[i + 1 :]:
             shared = controls.duplicates(texts[one], texts[other])
             if shared["exact"]:
-                raise ValueError(f"{one} and {other} must share no text; got {shared['exact']} in both")
+                raise ValueError(f"{one} and {other} must share no text; got {shared['exact']} in both{how}")
             if shared["members"] or shared["nonmembers"]:
                 notes.append(
                     f"{shared['members']} texts of {one} and {shared['nonmembers']} of {other} share runs of "
@@ -162,8 +180,6 @@ def _check_place(options: argparse.Namespace) -> None:
             raise ValueError(f"{what.upper()} must be a whole model; {folder} holds an adapter: merge it first")
         if folder.resolve() in (out.resolve(), *out.resolve().parents):
             raise ValueError(f"--out must lie outside {what.upper()}; {out} is in {folder}")
-    if (out / "model").exists():
-        raise FileExistsError(f"{out / 'model'} must not exist: nothing is written over")
 
 
 def _row(name: str, group: str, label: str, measured: dict[str, Any], **more: Any) -> dict[str, Any]:
@@ -180,13 +196,15 @@ def _row(name: str, group: str, label: str, measured: dict[str, Any], **more: An
 
 
 def _save(out: Path, model: Any, tokenizer: Any, masks: MaskSet, base: Any) -> dict[str, str]:
-    """The model as a complete folder, the mask beside it; their hashes."""
-    masks.save(out / "mask.safetensors")
+    """The model as a complete folder, the mask beside it; their hashes. The model appears last."""
     with atomic_folder(out / "model") as made:
         model.save_pretrained(made)
         tokenizer.save_pretrained(made)
+        for file in made.glob("*.json"):  # MODEL's auto_map names code that trust_remote_code would run
+            file.write_bytes(without_code(file.read_bytes()))
         _check_saved(model, base, masks, made)
         hashes = {f"model/{file.name}": sha256(file) for file in sorted(made.iterdir())}
+        masks.save(out / "mask.safetensors")
     return {"mask.safetensors": sha256(out / "mask.safetensors"), **hashes}
 
 
@@ -196,7 +214,7 @@ def _check_saved(model: Any, base: Any, masks: MaskSet, folder: Path) -> None:
     Raises:
         CheckpointError: not so.
     """
-    loaded = audit_llm._model(str(folder))
+    loaded = local(folder)
     ours, before = dict(model.named_parameters()), dict(base.named_parameters())
     for name, parameter in loaded.named_parameters():
         if not torch.equal(parameter, ours[name]):

@@ -28,6 +28,11 @@ def run(options: argparse.Namespace) -> tuple[dict[str, Any], str]:
         raise ValueError(f"members and reference must share no text; got {len(both)} in both")
     tokenizer = _tokenizer(options.model)
     ids = {name: _ids(name, tokenizer, rows, options.max_tokens) for name, rows in texts.items()}
+    read = set(map(tuple, ids["members"])) & set(map(tuple, ids["reference"]))
+    if read:
+        raise ValueError(
+            f"members and reference must share no text as far as it is read (--max-tokens); got {len(read)} in both"
+        )
 
     import torch
 

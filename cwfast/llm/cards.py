@@ -18,8 +18,9 @@ _PROMISES = """\
 - Rewinding alone costs some of what fine-tuning taught. The method goes on by fine-tuning the weights that were not
   selected; this folder is the model before that.
 - Who has the fine-tuned model, or an artefact of its own values at these weights, can undo this.
-- Where the criterion looks at training texts, which weights were selected tells of them, too. cwfast writes no text
-  into any file here; other files are copies of the fine-tuned model's.
+- Where the criterion looks at training texts, which weights were selected tells of them, too. cwfast writes no
+  training text into any file here. Other files are copies of the fine-tuned model's (configuration, tokenizer, license
+  and the like), whose content it does not read: look through them before you share this folder.
 """
 
 

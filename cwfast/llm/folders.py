@@ -21,6 +21,7 @@ from cwfast.checkpoint.writer import rewrite
 from cwfast.errors import CheckpointError
 from cwfast.llm.cards import model_card
 from cwfast.llm.other_files import copy_others
+from cwfast.llm.twins import check_twins
 from cwfast.ops.rewind import Bits
 
 FORMAT = "cwfast-rewound/1"
@@ -53,7 +54,7 @@ def rewind_folder(
         mask: file of ``MaskSet.save``; its names are those of ``model``. Where it says which base it was made with, as
             one from ``score_folder``'s scores does, ``base`` must be that.
         out: folder to make; it must not exist (an empty one may), nor lie in ``model`` or ``base``.
-        resume: go on where an earlier run with the same arguments was stopped.
+        resume: go on where an earlier run with the same arguments, ``copy_code`` and ``card`` too, was stopped.
         copy_code: also copy ``*.py`` and keep ``auto_map``, which names code that ``trust_remote_code`` runs.
         card: write a model card, ``README.md``, in place of the model's own.
         base_id: what the base is called on a hub, for the card.
@@ -127,6 +128,7 @@ def write_folder(
     Returns:
         What the manifest in ``out`` holds.
     """
+    inputs = {**inputs, "copy_code": copy_code, "card": card is not None}  # what a stopped run has copied is kept
     with making(out, places, inputs, kind=FORMAT, manifest=MANIFEST, resume=resume, files={}) as made:
         partial, state = made.path, made.state
         _check_space(partial, source, state["files"])
@@ -191,7 +193,7 @@ def rewound(source: Checkpoint, initial: Checkpoint, masks: MaskFile, seen: Seen
 
 
 def check_masks(source: Checkpoint, masks: MaskFile) -> None:
-    """The masks are of this model, of which the index names all tensors.
+    """The masks are of this model, of which the index names all tensors, and no copy of what they select is left out.
 
     Raises:
         CheckpointError: they are not.
@@ -209,6 +211,7 @@ def check_masks(source: Checkpoint, masks: MaskFile) -> None:
                 f"{masks.path} must be of {source.path}: {name!r} has shape {source.entries[name].shape} there, "
                 f"{shape} in the mask"
             )
+    check_twins(source, masks)
 
 
 def check_base(source: Checkpoint, initial: Checkpoint, names: Iterable[str]) -> None:

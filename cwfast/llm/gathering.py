@@ -15,7 +15,7 @@ from cwfast.llm.attacks import ATTACKS, attack
 from cwfast.llm.gradients import gradient_norms
 from cwfast.llm.recording import records
 from cwfast.llm.storage import Floats, TokenRecords
-from cwfast.llm.texts import as_read
+from cwfast.llm.texts import all_as_read
 
 PREFIX_SHOTS = 3
 _SOURCES = {  # why an attack cannot run, by what it lacks
@@ -57,10 +57,7 @@ class Inputs:
     @cached_property
     def read(self) -> list[str]:
         """The texts as far as attacks read them: controls, and changed copies, are of no more than that."""
-        if self.max_tokens is None:
-            return self.texts
-        rows = self.tokenizer(self.texts, add_special_tokens=False)["input_ids"]
-        return [as_read(self.tokenizer, *one, self.max_tokens) for one in zip(self.texts, rows, strict=True)]
+        return all_as_read(self.tokenizer, self.texts, self.max_tokens)
 
     @property
     def flags(self) -> "np.ndarray[Any, np.dtype[np.bool_]]":

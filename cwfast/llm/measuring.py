@@ -16,6 +16,7 @@ from cwfast.llm.attacks import ATTACKS, attack
 from cwfast.llm.auditing import judged
 from cwfast.llm.recording import records
 from cwfast.llm.storage import TokenRecords
+from cwfast.llm.windows import documents
 
 Ids = Sequence[Sequence[int]]
 DEFAULT = ("reference", "ez_mia", "wbc", "min_k_pp", "loss")  # of attacks, the main one first
@@ -142,16 +143,12 @@ def token_loss(model: Any, texts: Ids, *, batch_tokens: int = 1024) -> float:
 
 
 def tokenized(tokenizer: Any, texts: Sequence[str], max_tokens: int | None) -> list[list[int]]:
-    """Token ids as the tokenizer gives them by default, the first ``max_tokens`` of each text.
+    """Token ids of the first ``max_tokens`` of each text, and before them BOS where the tokenizer adds it by itself.
 
     Raises:
-        ValueError: a text with fewer than two tokens, of which none would be predicted.
+        ValueError: a text without a token that would be predicted.
     """
-    rows = [tokenizer(text)["input_ids"][:max_tokens] for text in texts]
-    for i, row in enumerate(rows):
-        if len(row) < 2:
-            raise ValueError(f"each text must have at least two tokens; text {i} has {len(row)}")
-    return rows
+    return [document.ids for document in documents(tokenizer, texts, max_tokens=max_tokens)]
 
 
 def _token_loss(own: TokenRecords) -> float:

@@ -9,9 +9,12 @@ from cwfast.checkpoint.files import atomic_write
 from cwfast.checkpoint.reader import INDEX
 from cwfast.errors import CheckpointError
 
-# What else is copied. Weights in another format would still be those that were not rewound, so nothing unknown is.
-_KNOWN = {".json", ".jsonl", ".txt", ".model", ".jinja", ".md", ".tiktoken", ".vocab", ".merges"}
-_KNOWN_NAMES = {"LICENSE", "NOTICE", "USE_POLICY"}
+# What else is copied. Weights in another format would still be those that were not rewound, so nothing unknown is;
+# .jsonl and other .txt files may be the texts that the model was trained on.
+_KNOWN = {".json", ".model", ".jinja", ".md", ".tiktoken", ".vocab", ".merges"}
+_KNOWN_NAMES = {"vocab.txt", "merges.txt", "dict.txt"} | {
+    name + suffix for name in ("LICENSE", "NOTICE", "USE_POLICY") for suffix in ("", ".txt")
+}
 
 
 def copy_others(model: Path, partial: Path, copy_code: bool, own: set[str]) -> tuple[list[str], list[str]]:
@@ -36,21 +39,21 @@ def copy_others(model: Path, partial: Path, copy_code: bool, own: set[str]) -> t
     for file in files:
         if (partial / file.name).exists() and file.suffix == ".safetensors":
             continue  # written already
-        known = file.suffix in _KNOWN or file.stem in _KNOWN_NAMES or (file.suffix == ".py" and copy_code)
+        known = file.suffix in _KNOWN or file.name in _KNOWN_NAMES or (file.suffix == ".py" and copy_code)
         other_index = file.name.endswith(".index.json") and file.name != INDEX
         if not known or other_index or file.name.startswith(".") or file.name in own:
             left_out.append(file.name)
             continue
         with atomic_write(partial / file.name) as temporary:
             if file.suffix == ".json" and file.name != INDEX and not copy_code:
-                temporary.write_bytes(_without_code(file.read_bytes()))
+                temporary.write_bytes(without_code(file.read_bytes()))
             else:
                 shutil.copyfile(file, temporary)
         copied.append(file.name)
     return copied, left_out + sorted(f"{f.name}/" for f in model.iterdir() if f.is_dir())
 
 
-def _without_code(data: bytes) -> bytes:
+def without_code(data: bytes) -> bytes:
     """A JSON file without ``auto_map``, wherever in it; unchanged where it has none.
 
     Raises:

@@ -54,6 +54,7 @@ def values_for(model: Any, masks: MaskSet, initial: Initial) -> Initial:
 
     Raises:
         ValueError: ``initial`` is a file or folder, and not the base that the masks say they were made with.
+        CheckpointError: it lacks a weight of the model.
     """
     if not isinstance(initial, str | os.PathLike):
         return initial

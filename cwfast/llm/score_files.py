@@ -33,7 +33,7 @@ def plan(source: Checkpoint, model: Any, parameters: Mapping[str, Tensor], per_p
 
     Raises:
         ValueError: ``per_pass`` is below 1.
-        CheckpointError: the folder does not hold the model's tensors.
+        CheckpointError: the folder does not hold the model's tensors, or a tied parameter under several names.
     """
     if per_pass is not None and per_pass < 1:
         raise ValueError(f"params_per_pass must be at least 1; got {per_pass}")
@@ -60,7 +60,22 @@ def plan(source: Checkpoint, model: Any, parameters: Mapping[str, Tensor], per_p
                     f"{'none' if have is None else have.shape}"
                 )
     scored = {name for shapes_of in tensors for name in shapes_of}
+    _check_ties(source, model, scored)
     return Plan(groups, tensors, [name for name in source.entries if name not in scored])
+
+
+def _check_ties(source: Checkpoint, model: Any, scored: set[str]) -> None:
+    """No copy of a scored parameter is in the folder by another name: a rewind would leave it as it was trained."""
+    aliases: dict[int, list[str]] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        if name in source.entries:
+            aliases.setdefault(id(parameter), []).append(name)
+    for names in aliases.values():
+        if len(names) > 1 and not scored.isdisjoint(names):
+            raise CheckpointError(
+                f"{source.path} must hold each parameter once; {' and '.join(map(repr, names))} are one, tied: load it "
+                "with transformers and save it again (save_pretrained)"
+            )
 
 
 def on_disk(model: Any, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -20,6 +20,7 @@ from cwfast.errors import CheckpointError
 from cwfast.llm import score_files
 from cwfast.llm.estimating import Settings
 from cwfast.llm.folders import check_base
+from cwfast.llm.loading import local
 from cwfast.llm.preparing import Ids, check_settings, prepared
 
 FORMAT = "cwfast-scores/1"
@@ -159,7 +160,7 @@ def score_folder(
     inputs = {"model": files_of(source), "base": files_of(initial), "settings": described, **texts}
     places = {"MODEL": source.path, "BASE": initial.path}
     with making(Path(out), places, inputs, kind=FORMAT, manifest=SCORES, resume=resume, tensors={}) as made:
-        loaded = _load(source.path, dtype).to(device)
+        loaded = local(source.path, dtype).to(device)
         parameters = trainable(loaded)
         plan = score_files.plan(source, loaded, parameters, params_per_pass)
         shapes = {name: shape for tensors in plan.tensors for name, shape in tensors.items()}
@@ -196,21 +197,6 @@ def score_folder(
             "unscored": plan.unscored,
         }
     return made.state
-
-
-def _load(folder: Path, dtype: torch.dtype | None) -> Any:
-    """The model of a local folder, in evaluation mode."""
-    from transformers import AutoModelForCausalLM
-
-    if not folder.is_dir():
-        raise ValueError(f"model must be a folder of transformers; {folder} is a file")
-    if (folder / "adapter_config.json").exists():
-        raise ValueError(
-            f"model must be a folder of whole weights; {folder} holds a PEFT adapter: merge it into its base "
-            "(merge_and_unload), or score its own weights in memory (cwfast.llm.score)"
-        )
-    options = {"trust_remote_code": False, "use_safetensors": True, "local_files_only": True}
-    return AutoModelForCausalLM.from_pretrained(folder, dtype=dtype or "auto", **options).eval()
 
 
 def _plain(value: Any) -> Any:

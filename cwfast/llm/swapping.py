@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from cwfast._parameters import Initial, check_apart, check_shapes, trainable
 from cwfast._tracking import sum_dtype
 from cwfast.checkpoint import Checkpoint
+from cwfast.llm.loading import whole
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float64)
 
@@ -134,10 +135,14 @@ def _kept(names: Mapping[str, Sequence[str]], given: Any) -> dict[str, str]:
 
 
 def loaded(model: nn.Module, folder: str | os.PathLike[str]) -> nn.Module:
-    """A folder whose tensors have other names than the parameters, as its class reads it."""
-    load = getattr(type(model), "from_pretrained", None)
-    if load is None or not os.path.isdir(folder):
+    """A folder whose tensors have other names than the parameters, as its class reads it.
+
+    Raises:
+        ValueError: no folder, or a class that reads none.
+        CheckpointError: a weight of the model is not there.
+    """
+    if not hasattr(type(model), "from_pretrained") or not os.path.isdir(folder):
         raise ValueError(f"initial must hold every parameter of the model by name; {folder} does not")
     dtype = next(model.parameters()).dtype
-    loaded: nn.Module = load(folder, dtype=dtype, trust_remote_code=False, use_safetensors=True)
-    return loaded
+    found: nn.Module = whole(type(model), folder, dtype=dtype, use_safetensors=True, local_files_only=True)
+    return found

@@ -33,6 +33,14 @@ def read_texts(path: Path) -> list[str]:
     return found
 
 
+def all_as_read(tokenizer: Any, texts: Sequence[str], max_tokens: int | None) -> list[str]:
+    """Texts as far as they are read: each whole, or what its first ``max_tokens`` tokens stand for."""
+    if max_tokens is None or not texts:
+        return list(texts)
+    rows = tokenizer(list(texts), add_special_tokens=False)["input_ids"]
+    return [as_read(tokenizer, *one, max_tokens) for one in zip(texts, rows, strict=True)]
+
+
 def as_read(tokenizer: Any, text: str, ids: Sequence[int], max_tokens: int | None) -> str:
-    """A text as far as it is read: whole, or what its first ``max_tokens`` tokens stand for."""
+    """One such text, of which the token ids are known."""
     return text if max_tokens is None or len(ids) < max_tokens else tokenizer.decode(ids[:max_tokens])

@@ -74,7 +74,7 @@ def documents(
     rows = _encoded(tokenizer, texts)
     before = [] if prefix is None else _encoded(tokenizer, [prefix])[0]
     if bos is None:
-        bos = bool(texts) and isinstance(texts[0], str) and _adds_bos(tokenizer)
+        bos = bool(texts) and isinstance(texts[0], str) and adds_bos(tokenizer)
     if bos:
         token = getattr(tokenizer, "bos_token_id", None) if bos_id is None else bos_id
         if token is None:
@@ -163,6 +163,7 @@ def _encoded(tokenizer: Any, texts: Sequence[Any]) -> list[list[int]]:
     return [next(ids) if isinstance(text, str) else [int(token) for token in text] for text in texts]
 
 
-def _adds_bos(tokenizer: Any) -> bool:
+def adds_bos(tokenizer: Any) -> bool:
+    """Whether a tokenizer puts its BOS token before a text by itself."""
     token = getattr(tokenizer, "bos_token_id", None)
     return token is not None and tokenizer("a")["input_ids"][:1] == [token]
