@@ -29,6 +29,7 @@ LOOKS = {  # of curves that are no criterion's: colour, marker, dash
     "base": ("#000000", "s", "none"),
     "undefended": ("#000000", "*", "none"),
     "trained less": ("#8C8C8C", "^", "none"),
+    "trained less, then fine-tuned": ("#8C8C8C", "<", "none"),
     "LoRA": ("#8C8C8C", "P", "none"),
     "interpolation": ("#6E6E6E", "v", "-"),
     "interpolation, then fine-tuned": ("#4D4D4D", "d", "--"),
@@ -82,7 +83,8 @@ def head(rows: Sequence[Row]) -> list[str]:
     points = rows[0]["attacks"][MAIN]["tpr_at_fpr"]
     rates = [f"{MAIN} TPR@{percent(point['fpr'])}" for point in points]
     return ["model", "rewound", "alpha", "member loss (less alpha)", "held-out perplexity [low, high]",
-            f"{MAIN} AUC [low, high]", *(f"{name} AUC" for name in rows[0]["attacks"] if name != MAIN), *rates]  # fmt: skip
+            f"{MAIN} AUC [low, high]", *(f"{name} AUC" for name in rows[0]["attacks"] if name != MAIN),
+            *rates]  # fmt: skip
 
 
 def cells(row: Row) -> list[str]:

@@ -79,9 +79,9 @@ def reading(rows: Sequence[Row]) -> list[str]:
     sentences.append(TURNED)
     sentences.append("Only scoring by gap and taylor_delta saw the reference texts; no control and no baseline did.")
     sentences.append(
-        "Best rows and best rivals were found by looking, which flatters the side with more rows, and intervals are not "
-        "corrected for the number of rows. One model, one training run, one split of the texts: the intervals are over "
-        "texts only; how far another run would move these figures is not known."
+        "Best rows and best rivals were found by looking, which flatters the side with more rows, and intervals are "
+        "not corrected for the number of rows. One model, one training run, one split of the texts: the intervals "
+        "are over texts only; how far another run would move these figures is not known."
     )
     return sentences
 
@@ -95,8 +95,8 @@ def matched(rows: Sequence[Row], name: str) -> list[dict[str, Any]]:
 
     Returns:
         ``row``, ``rival`` (None where no other row has so low a perplexity), what ``difference`` gives (row minus
-        rival: below 0 the row wins) and ``verdict``: "ahead", "behind" or "not told apart" by the interval, "not judged"
-        where there is none, "alone" without a rival.
+        rival: below 0 the row wins) and ``verdict``: "ahead", "behind" or "not told apart" by the interval, "not
+        judged" where there is none, "alone" without a rival.
     """
     found: list[dict[str, Any]] = []
     for row in (row for row in rows if row["group"] == "cwrf"):
@@ -118,8 +118,8 @@ def matched(rows: Sequence[Row], name: str) -> list[dict[str, Any]]:
 def difference(one: Row, other: Row, name: str) -> dict[str, float]:
     """AUC of the first less that of the second (``auc``), with a 95% interval over texts: replicates come in pairs.
 
-    ``STRONGEST`` gets no interval. Its attack is chosen by its AUC and so is flattered, the more so the less the attacks
-    agree: neither the chosen attacks' replicates nor the maximum within each need keep to 5% of false verdicts.
+    ``STRONGEST`` gets no interval. Its attack is chosen by its AUC and so is flattered, the more so the less the
+    attacks agree: neither the chosen attacks' replicates nor the maximum within each need keep to 5% of false verdicts.
     """
     apart = {"auc": auc(one, name) - auc(other, name)}
     if name == STRONGEST:
