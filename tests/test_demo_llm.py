@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 
+import cwfast
 from cwfast import demo_llm
 from cwfast.cli import main
 from cwfast.errors import CheckpointError
@@ -51,7 +52,7 @@ def made(tmp_path_factory, without_torchvision):
 def test_every_row_is_there_and_follows_from_its_settings(made):
     out, report = made
     rows = {row["id"]: row for row in report["rows"]}
-    assert len(rows) == len(report["rows"]) == 23
+    assert len(rows) == len(report["rows"]) == 24
     assert {row["group"] for row in rows.values()} == set(llm_defense.GROUPS)
     assert rows["base"]["attacks"]["reference"]["auc"] == 0.5
     assert rows["2-undefended"]["attacks"]["reference"]["auc"] > 0.9
@@ -65,7 +66,11 @@ def test_every_row_is_there_and_follows_from_its_settings(made):
     for rate in (0.1, 0.3):
         assert rows[f"2-random-{rate}"]["alpha"] == rows[f"2-gap-{rate}"]["alpha"]
         assert rows[f"2-random-{rate}"]["rewound"] == rows[f"2-gap-{rate}"]["rewound"]
-    assert rows["2-not-rewound"]["alpha"] == rows["2-gap-0.3"]["alpha"]
+    for key, start in (("2-not-rewound", "2-undefended"), ("2-half-tuned", "2-half"), ("2-tau-0.3-tuned", None)):
+        assert rows[key]["steps"] == SIZES.steps
+        if start:  # each aims at the loss that its own start has
+            assert rows[key]["alpha"] == pytest.approx(rows[start]["loss"]["members"], rel=1e-5)
+    assert json.loads((out / "run.json").read_text())["versions"]["cwfast"] == cwfast.__version__
     losses = [rows[key]["loss"]["members"] for key in ("2-undefended", "2-tau-0.5", "2-tau-0.15", "base")]
     assert losses == sorted(losses)
     assert not any("draws" in row for row in rows.values())
@@ -108,7 +113,8 @@ def test_what_is_there_can_be_reported(made, tmp_path, monkeypatch):
     assert len(found["rows"]) == len(report["rows"]) - 2
     assert found["notes"][1] == "Not done: CWRF gap 30% + 2 steps; Random weights, 30% + 2 steps."
     with pytest.raises(ValueError, match="must hold an undefended model for a report; it holds none yet"):
-        demo_llm.run(tmp_path / "empty", sizes=SIZES, material=material, report_only=True)
+        demo_llm.run(tmp_path / "empty", sizes=SIZES, material=None, report_only=True)
+    assert not (tmp_path / "empty").exists()
 
 
 def test_the_command(made, monkeypatch, capsys):

@@ -1,6 +1,7 @@
 """Adapters of PEFT: their initial values are kept, and they are scored, rewound and frozen as any weights are."""
 
 import copy
+import os
 
 import llm_models
 import pytest
@@ -132,6 +133,48 @@ def test_initial_values_after_training_are_refused(initial_adapters):
         parameter.requires_grad_(False)
     with pytest.raises(ValueError, match="an adapter that requires a gradient"):
         initial_adapters(other)
+
+
+def test_each_adapter_has_its_own_file(initial_adapters):
+    """PEFT puts all but "default" into folders of their names; the entries in the files have the same names."""
+    import peft
+
+    model, _ = adapted()
+    options = {"r": 4, "target_modules": ["q_proj", "v_proj", "down_proj"], "task_type": "CAUSAL_LM"}
+    model.add_adapter("b", peft.LoraConfig(**options))
+    model.set_adapter("b")
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "lora_A" in name:
+                parameter.copy_(torch.randn_like(parameter))
+    initial = initial_adapters(model)
+    assert initial
+    assert all(".b." in name for name in initial)
+    model.save_pretrained("start")
+    train(model)
+    read = initial_adapters(model, "start")
+    assert list(read) == list(initial)
+    assert all(torch.equal(read[name], value) for name, value in initial.items())
+    os.remove("start/b/adapter_model.safetensors")
+    with pytest.raises(FileNotFoundError, match="b"):
+        initial_adapters(model, "start")
+
+
+def test_a_bias_of_two_adapters_is_refused(initial_adapters):
+    import peft
+    from transformers import Qwen2Config, Qwen2ForCausalLM
+
+    shape = {"vocab_size": 64, "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1}
+    base = Qwen2ForCausalLM(Qwen2Config(**shape, num_attention_heads=2, num_key_value_heads=2))
+    options = {"r": 2, "target_modules": ["q_proj"], "task_type": "CAUSAL_LM"}
+    model = peft.get_peft_model(base, peft.LoraConfig(**options, bias="all"))
+    model.save_pretrained("one")
+    assert any(name.endswith(".bias") for name in initial_adapters(model, "one"))
+    model.add_adapter("b", peft.LoraConfig(**options))
+    model.peft_config["b"].bias = "all"  # PEFT itself refuses to make such a pair
+    model.save_pretrained("two")
+    with pytest.raises(ValueError, match=r"of one adapter; '.*bias' is in the files of two, in two"):
+        initial_adapters(model, "two")
 
 
 def test_all_of_an_adapter_rewound_is_the_base_model(initial_adapters):

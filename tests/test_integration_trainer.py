@@ -282,6 +282,23 @@ def test_resumed_training_does_not_score_again(hub, monkeypatch):
         trainer(hub, start, hub.Callback(**rest)).train(resume_from_checkpoint="out/checkpoint-3")
 
 
+def test_the_mask_of_another_run_is_not_taken(hub):
+    """In output_dir lies a checkpoint of the same step; resumed is one from elsewhere, which no callback is told."""
+    model, base = pair("llama")
+    start = copy.deepcopy(model)
+    rest = {"initial": base, "rate": 0.02}
+    scores = [{name: torch.rand(p.shape) for name, p in model.named_parameters()} for _ in range(2)]
+    trainer(hub, model, hub.Callback(scores=scores[0], **rest), out="one").train()
+    trainer(hub, copy.deepcopy(start), hub.Callback(scores=scores[1], **rest), out="two").train()
+    with pytest.raises(ValueError, match=r"the mask in two/checkpoint-3 must be of the checkpoint"):
+        trainer(hub, copy.deepcopy(start), hub.Callback(scores=scores[0], **rest), out="two").train(
+            resume_from_checkpoint="one/checkpoint-3"
+        )
+    masks = f"one/checkpoint-3/{hub.mask_file}"
+    trainer(hub, start, hub.Callback(masks, initial=base), out="three").train(resume_from_checkpoint="one/checkpoint-3")
+    assert_equal(start, model)
+
+
 def test_resumed_training_must_have_its_masks(hub):
     model, base = pair("llama")
     masks = random_masks(model)

@@ -63,10 +63,13 @@ def test_the_reading_says_so():
     assert told[0].startswith("row undefended: perplexity 22.00 [21.00, 23.00], AUC of the reference attack 0.950")
     assert "by CWRF at no more than the undefended perplexity (+1%): row ours, perplexity 22.15" in told[1]
     assert "by everything else at no more than the undefended perplexity (+1%): row early" in told[2]
-    assert "1 of 4 CWRF rows are ahead of every other row, 1 are behind some, 1 are not told apart" in told[3]
+    assert "1 of 4 CWRF rows are ahead of the best rival, 1 are behind it, 1 are not told apart from it" in told[3]
     assert "1 have no rival" in told[3]
     assert "row ours (perplexity 22.15) against row early (22.10), -0.100 [-0.100, -0.100]." in told[3]
-    assert "by the strongest attack on each model" in told[4]
+    assert "by the strongest attack on each model: not judged" in told[4]
+    assert {pair["verdict"] for pair in llm_reading.matched(ROWS, "strongest")} == {"not judged", "alone"}
+    assert any("not corrected for the number of rows" in one for one in told)
+    assert any("no control and no baseline did" in one for one in told)
     none = llm_reading.reading([one for one in ROWS if one["id"] not in ("ours", "better")])
     assert "No row of CWRF keeps the undefended perplexity (+1%)." in none
 
@@ -75,8 +78,24 @@ def test_the_strongest_attack_is_looked_for_on_each_model():
     rows = [row("a", "undefended", 22.0, 0.6, other=0.9), row("b", "cwrf", 22.0, 0.7, other=0.6)]
     assert [llm_reading.attack_of(one, "strongest") for one in rows] == ["loss", "reference"]
     found = llm_reading.difference(rows[1], rows[0], "strongest")
-    assert found["auc"] == pytest.approx(-0.2)
-    assert found["auc_high"] == pytest.approx(-0.2)
+    assert found == {"auc": pytest.approx(-0.2)}  # no interval: the attacks are chosen by what they found
+    assert llm_reading.signed(found) == "-0.200"
+
+
+def test_an_auc_below_a_half_leaks_as_much_as_one_above():
+    """An attack with AUC 0.25 that is turned around has 0.75: worse than 0.52."""
+    rows = [
+        row("undefended", "undefended", 20.0, 0.9),
+        row("coin", "control", 20.0, 0.52),
+        row("turned", "cwrf", 20.0, 0.25, other=0.6),
+    ]
+    assert llm_reading.auc(rows[2]) == 0.75
+    assert llm_reading.attack_of(rows[2], "strongest") == "reference"
+    (pair,) = llm_reading.matched(rows, "reference")
+    assert (pair["rival"]["id"], pair["verdict"], pair["auc"]) == ("coin", "behind", pytest.approx(0.23))
+    told = llm_reading.reading(rows)
+    assert "0 of 1 CWRF rows are ahead of the best rival, 1 are behind it" in told[3]
+    assert any("as max(AUC, 1 - AUC)" in one for one in told)
 
 
 def test_page_picture_and_markdown(tmp_path):
@@ -93,12 +112,16 @@ def test_page_picture_and_markdown(tmp_path):
     assert "| row ours | 22.15 | 0.700 | row early | 22.10 | 0.800 | -0.100 [-0.100, -0.100] | ahead |" in told
     assert told.index("row base") < told.index("row undefended") < told.index("row ours")
     assert "row lost" in llm_defense.text(made)
+    assert llm_defense.cells(row("aimed", "cwrf", 23.0, 0.8, alpha=2.3))[2:4] == ["2.30", "2.50 (+0.20)"]
+    judged = llm_defense.matched_table("", llm_reading.matched(ROWS[2:6], "strongest"), "strongest")
+    assert judged["rows"][0][-2:] == ["-0.100", "not judged"]
 
 
 def test_before_and_after():
-    rows = [ROWS[0], ROWS[1], row("after", "cwrf", 23.0, 0.8)]
+    rows = [ROWS[0], ROWS[1], row("after", "cwrf", 23.0, 0.8, alpha=2.3)]
     told = llm_reading.before_and_after(rows)
     assert told[0].startswith(
         "Held-out perplexity: 22.00 [21.00, 23.00] before the defense, 23.00 [22.00, 24.00] after"
     )
+    assert "The steps aimed at a member loss of 2.30; it is 2.50 (+0.20)." in told
     assert "reference: AUC 0.950 [0.930, 0.970] before, 0.800 [0.780, 0.820] after, difference -0.150" in told[1]

@@ -155,9 +155,11 @@ def _check_usage(options: argparse.Namespace) -> None:
     for name, least in (("steps", 0), ("batch", 1), ("points", 1), ("bootstrap", 1), ("max_tokens", 2)):
         if getattr(options, name) < least:
             options.usage(f"--{name.replace('_', '-')} must be at least {least}; got {getattr(options, name)}")
-    for name, value in (*(("fpr", fpr) for fpr in options.fpr), ("rate", options.rate)):
-        if not 0 <= value <= 1:
-            options.usage(f"--{name} must lie in [0, 1]; got {value:g}")
+    for fpr in options.fpr:
+        if not 0 <= fpr <= 1:
+            options.usage(f"--fpr must lie in [0, 1]; got {fpr:g}")
+    if not 0 < options.rate <= 1:
+        options.usage(f"--rate must lie above 0, and at most 1; got {options.rate:g}")
     if options.alpha != "auto":
         try:
             options.alpha = float(options.alpha)

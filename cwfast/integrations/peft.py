@@ -21,15 +21,17 @@ def initial_adapters(model: Any, saved: str | os.PathLike[str] | None = None) ->
     Args:
         model: of PEFT, or a model of transformers with adapters; what requires a gradient are its adapters (with
             DoRA's magnitudes, and layers of ``modules_to_save``).
-        saved: the folder of ``model.save_pretrained`` at the start; None: ``model`` has not been trained yet.
+        saved: the folder of ``model.save_pretrained`` at the start (adapters that are not named "default" lie in
+            folders of their names in it); None: ``model`` has not been trained yet.
 
     Returns:
         Copies, on the CPU.
 
     Raises:
         TypeError: ``model`` has no adapters.
+        FileNotFoundError: ``saved`` has no file of an adapter that is trained.
         ValueError: without ``saved``, the model has been trained: a B that starts as zeros is not zero. With it,
-            something is missing in the folder, or has another shape.
+            something is missing in the folder, has another shape, or is of two adapters.
     """
     config = getattr(model, "peft_config", None)
     if not isinstance(config, dict):
@@ -52,8 +54,7 @@ def _starts_at_zero(name: str, configs: dict[str, Any]) -> bool:
     """Whether the adapter that a parameter belongs to is of LoRA, with an initialisation that makes no change."""
     from peft import LoraConfig
 
-    parts = name.split(".")
-    config = next((configs[adapter] for adapter in configs if adapter in parts), None)
+    config = configs.get(_adapter_of(name, configs) or "")
     return isinstance(config, LoraConfig) and config.init_lora_weights in (True, "gaussian")
 
 
@@ -63,12 +64,24 @@ def _read(
     """PEFT's files leave out the adapter's name; which of its entries is which parameter, their memory tells."""
     from peft import get_peft_model_state_dict
 
-    path = os.path.join(saved, FILE)
-    source = Checkpoint(path)
-    names: dict[int, str] = {}
+    values: dict[str, Tensor] = {}
     for adapter in configs:
+        own = {name: p for name, p in parameters.items() if _adapter_of(name, configs) in (None, adapter)}
         found = get_peft_model_state_dict(model, adapter_name=adapter, save_embedding_layers=False)
-        names |= {tensor.data_ptr(): name for name, tensor in found.items() if name in source}
-    stored = {name: names.get(parameter.data_ptr()) for name, parameter in parameters.items()}
-    values = {name: source.tensor(entry) for name, entry in stored.items() if entry is not None}
+        entries = {tensor.data_ptr(): entry for entry, tensor in found.items()}
+        stored = {name: entries[p.data_ptr()] for name, p in own.items() if p.data_ptr() in entries}
+        if not stored:
+            continue
+        source = Checkpoint(os.path.join(saved, "" if adapter == "default" else adapter, FILE))
+        for name, entry in stored.items():
+            if entry not in source:
+                continue
+            if name in values:
+                raise ValueError(f"each parameter must be of one adapter; {name!r} is in the files of two, in {saved}")
+            values[name] = source.tensor(entry)
     return initial_values(values, parameters, what=os.fspath(saved))
+
+
+def _adapter_of(name: str, configs: dict[str, Any]) -> str | None:
+    """The adapter in a parameter's name; None: it is of no single one, as a bias of the base."""
+    return next((part for part in reversed(name.split(".")) if part in configs), None)

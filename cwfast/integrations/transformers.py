@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from transformers import TrainerCallback
 from transformers.utils import logging
 
-from cwfast._parameters import Initial, unwrapped
+from cwfast._parameters import Initial, initial_values, unwrapped
 from cwfast._scopes import Scope
 from cwfast._selecting import select
 from cwfast.freezing import freeze
@@ -111,9 +111,12 @@ class CWRFCallback(TrainerCallback):
                 f"cwfast.integrations.peft.initial_adapters(model, {os.fspath(self._initial)!r})"
             )
         saved = _saved(args, state)
+        guessed = self.masks is None and saved is not None and not isinstance(args.resume_from_checkpoint, str)
         if self.masks is None:
             self.masks = self._select(args, state, model, now["train_dataloader"]) if saved is None else saved
         self.masks = as_parameters(model, self.masks)
+        if guessed and args.world_size == 1:
+            _check_own(_checkpoint(args, state), model, self.masks, values_for(model, self.masks, self._initial))
         if saved is not None and as_parameters(model, saved) != self.masks:
             raise ValueError(
                 f"resumed training must have the masks that it began with; the checkpoint's {MASK_FILE} is {saved}, "
@@ -222,3 +225,22 @@ def _saved(args: Any, state: Any) -> MaskSet | None:
         folders.insert(0, Path(args.resume_from_checkpoint))
     found = next((folder / MASK_FILE for folder in folders if (folder / MASK_FILE).is_file()), None)
     return None if found is None else MaskSet.load(found)
+
+
+def _check_own(folder: Path, model: nn.Module, masks: MaskSet, initial: Initial) -> None:
+    """See that the mask found in ``folder`` is of the run that goes on, not of another that left its checkpoint there.
+
+    Under its own mask, the weights that were resumed have the initial values.
+
+    Raises:
+        ValueError: it is not.
+    """
+    for name, parameter in model.named_parameters():
+        if not masks.counts.get(name):
+            continue
+        mask, before = masks[name].cpu(), initial_values(initial, {name: parameter})[name]
+        if not torch.equal(parameter.detach().cpu()[mask], before.detach().to("cpu", parameter.dtype)[mask]):
+            raise ValueError(
+                f"the mask in {folder} must be of the checkpoint that training goes on from; it selects weights of "
+                f"{name!r} that have not the values of initial: give masks, that checkpoint's {MASK_FILE}"
+            )

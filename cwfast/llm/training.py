@@ -34,6 +34,9 @@ def fine_tune(
     The latter is the first branch of RelaxLoss: texts that are fitted better than the level are unlearned, the others
     learned. A model that starts far below the level is driven up by gradient ascent, which ruins it: rewind first.
 
+    Unlike scoring, a step makes the batch's logits ``[B, T, V]``, with a float32 copy: at least 6 bytes a token and
+    entry of the vocabulary, and as much again for their gradients. Where that is too much, give a smaller ``batch``.
+
     Args:
         model: a causal language model of transformers; trained in place where its parameters require a gradient, left
             in evaluation mode.

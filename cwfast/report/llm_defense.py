@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from cwfast.checkpoint.files import atomic_write
 from cwfast.report import plots, prepare, table
 from cwfast.report.llm_page import environment
-from cwfast.report.llm_reading import MAIN, STRONGEST, Row, attack_of, auc
+from cwfast.report.llm_reading import MAIN, STRONGEST, Row, attack_of, auc, signed
 from cwfast.report.table import interval, number, percent
 
 if TYPE_CHECKING:
@@ -29,6 +29,7 @@ LOOKS = {  # of curves that are no criterion's: colour, marker, dash
     "base": ("#000000", "s", "none"),
     "undefended": ("#000000", "*", "none"),
     "trained less": ("#8C8C8C", "^", "none"),
+    "trained less, then fine-tuned": ("#8C8C8C", "<", "none"),
     "LoRA": ("#8C8C8C", "P", "none"),
     "interpolation": ("#6E6E6E", "v", "-"),
     "interpolation, then fine-tuned": ("#4D4D4D", "d", "--"),
@@ -81,18 +82,20 @@ def head(rows: Sequence[Row]) -> list[str]:
     """The heads of ``cells``."""
     points = rows[0]["attacks"][MAIN]["tpr_at_fpr"]
     rates = [f"{MAIN} TPR@{percent(point['fpr'])}" for point in points]
-    return ["model", "rewound", "alpha", "member loss", "held-out perplexity [low, high]", f"{MAIN} AUC [low, high]",
-            *(f"{name} AUC" for name in rows[0]["attacks"] if name != MAIN), *rates]  # fmt: skip
+    return ["model", "rewound", "alpha", "member loss (less alpha)", "held-out perplexity [low, high]",
+            f"{MAIN} AUC [low, high]", *(f"{name} AUC" for name in rows[0]["attacks"] if name != MAIN),
+            *rates]  # fmt: skip
 
 
 def cells(row: Row) -> list[str]:
     """One row's texts; a star marks a rate that rests on few false alarms."""
+    reached = row["loss"]["members"]
     spread = f"[{number(row['perplexity_low'], 2)}, {number(row['perplexity_high'], 2)}]"
     return [
         row["label"],
         table.count(row["rewound"]),
         number(row["alpha"], 2),
-        number(row["loss"]["members"], 2),
+        number(reached, 2) + (f" ({reached - row['alpha']:+.2f})" if row["alpha"] is not None else ""),
         f"{number(row['perplexity'], 2)} {spread}",
         interval(row["attacks"][MAIN]),
         *(number(one["auc"]) for name, one in row["attacks"].items() if name != MAIN),
@@ -146,11 +149,10 @@ def matched_table(title: str, pairs: Sequence[Mapping[str, Any]], name: str) -> 
         if rival is None:
             rows.append([*own, "none", "-", "-", "-", pair["verdict"]])
             continue
-        apart = f"{pair['auc']:+.3f} [{pair['auc_low']:+.3f}, {pair['auc_high']:+.3f}]"
-        rows.append(
-            [*own, rival["label"], number(rival["perplexity"], 2), number(auc(rival, name)), apart, pair["verdict"]]
-        )
-    heads = ["CWRF row", "perplexity", "AUC", "best rival", "its perplexity", "its AUC", "difference [low, high]", ""]
+        theirs = [rival["label"], number(rival["perplexity"], 2), number(auc(rival, name))]
+        rows.append([*own, *theirs, signed(pair), pair["verdict"]])
+    heads = ["CWRF row", "perplexity", "max(AUC, 1 - AUC)", "best rival", "its perplexity", "its max(AUC, 1 - AUC)",
+             "difference [low, high]", ""]  # fmt: skip
     return {"title": title, "head": heads, "rows": rows}
 
 
@@ -177,7 +179,7 @@ def figure(report: Mapping[str, Any]) -> "Figure":
         axes.axvline(0.5, **plots.GUIDE)
         axes.grid(True)
         axes.set_title(f"the {name} attack" + (" on each model" if name == STRONGEST else ""))
-        axes.set_xlabel("← better    attack AUC    0.5 = guessing")
+        axes.set_xlabel("attack AUC    0.5 = guessing, nearer to it is better")
     panels[0].invert_yaxis()
     panels[0].set_ylabel("held-out perplexity    better →")
     drawn.legend(legend.values(), legend.keys(), loc="outside lower center", ncols=2)

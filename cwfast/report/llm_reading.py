@@ -9,18 +9,23 @@ from cwfast.report.table import interval, number
 
 Row = Mapping[str, Any]
 MAIN = "reference"  # chosen beforehand: the attack of the curve
-STRONGEST = "strongest"  # whichever attack has the highest AUC on a model
+STRONGEST = "strongest"  # whichever attack tells most of a model
 SLACK = 0.01  # a perplexity higher by so much counts as equal
+TURNED = (
+    "An AUC of 0.5 is a coin toss. One below 0.5 leaks as much as one above: AUCs are compared, and differences taken, "
+    "as max(AUC, 1 - AUC)."
+)
 
 
 def attack_of(row: Row, name: str) -> str:
     """The attack itself where ``name`` is ``STRONGEST``."""
-    return max(row["attacks"], key=lambda one: row["attacks"][one]["auc"]) if name == STRONGEST else name
+    return max(row["attacks"], key=lambda one: auc(row, one)) if name == STRONGEST else name
 
 
 def auc(row: Row, name: str = MAIN) -> float:
-    """Of an attack on a row's model."""
-    return row["attacks"][attack_of(row, name)]["auc"]
+    """Of an attack on a row's model, or 1 less it: whoever is wrong more often than not need only be turned around."""
+    found = row["attacks"][attack_of(row, name)]["auc"]
+    return max(found, 1 - found)
 
 
 def before_and_after(rows: Sequence[Row]) -> list[str]:
@@ -34,8 +39,15 @@ def before_and_after(rows: Sequence[Row]) -> list[str]:
         found = difference(after, before, name)
         sentences.append(
             f"{name}: AUC {interval(before['attacks'][name])} before, {interval(after['attacks'][name])} after, "
-            f"difference {_signed(found)}."
+            f"difference {signed(found)}."
         )
+    if after["alpha"] is not None:
+        reached = after["loss"]["members"]
+        sentences.append(
+            f"The steps aimed at a member loss of {after['alpha']:.2f}; it is {reached:.2f} "
+            f"({reached - after['alpha']:+.2f})."
+        )
+    sentences.append(TURNED)
     sentences.append("One model and one set of texts: intervals tell how far other texts would move these figures.")
     return sentences
 
@@ -50,10 +62,7 @@ def reading(rows: Sequence[Row]) -> list[str]:
         undefended = next((row for row in here if row["group"] == "undefended"), None)
         if undefended is None:
             continue
-        sentences.append(
-            f"{undefended['label']}: perplexity {_perplexity(undefended)}, {_attacks(undefended)}. "
-            "An AUC of 0.5 is a coin toss."
-        )
+        sentences.append(f"{undefended['label']}: perplexity {_perplexity(undefended)}, {_attacks(undefended)}.")
         for title, groups in (("CWRF", ("cwrf",)), ("everything else", ("control", "baseline"))):
             able = [r for r in here if r["group"] in groups and _no_worse(r, undefended)]
             if able:
@@ -61,16 +70,18 @@ def reading(rows: Sequence[Row]) -> list[str]:
                 sentences.append(
                     f"Lowest AUC of the {MAIN} attack by {title} at no more than the undefended perplexity (+1%): "
                     f"{best['label']}, perplexity {_perplexity(best)}, {_attacks(best)}; against undefended "
-                    f"{_signed(difference(best, undefended, MAIN))}."
+                    f"{signed(difference(best, undefended, MAIN))}."
                 )
             else:
                 sentences.append(f"No row of {title} keeps the undefended perplexity (+1%).")
         for name in (MAIN, STRONGEST):
             sentences.append(_who_wins(matched(here, name), name))
+    sentences.append(TURNED)
+    sentences.append("Only scoring by gap and taylor_delta saw the reference texts; no control and no baseline did.")
     sentences.append(
-        "Best rows and best rivals were found by looking, which flatters the side with more rows. One model, one "
-        "training run, one split of the texts: the intervals are over texts only; how far another run would move these "
-        "figures is not known."
+        "Best rows and best rivals were found by looking, which flatters the side with more rows, and intervals are "
+        "not corrected for the number of rows. One model, one training run, one split of the texts: the intervals "
+        "are over texts only; how far another run would move these figures is not known."
     )
     return sentences
 
@@ -83,9 +94,9 @@ def matched(rows: Sequence[Row], name: str) -> list[dict[str, Any]]:
         name: an attack, or ``STRONGEST``.
 
     Returns:
-        ``row``, ``rival`` (None where no other row has so low a perplexity), ``auc``, ``auc_low``, ``auc_high`` (of the
-        difference, row minus rival: below 0 the row wins) and ``verdict``: "ahead", "behind" or "not told apart" by
-        that interval, "alone" without a rival.
+        ``row``, ``rival`` (None where no other row has so low a perplexity), what ``difference`` gives (row minus
+        rival: below 0 the row wins) and ``verdict``: "ahead", "behind" or "not told apart" by the interval, "not
+        judged" where there is none, "alone" without a rival.
     """
     found: list[dict[str, Any]] = []
     for row in (row for row in rows if row["group"] == "cwrf"):
@@ -96,34 +107,44 @@ def matched(rows: Sequence[Row], name: str) -> list[dict[str, Any]]:
         rival = min(rivals, key=lambda one: auc(one, name))
         apart = difference(row, rival, name)
         verdict = "not told apart"
-        if apart["auc_high"] < 0 or apart["auc_low"] > 0:
+        if name == STRONGEST:
+            verdict = "not judged"
+        elif apart["auc_high"] < 0 or apart["auc_low"] > 0:
             verdict = "ahead" if apart["auc_high"] < 0 else "behind"
         found.append({"row": row, "rival": rival, "verdict": verdict, **apart})
     return found
 
 
 def difference(one: Row, other: Row, name: str) -> dict[str, float]:
-    """AUC of the first less that of the second, with a 95% interval over texts: replicates come in pairs."""
-    draws = [np.array(row["draws"][attack_of(row, name)]) for row in (one, other)]
-    low, high = np.quantile(draws[0] - draws[1], [0.025, 0.975]).tolist()
-    return {"auc": auc(one, name) - auc(other, name), "auc_low": low, "auc_high": high}
+    """AUC of the first less that of the second (``auc``), with a 95% interval over texts: replicates come in pairs.
+
+    ``STRONGEST`` gets no interval. Its attack is chosen by its AUC and so is flattered, the more so the less the
+    attacks agree: neither the chosen attacks' replicates nor the maximum within each need keep to 5% of false verdicts.
+    """
+    apart = {"auc": auc(one, name) - auc(other, name)}
+    if name == STRONGEST:
+        return apart
+    draws = [np.array(row["draws"][name]) for row in (one, other)]
+    told = [np.maximum(some, 1 - some) for some in draws]
+    low, high = np.quantile(told[0] - told[1], [0.025, 0.975]).tolist()
+    return {**apart, "auc_low": low, "auc_high": high}
 
 
 def _who_wins(pairs: Sequence[Mapping[str, Any]], name: str) -> str:
-    what = f"the {name} attack" + (" on each model" if name == STRONGEST else "")
-    counts = {verdict: sum(pair["verdict"] == verdict for pair in pairs) for verdict in ("ahead", "behind", "alone")}
-    text = (
-        f"At matched perplexity (no higher than the row's +1%), by {what}: {counts['ahead']} of {len(pairs)} CWRF "
-        f"rows are ahead of every other row, {counts['behind']} are behind some, "
-        f"{len(pairs) - sum(counts.values())} are not told apart from the best rival"
-    )
-    text += f", {counts['alone']} have no rival." if counts["alone"] else "."
+    text = "At matched perplexity (no higher than the row's +1%), "
+    if name == STRONGEST:
+        text += "by the strongest attack on each model: not judged, as that attack is chosen by what it found."
+    else:
+        told = [pair["verdict"] for pair in pairs]
+        ahead, behind, level, alone = map(told.count, ("ahead", "behind", "not told apart", "alone"))
+        text += f"by the {name} attack: {ahead} of {len(pairs)} CWRF rows are ahead of the best rival, {behind} are "
+        text += f"behind it, {level} are not told apart from it" + (f", {alone} have no rival." if alone else ".")
     decided = [pair for pair in pairs if pair["rival"] is not None]
     if decided:
         best = min(decided, key=lambda pair: pair["auc"])
         text += (
             f" Widest margin: {best['row']['label']} (perplexity {number(best['row']['perplexity'], 2)}) against "
-            f"{best['rival']['label']} ({number(best['rival']['perplexity'], 2)}), {_signed(best)}."
+            f"{best['rival']['label']} ({number(best['rival']['perplexity'], 2)}), {signed(best)}."
         )
     return text
 
@@ -142,5 +163,7 @@ def _attacks(row: Row) -> str:
     return text if top == MAIN else f"{text}, of the strongest, {top}, {interval(row['attacks'][top])}"
 
 
-def _signed(found: Mapping[str, Any]) -> str:
-    return f"{found['auc']:+.3f} [{found['auc_low']:+.3f}, {found['auc_high']:+.3f}]"
+def signed(found: Mapping[str, Any]) -> str:
+    """What ``difference`` gives, as text."""
+    spread = f" [{found['auc_low']:+.3f}, {found['auc_high']:+.3f}]" if "auc_low" in found else ""
+    return f"{found['auc']:+.3f}{spread}"
