@@ -108,7 +108,7 @@ def test_the_intervals_of_attacks_on_simulated_models_hold_the_true_auc():
     assert coverage(samples_alone, truth) < coverage(ours, truth) - 0.1
 
 
-@pytest.mark.parametrize(("effect", "least"), [(1.0, (0.79, 0.91, 0.94)), (3.0, (0.42, 0.88, 0.93))])
+@pytest.mark.parametrize(("effect", "least"), [(1.0, (0.79, 0.88, 0.94)), (3.0, (0.42, 0.75, 0.93))])
 def test_intervals_where_seeds_have_an_effect_of_their_own(effect, least):
     """As of a split or a reference set, so many times as large as the error of one seed over samples and models."""
     rng, times, models, common = np.random.default_rng(4), 1000, 16, 0.67

@@ -152,6 +152,8 @@ def method(report: Mapping[str, Any]) -> list[str]:
         else ""
     )
     alone = [name for name, part in report["data"].items() if len(part["seeds"]) == 1]
+    two = [name for name, part in report["data"].items() if len(part["seeds"]) == 2]
+    of_two = [f"Two seeds ({' and '.join(two)}) say little of it: intervals there are rather too narrow."] * bool(two)
     of_one = (
         [
             f"{' and '.join(alone)} {'has' if len(alone) == 1 else 'have'} one seed: the intervals there say nothing "
@@ -165,10 +167,11 @@ def method(report: Mapping[str, Any]) -> list[str]:
         "Intervals (95%) of an AUC or an accuracy, and of the difference of two in pairs, add two variances: over "
         f"samples, by resampling ({draws} times the audited ones for an AUC, the test set for an accuracy) alike for "
         f"all models and cells of a seed{correlated}; and over models, by each model's own figure, or by the seeds' "
-        "means if those differ more (then with Student's t). The models of a fleet are each other's shadows, and a few "
-        "seeds tell little of how seeds differ: the intervals are approximate, and none is corrected for the number of "
-        "comparisons.",
+        "means if those differ more (of three seeds or more with Student's t). The models of a fleet are each other's "
+        "shadows, and a few seeds tell little of how seeds differ: the intervals are approximate, and none is "
+        "corrected for the number of comparisons.",
         *of_one,
+        *of_two,
         f"A cell is better than another if its AUC is lower and its accuracy lower by less than {margin} (the whole "
         f"interval), worse if its AUC is higher and its accuracy higher by less than {margin}, a trade if both are "
         "lower or both higher; the accuracy is open where its interval is too wide for any of these; even are cells "

@@ -6,8 +6,8 @@ replicates in which all models share the resampled samples; seeds draw from one 
 correlated by the share of samples that they have in common. The variance over models is that of the models' own
 figures. As the replicates hold some of the models' noise and the models' figures some of the samples', the sum is
 rather too large than too small. Where the spread between the seeds' means is what counts, it is one of few values, and
-Student's t takes the normal's place. One seed shows no such spread: its interval is for its own split, reference set
-and test set.
+Student's t takes the normal's place from three seeds on; of two it would be 12.7 and say nothing: their intervals are
+rather too narrow. One seed shows no such spread: its interval is for its own split, reference set and test set.
 
 Source: Owen, "The pigeonhole bootstrap", 2007 (samples and models crossed); variances added instead of resampled.
 """
@@ -21,7 +21,7 @@ import numpy.typing as npt
 
 Floats = npt.NDArray[np.float64]
 NORMAL = 1.96  # 95%
-STUDENT = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)  # 95%, of 1, 2... degrees of freedom
+STUDENT = (4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)  # 95%, of 2, 3... degrees of freedom
 
 
 @dataclass(frozen=True)
@@ -70,11 +70,11 @@ class Figure:
 
     @property
     def interval(self) -> tuple[float, float]:
-        """95%: normal, but by Student's t (one degree of freedom less than seeds) for a spread between the seeds."""
+        """95%: normal, but by Student's t for a spread between three seeds or more (one degree of freedom less)."""
         samples, within, between = self.variances
         half = NORMAL * self.error
-        if between > within:
-            student = STUDENT[min(len(self.models) - 1, len(STUDENT)) - 1]  # of more seeds: rather too wide
+        if between > within and len(self.models) > 2:
+            student = STUDENT[min(len(self.models) - 2, len(STUDENT)) - 1]  # of more seeds: rather too wide
             half = float((NORMAL**2 * samples + student**2 * between) ** 0.5)
         return self.mean - half, self.mean + half
 
