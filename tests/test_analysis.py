@@ -182,7 +182,10 @@ def test_the_tables_for_three_networks_at_tiny_sizes():
     gap = {key: row["test_loss"] - row["train_loss"] for key, row in rows.items()}
     assert f"{gap['A2']:.3f} for A2, {gap['A3']:.3f} for A3" in notes[4]
     assert (gap["A3"] < gap["A2"]) == ("A3's is below A2's" in notes[4])
-    part = {"tables": [{"network": name, **one} for found in (entangled, ablated) for name, one in found.items()]}
+    part = {
+        "rows": [],
+        "tables": [{"network": name, **one} for found in (entangled, ablated) for name, one in found.items()],
+    }
     assert study_tables.notes(part) == [" ".join(notes), " ".join(entanglement_notes(entangled))]
 
 
