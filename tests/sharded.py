@@ -386,6 +386,15 @@ def variants(rank, ranks):
     found = score(shard(copy.deepcopy(plain), mesh), [some], reduction="sum", loss=sum_of).scores()
     assert_same(found, score(copy.deepcopy(plain), [others], reduction="sum", loss=sum_of).scores(), atol=1e-6)
 
+    model, graphs = shard(copy.deepcopy(plain), mesh), []
+    scorer = cwfast.SaliencyScorer(model)
+    with scorer:
+        graphs.append(loss_of(model, mine))  # no backward follows
+        if rank:
+            graphs.clear()  # what a rank has yet to throw away must not change when it meets the others
+        loss_of(model, mine).backward()
+    assert_same(scorer.scores(), expected)
+
     looped = copy.deepcopy(plain)
     looped.middle[0] = Odd(7, 7, 6)
     double = shard(copy.deepcopy(looped), mesh)
