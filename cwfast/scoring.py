@@ -12,7 +12,7 @@ from torch.optim.optimizer import register_optimizer_step_pre_hook
 from torch.utils._pytree import tree_leaves
 
 from cwfast._parameters import Initial, initial_values, trainable
-from cwfast._shards import is_sharded, local, reshard, summed, versions, whole_like
+from cwfast._shards import is_sharded, local, local_gradient, reshard, summed, versions, whole_like
 from cwfast._stand_ins import StandIns
 from cwfast._tracking import (
     NESTED,
@@ -206,7 +206,8 @@ class SaliencyScorer:
             scale = self._unscale()
             for name, parameter in self._parameters.items():
                 if parameter.grad is not None:
-                    add_tiled(self._scores[name], local(parameter.grad), self._factor(name), scale, self._power)
+                    gradient = local_gradient(parameter)
+                    add_tiled(self._scores[name], gradient, self._factor(name), scale, self._power)
             self.samples += self._seen
             self._seen = 0
 

@@ -16,7 +16,7 @@ from torch.distributed.algorithms._checkpoint import checkpoint_wrapper
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
 from torch.distributed.tensor import Shard, distribute_tensor
-from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
+from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, SequenceParallel, parallelize_module
 from torch.nn.functional import cross_entropy
 
 import cwfast
@@ -492,12 +492,27 @@ def refusals(rank, ranks):
                 scorer.step()
             batch[net] = scorer.scores()
         assert_same(batch[parallel], batch[whole])
+        sequence_parallel(mesh, rank, ranks)
     else:
         parallelize_module(parallel, mesh["shard"], {"0": ColwiseParallel(), "1": RowwiseParallel()})
         fully_shard(parallel, mesh=mesh["copy"])
         scorer = cwfast.SaliencyScorer(parallel)
         with scorer, pytest.raises(UnsupportedLayer, match="tensor parallelism"):
             parallel(x)
+
+
+def sequence_parallel(mesh, rank, ranks):
+    """Each rank has its tokens' term of the gradient of a norm's weight, of which all have a copy."""
+    whole = nn.Sequential(nn.LayerNorm(6))
+    for parameter in whole.parameters():
+        parameter.data.add_(torch.randn_like(parameter))
+    parallel = parallelize_module(copy.deepcopy(whole), mesh, {"0": SequenceParallel()})
+    x = torch.randn(3, 2 * ranks, 6)
+    expected = score(whole, [x], granularity="batch", loss=lambda net, x: net(x).sin().sum())
+    mine = x[:, 2 * rank : 2 * rank + 2]
+    found = score(parallel, [mine], granularity="batch", loss=lambda net, x: net(x).sin().to_local().sum())
+    assert parallel[0].weight.grad.placements != parallel[0].weight.placements
+    assert_same(found.scores(), expected.scores(), atol=1e-6)
 
 
 def ddp(rank, ranks):
