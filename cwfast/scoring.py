@@ -313,7 +313,7 @@ class SaliencyScorer:
         grad = None
         if self._grads:
             device = self._whole.get(use.name, self._scores[use.name]).device
-            out = place.of(self._sums(use.name, "meta"))
+            out = place.of(self._sums(use.name, "meta") if use.name in self._sharded else self._scores[use.name])
             grad = torch.empty_like(out, device=device) if closes else piece.total(out.shape, out.dtype, device)
         if closes:
             self._close(use.name, unit, grad)  # the same pass over the rows gives the gradient as well
