@@ -256,6 +256,13 @@ def rewind(rank, ranks):
         cwfast.rewind_(plain, ShardedMaskSet.of(masks, model), initial)
     with pytest.raises(TypeError, match="all parameters of masks must be DTensors, or none"):
         ShardedMaskSet.of(masks, plain)
+    partly = copy.deepcopy(plain)
+    fully_shard(partly.middle[0], mesh=mesh_of(ranks))
+    some = MaskSet.from_masks({"norm.weight": masks["norm.weight"]})  # of a parameter that is not sharded
+    cwfast.rewind_(partly, some, initial)
+    assert torch.equal(partly.norm.weight, expected.norm.weight)
+    with pytest.raises(TypeError, match=r"DTensors, or none; 'scale' is a plain tensor"):
+        cwfast.rewind_(partly, masks, initial)
     with pytest.raises(TypeError, match=r"plain tensors; '.*' is a DTensor"):
         cwfast.optim.SelectedAdamW(model, masks)
 
@@ -425,6 +432,13 @@ def gap(rank, ranks):
         assert torch.equal(model.get_parameter(name).grad.full_tensor(), grads[name])
     gradients = gap_gradients(model, *both(mine), loss=loss)
     assert_same(gradients, gap_gradients(plain, *both(ids), loss=loss), atol=1e-6)
+    members, others = both(mine)
+    with pytest.raises(ValueError, match="members must hold at least one sample"):
+        gap_gradients(model, [], others, loss=loss)
+    uneven = members if rank == 0 else members * 2
+    with pytest.raises(ValueError, match=f"members must hold as many batches on each rank; got {len(uneven)} here"):
+        gap_gradients(model, uneven, others, loss=loss)
+    assert all(torch.equal(p.grad.full_tensor(), grads[name]) for name, p in model.named_parameters())
 
 
 def shard_wrapped(model, mesh):
