@@ -170,6 +170,11 @@ def selection(rank, ranks):
         dist.all_gather(everyone, torch.tensor([found.total]))
         assert sum(everyone).item() == expected.total * (2 if ranks == 4 else 1)
     assert (found - found).whole().total == 0
+    rows = {name: part._replace(begin=part.begin + 1) for name, part in found.parts.items()}
+    moved = ShardedMaskSet(dict(found.bits), rows)  # as many entries, of other rows
+    assert moved != found
+    with pytest.raises(ValueError, match="mask sets must be sharded alike; they differ at 'scale'"):
+        found & moved
     assert found.random_like(5).whole() == expected.random_like(5)
     assert f"Sharded{MaskSet.__name__}" in repr(found)
     nan = dict(sharded)
