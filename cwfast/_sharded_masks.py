@@ -1,7 +1,7 @@
 """Sets of critical weights of parameters that FSDP2 shards: each rank has the entries of its own rows."""
 
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -93,12 +93,13 @@ class ShardedMaskSet(MaskSet):
         Raises:
             OSError: the folder does not exist or cannot be written (RuntimeError on the other ranks).
         """
-        whole, error = self.whole(), None
+        whole = self.whole()
+        error: Exception | None = None
         mesh = next((part.mesh for part in self.parts.values()), None)
         if mesh is None or not any(mesh.get_coordinate()):
             try:
                 whole.save(path)
-            except OSError as caught:
+            except Exception as caught:  # whatever it is, the other ranks wait for word of it
                 error = caught
         _ranks.all_raise(error, "MaskSet.save", [] if mesh is None else mesh.get_all_groups())
 
@@ -109,6 +110,21 @@ class ShardedMaskSet(MaskSet):
         for name, part in self.parts.items():
             bits[name] = _picks.pack(whole[name].reshape(-1)[part.begin : part.end])
         return ShardedMaskSet(bits, self.parts, base=self.base)
+
+    def __eq__(self, other: object) -> bool:
+        if isinstance(other, ShardedMaskSet) and self.parts != other.parts:
+            return False
+        return super().__eq__(other)
+
+    __hash__ = None
+
+    def _combine(self, other: MaskSet, operation: Callable[[Tensor, Tensor], Tensor]) -> MaskSet:
+        if isinstance(other, ShardedMaskSet) and self.parts != other.parts:
+            name = next(
+                (n for n in [*self.parts, *other.parts] if self.parts.get(n) != other.parts.get(n)), "the order"
+            )
+            raise ValueError(f"mask sets must be sharded alike; they differ at {name!r}")
+        return super()._combine(other, operation)
 
     def _with(self, bits: Mapping[str, Bits], **about: Any) -> "ShardedMaskSet":
         return ShardedMaskSet(bits, self.parts, **about)

@@ -82,6 +82,17 @@ def local(value: Tensor) -> Tensor:
         return value.to_local()
 
 
+def local_gradient(parameter: Tensor) -> Tensor:
+    """This rank's part of a parameter's ``.grad``, sharded as the parameter is. Where it is not (under tensor
+    parallelism: copies of a weight, each with its own term of the gradient), all ranks exchange it.
+    """
+    gradient = parameter.grad
+    assert gradient is not None  # asked for only where there is one
+    if is_sharded(gradient) and is_sharded(parameter) and gradient.placements != parameter.placements:
+        gradient = gradient.redistribute(placements=parameter.placements)
+    return local(gradient)
+
+
 def local_like(value: Tensor, like: Tensor, name: str = "value") -> Tensor:
     """The entries of ``value`` that ``like`` has on this rank: of ``value`` whole, or sharded as ``like`` is.
 

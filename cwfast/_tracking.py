@@ -64,12 +64,12 @@ class Source(NamedTuple):
 
 
 class Use:
-    """One use of a parameter in a forward pass."""
+    """One use of a parameter in a forward pass; ``open`` while the batch counts it as one whose backward may come."""
 
-    __slots__ = ("__weakref__", "layout", "source")
+    __slots__ = ("layout", "open", "source")
 
     def __init__(self, source: Source, layout: Layout) -> None:
-        self.source, self.layout = source, layout
+        self.source, self.layout, self.open = source, layout, False
 
     @property
     def name(self) -> str:

@@ -336,9 +336,11 @@ def streamed(
 
 
 def placed(model: nn.Module, masks: MaskSet) -> MaskSet:
-    """The set whose entries are of the memory that this rank has: of a sharded model, this rank's part of the set."""
+    """The set of the entries that this rank has: where its parameters are sharded, this rank's part of the set."""
     reshard(model)
-    if not isinstance(masks, MaskSet) or not any(map(is_sharded, model.parameters())):
+    if not isinstance(masks, MaskSet) or not any(
+        is_sharded(p) for n, p in model.named_parameters() if n in masks.shapes
+    ):
         return masks
     from cwfast._sharded_masks import ShardedMaskSet  # built on this module; for those who shard
 

@@ -4,7 +4,6 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from types import TracebackType
 from typing import Any
-from weakref import WeakSet
 
 import torch
 from torch import Tensor, nn
@@ -13,7 +12,7 @@ from torch.optim.optimizer import register_optimizer_step_pre_hook
 from torch.utils._pytree import tree_leaves
 
 from cwfast._parameters import Initial, initial_values, trainable
-from cwfast._shards import is_sharded, local, reshard, summed, versions, whole_like
+from cwfast._shards import is_sharded, local, local_gradient, reshard, summed, versions, whole_like
 from cwfast._stand_ins import StandIns
 from cwfast._tracking import (
     NESTED,
@@ -135,8 +134,6 @@ class SaliencyScorer:
         self._explicit = False  # the batch was declared by batch(), not read off the model's input
         self._pass = Pass(-1)
         self._newest_task = -1  # autograd numbers its backward passes
-        # Uses whose backward has not run and still may: a graph that is dropped takes its uses along.
-        self._outstanding: dict[str, WeakSet[Use]] = {name: WeakSet() for name in self._parameters}
         self._restore: list[Callable[[], object]] = []
         self._sharded = {name: parameter for name, parameter in self._parameters.items() if is_sharded(parameter)}
         self._whole: dict[str, Tensor] = {}  # what stands for a sharded one in its module's forward
@@ -209,7 +206,8 @@ class SaliencyScorer:
             scale = self._unscale()
             for name, parameter in self._parameters.items():
                 if parameter.grad is not None:
-                    add_tiled(self._scores[name], local(parameter.grad), self._factor(name), scale, self._power)
+                    gradient = local_gradient(parameter)
+                    add_tiled(self._scores[name], gradient, self._factor(name), scale, self._power)
             self.samples += self._seen
             self._seen = 0
 
@@ -275,7 +273,9 @@ class SaliencyScorer:
                 "tensor whose first dimension is the batch, or declare it by scorer.batch(size=...)"
             )
         use = Use(source, Layout(self.batch_now, source.name, owner, self.dim))
-        self._outstanding[source.name].add(use)
+        if torch._C._current_graph_task_id() < 0:  # in backward, checkpointing repeats a use that is open already
+            use.open = True
+            self.batch_now.open[source.name] += 1
         return use
 
     def alias(self, result: Tensor, parameter: Tensor) -> Tensor:
@@ -298,11 +298,13 @@ class SaliencyScorer:
         place = use.source.place
         unit.pieces.append((place, piece))
         current.names.add(use.name)
-        outstanding = self._outstanding[use.name]
-        first_time = use in outstanding  # else the graph was retained, and its other uses come again too
-        outstanding.discard(use)
-        # Where no other use can follow, the unit closes now: nothing is kept.
-        closes = first_time and not outstanding and len(unit.pieces) == 1 and not isinstance(self._reduction, Tensor)
+        first_time = use.open  # else the graph was retained, and its other uses come again too
+        use.open = False
+        unit.batch.open[use.name] -= first_time
+        # Where no other use can follow, the unit closes now: nothing is kept. Known by counting calls, not by which
+        # graphs are still alive: all ranks must find the same, as a sharded one is summed over them on closing.
+        last = first_time and not unit.batch.open[use.name]
+        closes = last and len(unit.pieces) == 1 and not isinstance(self._reduction, Tensor)
         if use.name in self._sharded and not closes and isinstance(piece, LoopedPiece):
             raise UnsupportedLayer(
                 "fallback='loop' scores a parameter that FSDP2 shards where it is used once in a backward pass, and "
@@ -311,7 +313,7 @@ class SaliencyScorer:
         grad = None
         if self._grads:
             device = self._whole.get(use.name, self._scores[use.name]).device
-            out = place.of(self._sums(use.name, "meta"))
+            out = place.of(self._sums(use.name, "meta") if use.name in self._sharded else self._scores[use.name])
             grad = torch.empty_like(out, device=device) if closes else piece.total(out.shape, out.dtype, device)
         if closes:
             self._close(use.name, unit, grad)  # the same pass over the rows gives the gradient as well

@@ -16,7 +16,7 @@ from torch.distributed.algorithms._checkpoint import checkpoint_wrapper
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
 from torch.distributed.tensor import Shard, distribute_tensor
-from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
+from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, SequenceParallel, parallelize_module
 from torch.nn.functional import cross_entropy
 
 import cwfast
@@ -170,6 +170,11 @@ def selection(rank, ranks):
         dist.all_gather(everyone, torch.tensor([found.total]))
         assert sum(everyone).item() == expected.total * (2 if ranks == 4 else 1)
     assert (found - found).whole().total == 0
+    rows = {name: part._replace(begin=part.begin + 1) for name, part in found.parts.items()}
+    moved = ShardedMaskSet(dict(found.bits), rows)  # as many entries, of other rows
+    assert moved != found
+    with pytest.raises(ValueError, match="mask sets must be sharded alike; they differ at 'scale'"):
+        found & moved
     assert found.random_like(5).whole() == expected.random_like(5)
     assert f"Sharded{MaskSet.__name__}" in repr(found)
     nan = dict(sharded)
@@ -256,6 +261,13 @@ def rewind(rank, ranks):
         cwfast.rewind_(plain, ShardedMaskSet.of(masks, model), initial)
     with pytest.raises(TypeError, match="all parameters of masks must be DTensors, or none"):
         ShardedMaskSet.of(masks, plain)
+    partly = copy.deepcopy(plain)
+    fully_shard(partly.middle[0], mesh=mesh_of(ranks))
+    some = MaskSet.from_masks({"norm.weight": masks["norm.weight"]})  # of a parameter that is not sharded
+    cwfast.rewind_(partly, some, initial)
+    assert torch.equal(partly.norm.weight, expected.norm.weight)
+    with pytest.raises(TypeError, match=r"DTensors, or none; 'scale' is a plain tensor"):
+        cwfast.rewind_(partly, masks, initial)
     with pytest.raises(TypeError, match=r"plain tensors; '.*' is a DTensor"):
         cwfast.optim.SelectedAdamW(model, masks)
 
@@ -386,6 +398,15 @@ def variants(rank, ranks):
     found = score(shard(copy.deepcopy(plain), mesh), [some], reduction="sum", loss=sum_of).scores()
     assert_same(found, score(copy.deepcopy(plain), [others], reduction="sum", loss=sum_of).scores(), atol=1e-6)
 
+    model, graphs = shard(copy.deepcopy(plain), mesh), []
+    scorer = cwfast.SaliencyScorer(model)
+    with scorer:
+        graphs.append(loss_of(model, mine))  # no backward follows
+        if rank:
+            graphs.clear()  # what a rank has yet to throw away must not change when it meets the others
+        loss_of(model, mine).backward()
+    assert_same(scorer.scores(), expected)
+
     looped = copy.deepcopy(plain)
     looped.middle[0] = Odd(7, 7, 6)
     double = shard(copy.deepcopy(looped), mesh)
@@ -416,6 +437,13 @@ def gap(rank, ranks):
         assert torch.equal(model.get_parameter(name).grad.full_tensor(), grads[name])
     gradients = gap_gradients(model, *both(mine), loss=loss)
     assert_same(gradients, gap_gradients(plain, *both(ids), loss=loss), atol=1e-6)
+    members, others = both(mine)
+    with pytest.raises(ValueError, match="members must hold at least one sample"):
+        gap_gradients(model, [], others, loss=loss)
+    uneven = members if rank == 0 else members * 2
+    with pytest.raises(ValueError, match=f"members must hold as many batches on each rank; got {len(uneven)} here"):
+        gap_gradients(model, uneven, others, loss=loss)
+    assert all(torch.equal(p.grad.full_tensor(), grads[name]) for name, p in model.named_parameters())
 
 
 def shard_wrapped(model, mesh):
@@ -483,12 +511,27 @@ def refusals(rank, ranks):
                 scorer.step()
             batch[net] = scorer.scores()
         assert_same(batch[parallel], batch[whole])
+        sequence_parallel(mesh, rank, ranks)
     else:
         parallelize_module(parallel, mesh["shard"], {"0": ColwiseParallel(), "1": RowwiseParallel()})
         fully_shard(parallel, mesh=mesh["copy"])
         scorer = cwfast.SaliencyScorer(parallel)
         with scorer, pytest.raises(UnsupportedLayer, match="tensor parallelism"):
             parallel(x)
+
+
+def sequence_parallel(mesh, rank, ranks):
+    """Each rank has its tokens' term of the gradient of a norm's weight, of which all have a copy."""
+    whole = nn.Sequential(nn.LayerNorm(6))
+    for parameter in whole.parameters():
+        parameter.data.add_(torch.randn_like(parameter))
+    parallel = parallelize_module(copy.deepcopy(whole), mesh, {"0": SequenceParallel()})
+    x = torch.randn(3, 2 * ranks, 6)
+    expected = score(whole, [x], granularity="batch", loss=lambda net, x: net(x).sin().sum())
+    mine = x[:, 2 * rank : 2 * rank + 2]
+    found = score(parallel, [mine], granularity="batch", loss=lambda net, x: net(x).sin().to_local().sum())
+    assert parallel[0].weight.grad.placements != parallel[0].weight.placements
+    assert_same(found.scores(), expected.scores(), atol=1e-6)
 
 
 def ddp(rank, ranks):

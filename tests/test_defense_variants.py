@@ -82,6 +82,18 @@ def test_simple_criteria_equal_their_formulas():
     assert all(torch.equal(one[name], same_[name]) and not torch.equal(one[name], other[name]) for name in w)
 
 
+def test_gap_gradients_leave_what_lies_outside_the_model():
+    model, outside = torch.nn.Linear(3, 2), torch.ones(2, requires_grad=True)
+    batches = [(torch.randn(4, 3), torch.randint(2, (4,)))]
+
+    def loss(logits, targets, **_):
+        return torch.nn.functional.cross_entropy(logits * outside, targets)
+
+    found = gap_gradients(model, batches, [(-x, y) for x, y in batches], loss=loss)
+    assert found["weight"].any()
+    assert outside.grad is None
+
+
 def test_gap_gradients_refuse_empty_sets_and_generators():
     model, _, members, reference = trained_pair()
     with pytest.raises(ValueError, match="members must hold"):

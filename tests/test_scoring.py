@@ -329,3 +329,13 @@ def test_lower_precisions_accumulate_in_float32(dtype):
     expected = truth(double, start, x.double(), y, "taylor")
     assert all(score.dtype == torch.float32 for score in scorer.scores().values())
     assert_equal(scorer.scores(), expected, 1e-4 if dtype == torch.float32 else 0.05)
+
+
+def test_plain_parameters_need_no_sums_beside_their_scores(monkeypatch):
+    model = torch.nn.Linear(3, 2)
+    scorer = SaliencyScorer(model)
+    monkeypatch.setattr(scorer, "_sums", lambda *_: pytest.fail("made for sharded parameters alone"))
+    with scorer:
+        model(torch.randn(4, 3)).square().sum().backward()
+    assert model.weight.grad.any()
+    assert scorer.scores()["weight"].any()

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from cwfast._parameters import Initial, initial_values, trainable
-from cwfast._ranks import total
+from cwfast._ranks import all_raise, total
 from cwfast._shards import is_sharded, local, reshard, whole_like
 from cwfast._tracking import sum_dtype
 from cwfast.data import check_reiterable
@@ -123,36 +123,45 @@ def _weights(
     members: Iterable[Batch], reference: Iterable[Batch], parameters: Mapping[str, nn.Parameter]
 ) -> tuple[float, float]:
     """Of a member's loss and of a reference sample's in ``L_ref - L_mem``."""
-    counts = [_samples("members", members), _samples("reference", reference)]
+    lengths = {
+        name: [len(targets) for _, targets in batches]
+        for name, batches in (("members", members), ("reference", reference))
+    }
+    counts = {name: sum(found) for name, found in lengths.items()}
     ranks = 1
     sharded = next((p for p in parameters.values() if is_sharded(p)), None)
     if sharded is not None:  # samples of all ranks, over which FSDP2 averages gradients
-        mesh = sharded.device_mesh
-        ranks = mesh.size()
-        for group in mesh.get_all_groups():
-            counts = [total(count, group) for count in counts]
-    return -ranks / counts[0], ranks / counts[1]
+        mesh, error = sharded.device_mesh, None
+        ranks, groups = mesh.size(), mesh.get_all_groups()
+        for name, found in lengths.items():
+            batches = len(found)
+            for group in groups:
+                counts[name], batches = total(counts[name], group), total(batches, group)
+            if batches != ranks * len(found):
+                error = ValueError(
+                    f"{name} must hold as many batches on each rank; got {len(found)} here and {batches} on all {ranks}"
+                )
+        all_raise(error, "gap_shares", groups)  # or the ranks would wait for one another for ever
+    for name, count in counts.items():
+        if count == 0:
+            raise ValueError(f"{name} must hold at least one sample, and be iterable more than once; got none")
+    return -ranks / counts["members"], ranks / counts["reference"]
 
 
 def _gradients(
     work: nn.Module, members: Iterable[Batch], reference: Iterable[Batch], weights: tuple[float, float], loss: Loss
 ) -> dict[str, Tensor]:
     parameters = trainable(work)
+    # What lies outside the model gets no gradient. FSDP2 needs a full backward: it runs on stand-ins of its parameters.
+    leaves = None if any(map(is_sharded, parameters.values())) else list(parameters.values())
     found = {name: torch.zeros_like(p, dtype=sum_dtype(p.dtype)) for name, p in parameters.items()}  # g_ref - g_mem
     for parameter in parameters.values():
         parameter.grad = None
     for batches, weight in ((reference, weights[1]), (members, weights[0])):
         for inputs, targets in batches:
-            (loss(work(inputs), targets) * (weight * len(targets))).backward()
+            (loss(work(inputs), targets) * (weight * len(targets))).backward(inputs=leaves)
             for name, parameter in parameters.items():
                 if parameter.grad is not None:
                     found[name] += parameter.grad
                     parameter.grad = None
     return found
-
-
-def _samples(name: str, batches: Iterable[Batch]) -> int:
-    count = sum(len(targets) for _, targets in batches)
-    if count == 0:
-        raise ValueError(f"{name} must hold at least one sample, and be iterable more than once; got none")
-    return count

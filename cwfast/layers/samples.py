@@ -1,5 +1,6 @@
 """Which rows of a layer's tensors belong to which sample."""
 
+from collections import Counter
 from dataclasses import dataclass
 
 import torch
@@ -13,6 +14,7 @@ class Batch:
         self.size, self.cu_seqlens, self.valid_targets = size, cu_seqlens, valid_targets
         self.length: int | None = None  # T of a model input [B, T, ...]
         self.counted = False
+        self.open: Counter[str] = Counter()  # by parameter, uses in forward passes whose backward has not come
         self.square_norms: Tensor | None = None  # [B] float64, of the samples' whole gradients
 
     @property
