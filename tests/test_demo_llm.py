@@ -137,8 +137,8 @@ def test_a_folder_of_another_run_is_refused(made):
 
 def test_the_sets_of_the_real_demo_share_no_text(monkeypatch, tmp_path):
     class Words:
-        def __call__(self, text):
-            return {"input_ids": [text, text]}
+        def __call__(self, texts, add_special_tokens):
+            return {"input_ids": [2 * [int(text.removeprefix("text "))] for text in texts]}
 
     import transformers
 
