@@ -496,12 +496,12 @@ def refusals(rank, ranks):
     already = pytest.raises(RuntimeError, match="one scorer at a time; 'weight' already is by another")
     with cwfast.SaliencyScorer(moved), cwfast.SaliencyScorer(moved), already:
         moved(x)
-    parallel = nn.Sequential(nn.Linear(6, 8), nn.Linear(8, 6))
+    parallel = nn.Sequential(nn.Linear(6, 12), nn.Linear(12, 6))  # torch's own limit: ranks divide the inner size
     if ranks < 4:
         parallelize_module(parallel, mesh, {"0": ColwiseParallel(), "1": RowwiseParallel()})
         with pytest.raises(UnsupportedLayer, match=r"'0.weight' has \(Shard\(dim=0\),\) on .*tensor parallelism"):
             cwfast.SaliencyScorer(parallel).__enter__()
-        whole = nn.Sequential(nn.Linear(6, 8), nn.Linear(8, 6))
+        whole = nn.Sequential(nn.Linear(6, 12), nn.Linear(12, 6))
         whole.load_state_dict({name: p.full_tensor() for name, p in parallel.state_dict().items()})
         batch = {}
         for net in (whole, parallel):
