@@ -6,10 +6,13 @@ import os
 import shlex
 import sys
 from collections.abc import Callable, Sequence
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
 from cwfast.commands import arguments
+
+Run = Callable[[argparse.Namespace], tuple[dict[str, Any], str]]  # what it found, as JSON and as text
 
 _SETTINGS = (  # every environment variable that the code reads, so that a misspelt one is seen
     "CWFAST_BENCH_DEVICE",
@@ -64,7 +67,7 @@ def _parser() -> argparse.ArgumentParser:
 
     def add(
         name: str,
-        run: Callable[[argparse.Namespace], Any],
+        run: Run,
         arguments_of: Callable[[argparse.ArgumentParser], None],
         **texts: Any,
     ) -> None:
@@ -88,7 +91,7 @@ def _parser() -> argparse.ArgumentParser:
 
     add(
         "audit",
-        _audit,
+        _command("audit"),
         arguments.audit,
         help="attack models by their logits: who was in the training data, how surely can one tell",
         description="Attack models by what they say of samples: give --logits, --labels and --membership, or "
@@ -98,7 +101,7 @@ def _parser() -> argparse.ArgumentParser:
 
     add(
         "score",
-        _score,
+        _command("score"),
         arguments.score,
         help="how much each weight of a fine-tuned language model holds its training texts, as a safetensors folder",
         description="Scores for cwfast select. MODEL and BASE are local folders, which are only read; code that comes "
@@ -107,13 +110,13 @@ def _parser() -> argparse.ArgumentParser:
     )
     add(
         "select",
-        _select,
+        _command("files", "run_select"),
         arguments.select,
         help="the largest scores of a safetensors folder, which may be larger than memory, as a mask file",
     )
     add(
         "artefact",
-        _artefact,
+        _command("files", "run_artefact"),
         arguments.artefact,
         help="a mask and the values at its entries as one small file, to be applied by cwfast rewind",
         description="With --base, the file makes MODEL rewound to BASE; without, MODEL itself, out of MODEL rewound. "
@@ -121,7 +124,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     add(
         "rewind",
-        _rewind,
+        _command("files", "run_rewind"),
         arguments.rewind,
         help="a copy of a model's folder with the weights of a mask put back to a base checkpoint's",
         description="Takes --base and --mask, or --artefact. Reads, rewinds, hashes and writes in pieces: memory does "
@@ -129,7 +132,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     add(
         "defend",
-        _defend,
+        _command("defend", passive=True),
         arguments.defend,
         help="train a model, defend it, save its weights and masks; with --audit, attack before and after",
         description="The model is trained on the whole pool of the data. With --audit, two fleets are trained on "
@@ -137,7 +140,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     add(
         "study",
-        _study,
+        _command("study", passive=True),
         arguments.study,
         help="a grid of defenses, each with and without CWRF, attacked and compared: curves with intervals",
         description="Train, defend, attack and compare fleets of models. A run that was interrupted goes on in the "
@@ -145,7 +148,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     add(
         "audit-llm",
-        _audit_llm,
+        _command("audit_llm"),
         arguments.audit_llm,
         help="attack a language model: which texts was it trained on, how surely can one tell",
         description="Attack a causal language model by the log-probabilities of texts: one forward pass for most "
@@ -154,7 +157,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     add(
         "defend-llm",
-        _defend_llm,
+        _command("defend_llm", passive=True),
         arguments.defend_llm,
         help="score, rewind and fine-tune a language model, save it, and attack it before and after",
         description="Weights of MODEL that hold its members are put back to BASE's and frozen; the rest is fine-tuned "
@@ -163,7 +166,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     add(
         "demo-llm",
-        _demo_llm,
+        _command("demo_llm", passive=True),
         arguments.demo_llm,
         help="attack, defend and attack again: a pre-trained language model, beside controls",
         description="SmolLM2-135M, from installed packages, fine-tuned on docstrings. A run that was stopped goes on "
@@ -182,7 +185,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     bench.add_argument("--out", type=Path, help="append one JSON line per case to this file")
     bench.add_argument("--chart", type=Path, help="draw the ratios of all cases into this PNG file (needs matplotlib)")
-    bench.set_defaults(run=_bench)
+    bench.set_defaults(run=_command("bench"))
 
     env = commands.add_parser(
         "env", parents=[common], help="versions, backends with reasons for those missing, settings"
@@ -216,74 +219,22 @@ def _demo(options: argparse.Namespace) -> tuple[dict[str, Any], str]:
     return report, "\n".join(lines)
 
 
-def _bench(options: argparse.Namespace) -> tuple[dict[str, Any], str]:
-    from cwfast.commands import bench
+def _command(module: str, name: str = "run", *, passive: bool = False) -> Run:
+    """A function of a module of ``cwfast.commands``, imported when it runs.
 
-    return bench.run(options)
+    Args:
+        module: its name.
+        name: of the function.
+        passive: threads that wait do not spin (see ``_demo``).
+    """
 
+    def run(options: argparse.Namespace) -> tuple[dict[str, Any], str]:
+        if passive:
+            os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+        found: tuple[dict[str, Any], str] = getattr(import_module(f"cwfast.commands.{module}"), name)(options)
+        return found
 
-def _audit(options: argparse.Namespace) -> tuple[dict[str, Any], str]:
-    from cwfast.commands import audit
-
-    return audit.run(options)
-
-
-def _score(options: argparse.Namespace) -> tuple[dict[str, Any], str]:
-    from cwfast.commands import score
-
-    return score.run(options)
-
-
-def _select(options: argparse.Namespace) -> tuple[dict[str, Any], str]:
-    from cwfast.commands import files
-
-    return files.run_select(options)
-
-
-def _artefact(options: argparse.Namespace) -> tuple[dict[str, Any], str]:
-    from cwfast.commands import files
-
-    return files.run_artefact(options)
-
-
-def _rewind(options: argparse.Namespace) -> tuple[dict[str, Any], str]:
-    from cwfast.commands import files
-
-    return files.run_rewind(options)
-
-
-def _defend(options: argparse.Namespace) -> tuple[dict[str, Any], str]:
-    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-    from cwfast.commands import defend
-
-    return defend.run(options)
-
-
-def _study(options: argparse.Namespace) -> tuple[dict[str, Any], str]:
-    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-    from cwfast.commands import study
-
-    return study.run(options)
-
-
-def _audit_llm(options: argparse.Namespace) -> tuple[dict[str, Any], str]:
-    from cwfast.commands import audit_llm
-
-    return audit_llm.run(options)
-
-
-def _defend_llm(options: argparse.Namespace) -> tuple[dict[str, Any], str]:
-    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-    from cwfast.commands import defend_llm
-
-    return defend_llm.run(options)
-
-
-def _demo_llm(options: argparse.Namespace) -> tuple[dict[str, Any], str]:
-    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-    from cwfast.commands import demo_llm
-
-    return demo_llm.run(options)
+    return run
 
 
 def _env(options: argparse.Namespace) -> tuple[dict[str, Any], str]:
