@@ -89,3 +89,13 @@ def tokenizer(bos: bool = False):
 def words(rows: list[list[int]]) -> list[str]:
     """Texts that the tokenizer reads as these ids."""
     return [" ".join(f"w{token}" for token in row) for row in rows]
+
+
+def assert_held(model, base, masks):
+    """Selected entries have the base's bits, and of the others some have moved."""
+    moved = 0
+    for name, parameter in model.named_parameters():
+        same = parameter == base.get_parameter(name).to(parameter)
+        assert same[masks[name]].all(), name
+        moved += int((~same[~masks[name]]).sum())
+    assert moved

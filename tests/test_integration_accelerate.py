@@ -53,15 +53,6 @@ def train(accelerator, model, optimizer, after=lambda: None):
             after()
 
 
-def assert_held(model, base, masks):
-    moved = 0
-    for name, parameter in model.named_parameters():
-        same = parameter == base.get_parameter(name).to(parameter)
-        assert same[masks[name]].all(), name
-        moved += int((~same[~masks[name]]).sum())
-    assert moved
-
-
 @pytest.mark.parametrize("precision", ["no", "bf16", "fp16"])
 @pytest.mark.parametrize("checkpointed", [False, True])
 def test_in_every_precision(precision, checkpointed):
@@ -72,8 +63,8 @@ def test_in_every_precision(precision, checkpointed):
     inside = accelerator.unwrap_model(wrapped)
     cwfast.rewind_(inside, masks, base)
     with cwfast.freeze(inside, optimizer, masks):
-        train(accelerator, wrapped, optimizer, lambda: assert_held(model, base, masks))
-    assert_held(model, base, masks)
+        train(accelerator, wrapped, optimizer, lambda: llm_models.assert_held(model, base, masks))
+    llm_models.assert_held(model, base, masks)
     assert model.lm_head.weight is model.transformer.wte.weight
 
 
@@ -88,7 +79,7 @@ def test_a_saved_state_is_loaded_before_freezing():
     accelerator.load_state("state")
     with cwfast.freeze(model, optimizer, masks, base):
         train(accelerator, wrapped, optimizer)
-    assert_held(model, base, masks)
+    llm_models.assert_held(model, base, masks)
     for p, q in zip(model.parameters(), end.parameters(), strict=True):
         assert torch.equal(p, q)
 
@@ -114,7 +105,7 @@ def test_bfloat16_weights_float32_masters_and_an_average():
         for ids in IDS:
             step(ids)
     for held in (model, master, average.module):
-        assert_held(held, base.to(next(held.parameters()).dtype), masks)
+        llm_models.assert_held(held, base.to(next(held.parameters()).dtype), masks)
 
 
 @pytest.mark.slow
@@ -128,4 +119,4 @@ def test_compiled():
         pass
     with cwfast.freeze(accelerator.unwrap_model(compiled, keep_torch_compile=False), optimizer, masks, base):
         train(accelerator, compiled, optimizer)
-    assert_held(model, base, masks)
+    llm_models.assert_held(model, base, masks)

@@ -80,16 +80,6 @@ def trainer(hub, model, callback, out="out", optimizers=(None, None), **more):
     )
 
 
-def assert_held(model, base, masks):
-    """Selected entries have the base's bits, and of the others some have moved."""
-    moved = 0
-    for name, parameter in model.named_parameters():
-        same = parameter == base.get_parameter(name).to(parameter)
-        assert same[masks[name]].all(), name
-        moved += int((~same[~masks[name]]).sum())
-    assert moved
-
-
 def assert_equal(model, other):
     for (name, p), q in zip(model.named_parameters(), other.parameters(), strict=True):
         assert torch.equal(p, q), name
@@ -107,14 +97,14 @@ def test_frozen_through_training_saving_and_resuming(hub, kind):
     run.train()
     losses = [entry["loss"] for entry in run.state.log_history if "loss" in entry]
     assert losses[-1] < losses[0]
-    assert_held(model, base, masks)
+    llm_models.assert_held(model, base, masks)
     for step in (3, 6):
-        assert_held(read(model, f"out/checkpoint-{step}"), base, masks)
+        llm_models.assert_held(read(model, f"out/checkpoint-{step}"), base, masks)
         assert cwfast.MaskSet.load(f"out/checkpoint-{step}/{hub.mask_file}") == masks
     again = trainer(hub, start, hub.Callback(masks, initial=base))
     again.train(resume_from_checkpoint="out/checkpoint-3")
     assert again.state.global_step == 6
-    assert_held(start, base, masks)
+    llm_models.assert_held(start, base, masks)
     if kind != "qwen3_moe":  # of which transformers 5 resumes no experts: huggingface/transformers#48805
         assert_equal(start, model)
 
@@ -138,8 +128,8 @@ def test_frozen_however_the_trainer_trains(hub, way):
     model, base = pair("llama", tie_word_embeddings=True)
     masks = random_masks(model)
     trainer(hub, model, hub.Callback(masks, initial=base), **WAYS[way]).train()
-    assert_held(model, base, masks)
-    assert_held(read(model, "out/checkpoint-6"), base, masks)
+    llm_models.assert_held(model, base, masks)
+    llm_models.assert_held(read(model, "out/checkpoint-6"), base, masks)
 
 
 @pytest.mark.parametrize("optimizer", ["adamw_torch_8bit", "adamw_torch_4bit"])
@@ -149,7 +139,7 @@ def test_frozen_under_optimizers_of_torchao(hub, optimizer):
     model, base = pair("llama")
     masks = random_masks(model)
     trainer(hub, model, hub.Callback(masks, initial=base), optim=optimizer).train()
-    assert_held(model, base, masks)
+    llm_models.assert_held(model, base, masks)
 
 
 @pytest.mark.parametrize("who", ["the Trainer", "the user"])
@@ -163,7 +153,7 @@ def test_frozen_in_a_compiled_model(hub, who):
         trainer(hub, compiled, callback, remove_unused_columns=False).train()
     else:
         trainer(hub, model, callback, torch_compile=True, torch_compile_backend="aot_eager").train()
-    assert_held(model, base, masks)
+    llm_models.assert_held(model, base, masks)
 
 
 @pytest.mark.slow
@@ -181,7 +171,7 @@ def test_bfloat16_weights_with_copies_that_are_held_too(hub):
     master = {name: p.detach().float() for name, p in model.named_parameters()}
     average = copy.deepcopy(model)
     trainer(hub, model, hub.Callback(masks, initial=base, also=[master, average])).train()
-    assert_held(model, base, masks)
+    llm_models.assert_held(model, base, masks)
     for name, before in base.named_parameters():
         assert torch.equal(master[name][masks[name]], before[masks[name]].float())
         assert torch.equal(average.get_parameter(name)[masks[name]], before[masks[name]])
@@ -335,10 +325,10 @@ def test_a_run_that_raises_and_training_again(hub):
     run.add_callback(Stop())
     with pytest.raises(KeyboardInterrupt):
         run.train()
-    assert_held(model, base, masks)
+    llm_models.assert_held(model, base, masks)
     run.remove_callback(Stop)
     run.train()
-    assert_held(model, base, masks)
+    llm_models.assert_held(model, base, masks)
     run.add_callback(Stop())
     with pytest.raises(KeyboardInterrupt):
         run.train()
@@ -352,7 +342,7 @@ def test_without_initial_the_weights_are_frozen_as_they_are(hub):
     model, _ = pair("llama")
     before, masks = copy.deepcopy(model), random_masks(model)
     trainer(hub, model, hub.Callback(masks)).train()
-    assert_held(model, before, masks)
+    llm_models.assert_held(model, before, masks)
 
 
 def test_what_is_wrong_is_said(hub):
