@@ -9,7 +9,7 @@ import torch
 
 from cwfast import llm, mia
 from cwfast.cli import main
-from cwfast.llm import smollm
+from cwfast.llm.training import fine_tune
 
 pytest.importorskip("transformers")
 pytest.importorskip("jinja2")
@@ -37,7 +37,7 @@ def folder(tmp_path_factory, without_torchvision):
     halves = {f"shadow{i}": rng.permutation(32)[:16].tolist() for i in range(SHADOWS)}
     for name, side in {"tuned": [*range(16), 46, 47], **halves}.items():
         model = llm_models.small("llama", torch.float32)
-        smollm.fine_tune(model, llm_models.tokenizer(), [texts[i] for i in side], epochs=4, lr=3e-3, batch=8)
+        fine_tune(model, [rows[i] for i in side], epochs=4, lr=3e-3, batch=8)
         model.save_pretrained(where / name)
         lines(where / name / "members.jsonl", [texts[i] for i in side])
     for name in ("base", "tuned", *halves):

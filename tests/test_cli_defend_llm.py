@@ -10,7 +10,7 @@ from safetensors.torch import load_file, save_file
 from cwfast import MaskSet
 from cwfast.checkpoint.files import exclusive, sha256
 from cwfast.cli import main
-from cwfast.llm import smollm
+from cwfast.llm.training import fine_tune
 
 pytest.importorskip("transformers")
 pytest.importorskip("jinja2")
@@ -29,10 +29,11 @@ def lines(path, texts):
 def folder(tmp_path_factory, without_torchvision):
     """A tiny base model, the same fine-tuned on its members, and texts."""
     where = tmp_path_factory.mktemp("defend")
-    texts = llm_models.words(llm_models.ids(56, 6, 12, seed=4))
+    rows = llm_models.ids(56, 6, 12, seed=4)
+    texts = llm_models.words(rows)
     base = llm_models.small("llama", torch.float32, tie_word_embeddings=True)
     base.save_pretrained(where / "base")
-    smollm.fine_tune(base, llm_models.tokenizer(), texts[PARTS["m"]], epochs=4, lr=3e-3)
+    fine_tune(base, rows[PARTS["m"]], epochs=4, lr=3e-3)
     base.save_pretrained(where / "tuned")
     for name in ("base", "tuned"):
         llm_models.tokenizer().save_pretrained(where / name)

@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 import torch
 
-from cwfast.llm import auditing, measuring, recording, smollm
+from cwfast.llm import auditing, measuring, recording
+from cwfast.llm.training import fine_tune
 from cwfast.mia import metrics
 
 pytest.importorskip("transformers")
@@ -18,7 +19,7 @@ HOW = {"bootstrap": 40, "fprs": (0.1,)}
 
 def tuned(rows, seed=0):
     model = llm_models.small("llama", torch.float32)
-    smollm.fine_tune(model, llm_models.tokenizer(), llm_models.words(rows), epochs=4, lr=3e-3, seed=seed)
+    fine_tune(model, rows, epochs=4, lr=3e-3, seed=seed)
     return model
 
 

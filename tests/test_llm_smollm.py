@@ -41,15 +41,6 @@ def test_the_split_is_by_hash_and_holds_each_text_once():
         smollm.split(texts[:408])
 
 
-def test_fine_tuning_fits_the_texts_it_is_given():
-    texts, tokenizer = llm_models.words(llm_models.ids(12, 8, 14)), llm_models.tokenizer()
-    model = llm_models.small("llama", torch.float32)
-    losses = smollm.fine_tune(model, tokenizer, texts, epochs=3, lr=3e-3, batch=4)
-    assert len(losses) == 9
-    assert losses[-1] < losses[0]
-    assert not model.training
-
-
 @pytest.mark.slow
 def test_smollm2(tmp_path):
     """The real model: its records are its logits, and it knows no docstring of one side better than of the other."""

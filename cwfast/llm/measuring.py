@@ -27,13 +27,13 @@ class Meter:
     """Measures models on one set of texts.
 
     Args:
-        base: the model before fine-tuning, the reference of the attacks that take one.
+        base: the model before fine-tuning, the reference of the attacks that take one; or its records (``read``).
         members: token ids of texts that the models were trained on.
         nonmembers: of texts from the same source that they were not.
         heldout: of texts whose perplexity is told; they may be the non-members.
         attacks: names of ``cwfast.llm.ATTACKS`` that need no more than a reference, or "rmia" with shadows.
         shadows: models trained like the audited one on other texts: a function that loads it (one is in memory at a
-            time), and a bool [N] of which members and non-members it was trained on.
+            time) or its records, and a bool [N] of which members and non-members it was trained on.
         fprs: false-positive rates for TPR at FPR.
         bootstrap: replicates for all intervals, at least 1.
         confidence: of the intervals.
@@ -41,7 +41,7 @@ class Meter:
         batch_tokens: of a batch.
 
     Raises:
-        ValueError: an attack that needs what is not there; and as ``records`` does.
+        ValueError: an attack that needs what is not there, records of other texts; and as ``records`` does.
     """
 
     def __init__(
@@ -52,7 +52,7 @@ class Meter:
         heldout: Ids,
         *,
         attacks: Sequence[str] = DEFAULT,
-        shadows: Sequence[tuple[Callable[[], Any], Bools]] = (),
+        shadows: Sequence[tuple[Callable[[], Any] | TokenRecords, Bools]] = (),
         fprs: Sequence[float] = (0.01,),
         bootstrap: int = 1000,
         confidence: float = 0.95,
@@ -66,31 +66,25 @@ class Meter:
             needs = set(ATTACKS[name].needs) - {"reference", *(("shadows", "membership") if shadows else ())}
             if needs:
                 raise ValueError(f"attacks must need no more than a reference; {name} needs {', '.join(sorted(needs))}")
-        audited = [list(map(int, text)) for text in (*members, *nonmembers)]
-        further = [list(map(int, text)) for text in heldout]
-        again = further == audited[len(members) :]  # then nothing is read twice
-        self.flags = np.arange(len(audited)) < len(members)
-        self._texts = audited if again else audited + further
-        self._parts = {
-            "members": range(len(members)),
-            "nonmembers": range(len(members), len(audited)),
-            "heldout": range(len(members), len(audited)) if again else range(len(audited), len(self._texts)),
-        }
+        self._texts, ends = _arranged(members, nonmembers, heldout)
+        self._parts = {name: range(*ends[name]) for name in ("members", "nonmembers", "heldout")}
+        self.flags = np.arange(ends["nonmembers"][1]) < len(members)
         self._how: dict[str, Any] = {"fprs": fprs, "bootstrap": bootstrap, "confidence": confidence, "seed": seed}
         self._batch_tokens = batch_tokens
-        self._base = self._records(base, self._texts)
-        self._shadows = [self._audited(self._records(load(), self._texts)) for load, _ in shadows]
+        self._base = self._read(base)
+        own = (one if isinstance(one, TokenRecords) else one() for one, _ in shadows)
+        self._shadows = [self._audited(self._read(one)) for one in own]
         self._membership = np.array([self.flags, *(trained for _, trained in shadows)], dtype=bool)
 
     def __call__(self, model: Any) -> dict[str, Any]:
-        """What came out for a model, JSON-able.
+        """What came out for a model, or for its records (``read``), JSON-able.
 
         Returns:
             ``perplexity`` with ``perplexity_low`` and ``perplexity_high`` (bootstrap over texts), ``loss`` of the
             mean token of members, non-members and held-out texts, ``attacks`` by name (``auditing.judged``), and
             ``draws`` of log-perplexity and of each attack's AUC, replicate by replicate, for paired differences.
         """
-        return self._measured(self._records(model, self._texts))
+        return self._measured(self._read(model))
 
     def base(self) -> dict[str, Any]:
         """The same of the base model, which needs no pass; attacks that compare with it can only guess."""
@@ -126,11 +120,24 @@ class Meter:
         drawn = rng.integers(0, len(sums), (self._how["bootstrap"], len(sums)))
         return (sums[drawn].sum(axis=1) / lengths[drawn].sum(axis=1)).tolist()
 
-    def _records(self, model: Any, texts: Ids) -> TokenRecords:
-        return records(model, None, texts, batch_tokens=self._batch_tokens)
+    def _read(self, model: Any) -> TokenRecords:
+        if not isinstance(model, TokenRecords):
+            return records(model, None, self._texts, batch_tokens=self._batch_tokens)
+        if model.tokens.tolist() != [token for text in self._texts for token in text[1:]]:
+            raise ValueError("records must be of this Meter's texts (cwfast.llm.measuring.read); they are of others")
+        return model
 
     def _audited(self, every: TokenRecords) -> TokenRecords:
         return every.select(list(range(len(self.flags))))
+
+
+def read(model: Any, members: Ids, nonmembers: Ids, heldout: Ids, *, batch_tokens: int = 1024) -> TokenRecords:
+    """The records that a ``Meter`` of these texts takes in place of the model: they can be kept, the model need not.
+
+    Raises:
+        ValueError, TypeError, UnsupportedLayer: as ``records`` does.
+    """
+    return records(model, None, _arranged(members, nonmembers, heldout)[0], batch_tokens=batch_tokens)
 
 
 def token_loss(model: Any, texts: Ids, *, batch_tokens: int = 1024) -> float:
@@ -149,6 +156,16 @@ def tokenized(tokenizer: Any, texts: Sequence[str], max_tokens: int | None) -> l
         ValueError: a text without a token that would be predicted.
     """
     return [document.ids for document in documents(tokenizer, texts, max_tokens=max_tokens)]
+
+
+def _arranged(members: Ids, nonmembers: Ids, heldout: Ids) -> tuple[list[list[int]], dict[str, tuple[int, int]]]:
+    """What is read, each text once, and where each side begins and ends in it."""
+    texts = [list(map(int, text)) for text in (*members, *nonmembers)]
+    further = [list(map(int, text)) for text in heldout]
+    m, n = len(members), len(texts)
+    again = further == texts[m:]
+    ends = {"members": (0, m), "nonmembers": (m, n), "heldout": (m, n) if again else (n, n + len(further))}
+    return (texts if again else texts + further), ends
 
 
 def _token_loss(own: TokenRecords) -> float:

@@ -17,8 +17,10 @@ import torch
 from cwfast.checkpoint.files import atomic_folder, sha256
 from cwfast.errors import CheckpointError
 from cwfast.llm._segments import Bools
+from cwfast.llm.loading import whole
+from cwfast.llm.measuring import tokenized
 from cwfast.llm.texts import read_texts
-from cwfast.llm.tuning import fine_tune
+from cwfast.llm.training import fine_tune
 
 FACTS = "shadow.json"
 COUNT, RANK, EPOCHS, LR = 8, 16, 1, 1e-3
@@ -110,14 +112,14 @@ def train(
 def _one(base: Path, texts: Sequence[str], out: Path, settings: Mapping[str, Any], seed: int) -> list[float]:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32, trust_remote_code=False)
+    model = whole(AutoModelForCausalLM, base, dtype=torch.float32)
     tokenizer = AutoTokenizer.from_pretrained(base, trust_remote_code=False)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         if settings["rank"] is not None:
             model = _adapted(model, base, settings["rank"])
-        how = {name: settings[name] for name in ("epochs", "lr", "batch", "max_tokens")}
-        losses = fine_tune(model, tokenizer, texts, seed=seed, **how)
+        how = {name: settings[name] for name in ("epochs", "lr", "batch")}
+        losses = fine_tune(model, tokenized(tokenizer, texts, settings["max_tokens"]), seed=seed, **how)
     model.save_pretrained(out)
     tokenizer.save_pretrained(out)
     return losses

@@ -20,7 +20,9 @@ import torch
 
 from cwfast.checkpoint.files import atomic_folder, atomic_write
 from cwfast.llm import shadows
-from cwfast.llm.tuning import fine_tune
+from cwfast.llm.loading import local
+from cwfast.llm.measuring import tokenized
+from cwfast.llm.training import fine_tune
 
 MEMBERS = NONMEMBERS = 200
 SHOTS = 8  # texts for prefixes, that are neither members nor audited
@@ -143,11 +145,11 @@ def prepare(out: Path, *, epochs: int = 1, lr: float = 5e-5, seed: int = 0) -> d
 
 
 def _tune(out: Path, members: Sequence[str], epochs: int, lr: float, seed: int) -> list[float]:
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoTokenizer
 
-    model = AutoModelForCausalLM.from_pretrained(out / "base", dtype=torch.float32)
+    model = local(out / "base", torch.float32)
     tokenizer = AutoTokenizer.from_pretrained(out / "base")
-    losses = fine_tune(model, tokenizer, members, epochs=epochs, lr=lr, max_tokens=MAX_TOKENS, seed=seed)
+    losses = fine_tune(model, tokenized(tokenizer, members, MAX_TOKENS), epochs=epochs, lr=lr, seed=seed)
     shutil.rmtree(out / "tuned", ignore_errors=True)
     with atomic_folder(out / "tuned") as partial:
         model.save_pretrained(partial)
