@@ -10,6 +10,7 @@ from safetensors.torch import load_file, save_file
 from cwfast import MaskSet
 from cwfast.checkpoint.files import exclusive, sha256
 from cwfast.cli import main
+from cwfast.commands import defend_llm
 from cwfast.llm.training import fine_tune
 
 pytest.importorskip("transformers")
@@ -92,6 +93,34 @@ def test_the_model_loads_and_the_report_has_before_and_after(folder, tmp_path, c
     assert "| CWRF gap 20%, 4 steps |" in told
     assert found["reading"][0] in told
     assert not any(text in page + told for text in (folder / "m.jsonl").read_text().split('"') if text.startswith("w"))
+
+
+def test_a_run_that_was_stopped_goes_on(folder, tmp_path, capsys, monkeypatch):
+    more = ["--rate", 0.2, "--steps", 2, "--lr", 1e-3, "--json"]
+    assert main(arguments(folder, tmp_path / "whole", *more)) == 0
+    expected = json.loads(capsys.readouterr().out)
+
+    def stop(*_, **__):
+        raise RuntimeError("stopped")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(defend_llm.defending, "hold_", stop)
+        assert "stopped" in error(capsys, folder, tmp_path / "out", *more[:-1])
+        assert not (tmp_path / "out" / "model").exists()
+        assert error(capsys, folder, tmp_path / "out", *more[:-1], model="base").endswith("a new folder, or remove it")
+    with monkeypatch.context() as patch:
+        patch.setattr(defend_llm.defending, "score", None)  # nothing is scored again
+        assert main(arguments(folder, tmp_path / "out", *more)) == 0
+    found = json.loads(capsys.readouterr().out)
+    for one in (found, expected):
+        del one["files"]["mask.safetensors"]  # safetensors writes the words of its header in any order
+    for name in ("rows", "files", "losses"):
+        assert found[name] == expected[name]
+    assert MaskSet.load(tmp_path / "out" / "mask.safetensors") == MaskSet.load(tmp_path / "whole" / "mask.safetensors")
+    assert {path.name for path in (tmp_path / "out").iterdir()} == {
+        path.name for path in (tmp_path / "whole").iterdir()
+    }
+    assert not (tmp_path / "out" / "work").exists()  # its records hold the texts' tokens
 
 
 def test_a_bfloat16_model_stays_one(folder, tmp_path, capsys):

@@ -2,9 +2,11 @@
 after."""
 
 import argparse
+import hashlib
+import json
+import shutil
 import sys
 from collections.abc import Mapping, Sequence
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +22,7 @@ from cwfast.llm.loading import local
 from cwfast.llm.other_files import without_code
 from cwfast.llm.texts import all_as_read, read_texts
 from cwfast.llm.windows import adds_bos
-from cwfast.masks import MaskSet
+from cwfast.masks import MaskSet, rewind_
 from cwfast.ops import gather
 from cwfast.report import llm_defense, llm_reading, provenance
 from cwfast.report.table import percent
@@ -62,42 +64,38 @@ def _run(options: argparse.Namespace, out: Path) -> tuple[dict[str, Any], str]:
     rows = {name: measuring.tokenized(tokenizer, side, read) for name, side in texts.items()}
     known = [set(read_texts(Path(folder) / "members.jsonl")) for folder in options.shadow]
     audited = [*texts["members"], *texts["nonmembers"]]
+    judged = (rows["members"], rows["nonmembers"], rows.get("heldout", rows["nonmembers"]))
+    work = out / "work"  # what a run that was stopped goes on with; token ids are in it, so it does not stay
     shadows = [
-        (partial(audit_llm._model, folder), np.array([text in side for text in audited]))
-        for folder, side in zip(options.shadow, known, strict=True)
+        (
+            measuring.read(audit_llm._model(folder), *judged, out=work / f"shadow-{i}"),
+            np.array([text in side for text in audited]),
+        )
+        for i, (folder, side) in enumerate(zip(options.shadow, known, strict=True))
     ]
     base = local(Path(options.base))
+    before, start = (
+        measuring.read(one, *judged, out=work / name) for one, name in ((base, "base"), (model, "undefended"))
+    )
     meter = measuring.Meter(
-        base,
-        rows["members"],
-        rows["nonmembers"],
-        rows.get("heldout", rows["nonmembers"]),
-        shadows=shadows,
-        fprs=options.fpr,
-        bootstrap=options.bootstrap,
-        seed=options.seed,
+        before, *judged, shadows=shadows, fprs=options.fpr, bootstrap=options.bootstrap, seed=options.seed
     )
     found = [_row("base", "base", "Before fine-tuning", meter.base())]
-    found.append(_row("undefended", "undefended", "Fine-tuned, undefended", meter(model)))
+    found.append(_row("undefended", "undefended", "Fine-tuned, undefended", meter(start)))
     model.to(torch.float32)  # small updates are lost in bfloat16
-    sides = {name: [torch.tensor(row) for row in rows[name]] for name in ("members", "reference")}
-    settings = {
-        name: getattr(options, name) for name in ("criterion", "rate", "points", "steps", "lr", "batch", "seed")
-    }
-    done = defending.defend_(
-        model,
-        base,
-        sides["members"],
-        sides["reference"],
-        alpha=options.alpha,
-        **settings,
-        progress=sys.stderr.isatty(),
+    scoring = {name: getattr(options, name) for name in ("criterion", "rate", "points", "batch")}
+    tuning = {name: getattr(options, name) for name in ("steps", "lr", "batch", "seed")}
+    models = [one.manifest["model"] for one in (before, start)]
+    masks = _masks(work, model, base, [rows[name] for name in ("members", "reference")], models, scoring)
+    rewind_(model, masks, base)
+    alpha, losses = defending.hold_(
+        model, rows["members"], alpha=options.alpha, masks=masks, **tuning, progress=sys.stderr.isatty()
     )
     model.to(dtype)
     label = f"CWRF {options.criterion} {percent(options.rate)}, {options.steps} steps"
     found.append(_row("defended", "cwrf", label, meter(model), criterion=options.criterion, rate=options.rate,
-                      steps=options.steps, alpha=done.alpha, rewound=done.masks.total))  # fmt: skip
-    files = _save(out, model, tokenizer, done.masks, base)
+                      steps=options.steps, alpha=alpha, rewound=masks.total))  # fmt: skip
+    files = _save(out, model, tokenizer, masks, base)
     reading = llm_reading.before_and_after(found)
     document = {
         "schema": SCHEMA,
@@ -111,15 +109,16 @@ def _run(options: argparse.Namespace, out: Path) -> tuple[dict[str, Any], str]:
         "models": {"model": options.model, "base": options.base, "shadows": options.shadow},
         "inputs": {name: audit_llm._named(getattr(options, name)) for name in given},
         "texts": {name: len(side) for name, side in texts.items()},
-        "settings": {**settings, "alpha": options.alpha, "max_tokens": read},
-        "rewound": {"weights": done.masks.total, "of": done.masks.numel},
-        "losses": done.losses,
+        "settings": {**scoring, **tuning, "alpha": options.alpha, "max_tokens": read},
+        "rewound": {"weights": masks.total, "of": masks.numel},
+        "losses": losses,
         "rows": [llm_defense.without_draws(row) for row in found],
         "reading": reading,
         "notes": notes,
         "files": files,
     }
     llm_defense.write(document, out)
+    shutil.rmtree(work)
     return document, "\n".join([llm_defense.text(document), "", f"Model: {(out / 'model').resolve()}",
                                 f"Report: {(out / 'report.html').resolve()}"])  # fmt: skip
 
@@ -182,6 +181,20 @@ def _check_place(options: argparse.Namespace) -> None:
             raise ValueError(f"{what.upper()} must be a whole model; {folder} holds an adapter: merge it first")
         if folder.resolve() in (out.resolve(), *out.resolve().parents):
             raise ValueError(f"--out must lie outside {what.upper()}; {out} is in {folder}")
+
+
+def _masks(
+    work: Path, model: Any, base: Any, sides: Sequence[Sequence[Sequence[int]]], models: Any, settings: Any
+) -> MaskSet:
+    """The weights to rewind: scored now, or by a run that was stopped, of the same models, texts and settings."""
+    plan = json.dumps([provenance.versions(PACKAGES), models, settings, sides], sort_keys=True)
+    file = work / f"mask-{hashlib.sha256(plan.encode()).hexdigest()[:16]}.safetensors"
+    if file.exists():
+        return MaskSet.load(file)
+    members, reference = ([torch.tensor(row) for row in side] for side in sides)
+    masks = defending.found_masks(model, base, members, reference, **settings, progress=sys.stderr.isatty())
+    masks.save(file)
+    return masks
 
 
 def _row(name: str, group: str, label: str, measured: dict[str, Any], **more: Any) -> dict[str, Any]:

@@ -4,6 +4,7 @@ Many models are measured on the same texts: what does not depend on them (the ba
 made once.
 """
 
+import os
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -131,13 +132,21 @@ class Meter:
         return every.select(list(range(len(self.flags))))
 
 
-def read(model: Any, members: Ids, nonmembers: Ids, heldout: Ids, *, batch_tokens: int = 1024) -> TokenRecords:
+def read(
+    model: Any,
+    members: Ids,
+    nonmembers: Ids,
+    heldout: Ids,
+    *,
+    batch_tokens: int = 1024,
+    out: str | os.PathLike[str] | None = None,
+) -> TokenRecords:
     """The records that a ``Meter`` of these texts takes in place of the model: they can be kept, the model need not.
 
     Raises:
-        ValueError, TypeError, UnsupportedLayer: as ``records`` does.
+        ValueError, TypeError, UnsupportedLayer, CheckpointError: as ``records`` does, which ``out`` goes to.
     """
-    return records(model, None, _arranged(members, nonmembers, heldout)[0], batch_tokens=batch_tokens)
+    return records(model, None, _arranged(members, nonmembers, heldout)[0], batch_tokens=batch_tokens, out=out)
 
 
 def token_loss(model: Any, texts: Ids, *, batch_tokens: int = 1024) -> float:
