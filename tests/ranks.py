@@ -2,6 +2,7 @@
 
 import contextlib
 import copy
+import datetime
 import itertools
 import random
 
@@ -217,7 +218,8 @@ def ddp(rank, ranks):
 
 def run(rank, ranks, store, work):
     torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=ranks)
+    how = {"init_method": f"file://{store}", "timeout": datetime.timedelta(minutes=5)}  # a deadlock ends the test
+    dist.init_process_group("gloo", rank=rank, world_size=ranks, **how)
     try:
         globals()[work](rank, ranks)
     finally:

@@ -1,6 +1,7 @@
 """What each process of test_sharded.py does: a module of its own, since spawned processes import it by name."""
 
 import copy
+import datetime
 import os
 import warnings
 import weakref
@@ -559,7 +560,8 @@ def ddp(rank, ranks):
 def run(rank, ranks, store, works):
     torch.set_num_threads(1)
     warnings.filterwarnings("ignore", "FSDP2-wrapped module", UserWarning)  # of torch: nn.Linear gives a view
-    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=ranks)
+    how = {"init_method": f"file://{store}", "timeout": datetime.timedelta(minutes=5)}  # a deadlock ends the test
+    dist.init_process_group("gloo", rank=rank, world_size=ranks, **how)
     try:
         for work in works:
             globals()[work](rank, ranks)
