@@ -6,9 +6,11 @@ all of that. What the system keeps of files in memory is the same for all, since
 """
 
 import json
+import math
 import os
 import shutil
 import tempfile
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -21,31 +23,60 @@ import cwfast
 from cwfast.checkpoint import Checkpoint
 from cwfast.llm.folders import rewind_folder
 
+BLOCK = 1 << 24  # entries written at a time; the last is cut
+LIMIT = 2 << 30  # bytes of memory that both steps may take
+Shapes = list[dict[str, tuple[int, ...]]]
+
+
+def _quarters(numel: int) -> Shapes:
+    """Four shards of one tensor each."""
+    return [{f"layers.{shard}.weight": (numel // 4 // 4096, 4096)} for shard in range(4)]
+
+
+def _llama(layers: int = 32, width: int = 4096, hidden: int = 14336, keys: int = 1024, words: int = 128256) -> Shapes:
+    """The tensors of Llama 3 8B by default (8.03e9 weights), four layers a shard."""
+    shards: Shapes = []
+    for i in range(layers):
+        shards += [] if i % 4 else [{}]
+        linear = {"self_attn.q": (width, width), "self_attn.k": (keys, width), "self_attn.v": (keys, width),
+                  "self_attn.o": (width, width), "mlp.gate": (hidden, width), "mlp.up": (hidden, width),
+                  "mlp.down": (width, hidden)}  # fmt: skip
+        shards[-1] |= {f"model.layers.{i}.{name}_proj.weight": shape for name, shape in linear.items()}
+        norms = ("input_layernorm", "post_attention_layernorm")
+        shards[-1] |= {f"model.layers.{i}.{name}.weight": (width,) for name in norms}
+    last = {
+        "model.embed_tokens.weight": (words, width),
+        "model.norm.weight": (width,),
+        "lm_head.weight": (words, width),
+    }
+    return [*shards, last]
+
+
 NUMEL = _harness.by_size(tiny=10**6, normal=10**8, full=43 * 10**8)  # full: 8.6 GB in bfloat16
 ROUNDS = _harness.by_size(tiny=2, normal=3, full=2)
-BLOCK = 1 << 24  # entries written at a time; the last is cut
-WIDTH = 4096
-LIMIT = 2 << 30  # bytes of memory that both steps may take
+LLAMA = _harness.by_size(tiny=_llama(4, 16, 40, 8, 100), normal=_llama(8, 1024, 2816, 512, 32000), full=_llama())
 
 
-def _write(folder: Path, numel: int, seed: int) -> None:
-    """A folder as transformers writes it: bfloat16 in shards of up to a quarter; random numbers, block by block."""
+def _write(folder: Path, shards: Shapes, seed: int, sparse: bool = False) -> None:
+    """A folder as transformers writes it, in bfloat16; random numbers, block by block, or zeros that are not stored."""
     folder.mkdir()
-    rows = numel // 4 // WIDTH
     generator = torch.Generator().manual_seed(seed)
     block = torch.rand(BLOCK, generator=generator).bfloat16()
-    weight_map = {}
-    for shard in range(4):
-        file, name = f"model-{shard + 1:05}-of-00004.safetensors", f"layers.{shard}.weight"
-        size = rows * WIDTH
-        header = json.dumps({name: {"dtype": "BF16", "shape": [rows, WIDTH], "data_offsets": [0, 2 * size]}}).encode()
+    weight_map, drawn = {}, 0
+    for i, shapes in enumerate(shards):
+        file, end, entries = f"model-{i + 1:05}-of-{len(shards):05}.safetensors", 0, {}
+        for name, shape in shapes.items():
+            begin, end = end, end + 2 * math.prod(shape)
+            entries[name] = {"dtype": "BF16", "shape": shape, "data_offsets": [begin, end]}
+            weight_map[name] = file
+        header = json.dumps(entries).encode()
         header += b" " * (-len(header) % 8)
         with open(folder / file, "wb") as out:
             out.write(len(header).to_bytes(8, "little") + header)
-            for begin in range(0, size, BLOCK):
-                part = block.roll(shard + begin // BLOCK)[: min(BLOCK, size - begin)]
-                out.write(part.view(torch.int16).numpy().data)
-        weight_map[name] = file
+            for begin in range(0, 0 if sparse else end // 2, BLOCK):
+                drawn += 1
+                out.write(block.roll(drawn)[: min(BLOCK, end // 2 - begin)].view(torch.int16).numpy().data)
+            out.truncate(8 + len(header) + end)
     (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
 
 
@@ -89,11 +120,8 @@ def test_rewind(benchmark: BenchmarkFixture, rate: float) -> None:
     """A folder in bfloat16, 1% of its weights."""
     with tempfile.TemporaryDirectory() as folder:
         where = Path(folder)
-        for seed, name in enumerate(("model", "base", "scores")):
-            _write(where / name, NUMEL, seed)
-        peak = _harness.peak_memory(both_steps, folder)
-        if peak is not None and peak > LIMIT:
-            raise AssertionError(f"selecting and rewinding {NUMEL:.0e} weights must take at most {LIMIT}; got {peak}")
+        _make(where, _quarters(NUMEL), sparse=False)
+        peak = _peak(folder, NUMEL)
         _check(where)
         shutil.rmtree(where / "peak")
         made = where / "made"
@@ -117,7 +145,7 @@ def test_rewind(benchmark: BenchmarkFixture, rate: float) -> None:
         tiny = where / "tiny"
         for seed, name in enumerate(("model", "base")):
             tiny.mkdir(exist_ok=True)
-            _write(tiny / name, 1 << 16, seed)
+            _write(tiny / name, _quarters(1 << 16), seed)
         _harness.report(
             benchmark,
             case,
@@ -127,6 +155,53 @@ def test_rewind(benchmark: BenchmarkFixture, rate: float) -> None:
             numel=NUMEL,
             bytes={"peak_memory": peak, "checkpoint": 2 * NUMEL},
         )
+
+
+def test_llama(benchmark: BenchmarkFixture) -> None:
+    """The shapes of Llama 3 8B; both steps once, then the copy once. The base is all zeros, in sparse files."""
+    numel = sum(math.prod(shape) for shapes in LLAMA for shape in shapes.values())
+    with tempfile.TemporaryDirectory() as folder:
+        where = Path(folder)
+        _make(where, LLAMA, sparse=True)
+        begin = time.perf_counter()
+        peak = _peak(folder, numel)
+        times = {"cwfast": [time.perf_counter() - begin]}
+        _check(where)
+        shutil.rmtree(where / "peak")
+        begin = time.perf_counter()
+        _read(where / "scores")
+        _copy(where / "model", where / "base", where / "made")
+        times["copy"] = [time.perf_counter() - begin]
+        case = f"checkpoint select and rewind bfloat16 Llama N={numel:.1e} k=1%, sparse base, one run".replace(
+            "e+0", "e"
+        )
+        tiny = {"w": torch.rand(1000)}
+        _harness.report(
+            benchmark,
+            case,
+            times,
+            lambda: cwfast.select(tiny, k=10),
+            ratios={"both": _harness.ratio(times, "cwfast", "copy")},
+            numel=numel,
+            bytes={"peak_memory": peak, "checkpoint": 2 * numel},
+        )
+
+
+def _make(where: Path, shards: Shapes, sparse: bool) -> None:
+    """Model, base and scores, where the disk has room for them and for a result."""
+    needed = 2 * sum(math.prod(shape) for shapes in shards for shape in shapes.values()) * (4 - sparse)
+    free = shutil.disk_usage(where).free
+    if needed > 0.98 * free:
+        pytest.skip(f"{where.parent} must have {needed:.1e} bytes free; it has {free:.1e}")
+    for seed, name in enumerate(("model", "base", "scores")):
+        _write(where / name, shards, seed, sparse=sparse and name == "base")
+
+
+def _peak(folder: str, numel: int) -> int | None:
+    peak = _harness.peak_memory(both_steps, folder)
+    if peak is not None and peak > LIMIT:
+        raise AssertionError(f"selecting and rewinding {numel:.1e} weights must take at most {LIMIT}; got {peak}")
+    return peak
 
 
 def _check(where: Path) -> None:
