@@ -11,6 +11,7 @@ from cwfast import MaskSet
 from cwfast.checkpoint.files import exclusive, sha256
 from cwfast.cli import main
 from cwfast.commands import defend_llm
+from cwfast.llm import shadows
 from cwfast.llm.training import fine_tune
 
 pytest.importorskip("transformers")
@@ -120,7 +121,32 @@ def test_a_run_that_was_stopped_goes_on(folder, tmp_path, capsys, monkeypatch):
     assert {path.name for path in (tmp_path / "out").iterdir()} == {
         path.name for path in (tmp_path / "whole").iterdir()
     }
-    assert not (tmp_path / "out" / "work").exists()  # its records hold the texts' tokens
+    assert not (tmp_path / "out" / ".cwfast-defend-llm").exists()  # its records hold the texts' tokens
+
+
+def test_a_stopped_run_at_another_rate_scores_again(folder, tmp_path, capsys, monkeypatch):
+    with monkeypatch.context() as patch:
+        patch.setattr(defend_llm.defending, "hold_", None)
+        with pytest.raises(TypeError):
+            main(arguments(folder, tmp_path / "out", "--rate", 0.3, "--debug"))
+    more = ["--rate", 0.2, "--steps", 0, "--json"]
+    assert main(arguments(folder, tmp_path / "out", *more)) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["rewound"]["weights"] == int(found["rewound"]["of"] * 0.2)
+    work = tmp_path / "own" / ".cwfast-defend-llm"
+    work.mkdir(parents=True)
+    (work / "precious").touch()
+    assert "must be of a stopped run by the same versions" in error(capsys, folder, tmp_path / "own")
+    assert (work / "precious").exists()
+
+
+def test_shadows_add_rmia(folder, tmp_path, capsys):
+    texts = [text for stem in ("m", "n") for text in _texts(folder / f"{stem}.jsonl")]
+    made = shadows.train(folder / "base", texts, tmp_path, count=4, rank=None, epochs=4, lr=3e-3)
+    assert main(arguments(folder, tmp_path / "out", "--rate", 0.3, "--shadow", *made, "--json")) == 0
+    rows = {row["id"]: row for row in json.loads(capsys.readouterr().out)["rows"]}
+    assert rows["undefended"]["attacks"]["rmia"]["auc"] > 0.9
+    assert rows["defended"]["attacks"]["rmia"]["auc"] < rows["undefended"]["attacks"]["rmia"]["auc"]
 
 
 def test_a_bfloat16_model_stays_one(folder, tmp_path, capsys):

@@ -18,6 +18,7 @@ from cwfast.demo_llm import models as making
 from cwfast.demo_llm import rows as judging
 from cwfast.demo_llm import sizes as presets
 from cwfast.errors import CheckpointError
+from cwfast.llm.shadows import halves
 from cwfast.report import llm_defense
 
 pytest.importorskip("transformers")
@@ -116,18 +117,36 @@ def test_rates_and_shadows_add_to_what_is_there(made, tmp_path, monkeypatch):
     trained, held = [], []
     fine_tune, hold_ = judging.fine_tune, making.hold_
     monkeypatch.setattr(making, "fine_tune", None)
-    monkeypatch.setattr(judging, "fine_tune", lambda *a, **k: trained.append(k["seed"]) or fine_tune(*a, **k))
+    monkeypatch.setattr(judging, "fine_tune", lambda *a, **k: trained.append((a[1], k)) or fine_tune(*a, **k))
     monkeypatch.setattr(making, "hold_", lambda *a, **k: held.append(k["steps"]) or hold_(*a, **k))
     monkeypatch.setattr(making, "score", None)
     found = demo_llm.run(tmp_path / "demo", sizes=SIZES, material=material, rates=(0.1, 0.2), shadows=5)
-    assert trained == [5]  # the fifth shadow
+    ((texts, how),) = trained  # the fifth shadow
+    sides = material(None, SIZES).ids
+    audited = sides["members"] + sides["nonmembers"]
+    assert texts == [audited[i] for i in np.flatnonzero(halves(32, 5, 0)[4])]
+    assert (how["seed"], how["epochs"]) == (5, 2)
     assert held == [0, 2] * 3 + [2]  # each criterion at 20%, rewound only and tuned, and random weights
     rows, before = ({row["id"]: row for row in one["rows"]} for one in (found, report))
     assert {"2-gap-0.2", "2-taylor_delta-0.2", "2-random-0.2"} <= set(rows)
-    assert not {"2-gap-0.3", "2-random-0.3"} & set(rows)
+    assert {"2-gap-0.3", "2-random-0.3"} <= set(rows)
+    assert "rmia" not in rows["base"]["attacks"]
     shared = rows["2-gap-0.1"]["attacks"]
     assert shared["reference"] == before["2-gap-0.1"]["attacks"]["reference"]
-    assert any(row["attacks"]["rmia"] != before[key]["attacks"]["rmia"] for key, row in rows.items() if key in before)
+    assert any(
+        key != "base" and row["attacks"]["rmia"] != before[key]["attacks"]["rmia"]
+        for key, row in rows.items()
+        if key in before
+    )
+    monkeypatch.setattr(judging, "fine_tune", None)
+    monkeypatch.setattr(making, "hold_", None)
+    assert (
+        demo_llm.run(tmp_path / "demo", sizes=SIZES, material=material)["rows"] == found["rows"]
+    )  # keeps what was added
+    shutil.rmtree(tmp_path / "demo" / "records" / "2-shadow-4")
+    fewer = demo_llm.run(tmp_path / "demo", sizes=SIZES, material=material, report_only=True)
+    assert not any("rmia" in row["attacks"] for row in fewer["rows"])
+    assert fewer["notes"][1] == "Not done: shadows for RMIA, 2 epochs."
 
 
 def test_what_is_there_can_be_reported(made, tmp_path, monkeypatch):
@@ -142,7 +161,7 @@ def test_what_is_there_can_be_reported(made, tmp_path, monkeypatch):
     assert found["notes"][1] == "Not done: CWRF gap 30% + 2 steps; Random weights, 30% + 2 steps."
     with pytest.raises(ValueError, match="must hold an undefended model for a report; it holds none yet"):
         demo_llm.run(tmp_path / "empty", sizes=SIZES, material=None, report_only=True)
-    for wrong, said in (({"rates": (0.1, 0.0)}, "at most 1; got 0"), ({"shadows": -1}, "at least 0; got -1")):
+    for wrong, said in (({"rates": (0.1, 0.0)}, "at most 1; got 0"), ({"shadows": 1}, "0, or at least 2; got 1")):
         with pytest.raises(ValueError, match=said):
             demo_llm.run(tmp_path / "empty", sizes=SIZES, material=None, **wrong)
     assert not (tmp_path / "empty").exists()
@@ -159,9 +178,12 @@ def test_the_command(made, monkeypatch, capsys):
     assert "must hold a run with the same seed" in capsys.readouterr().err
 
 
-def test_a_folder_of_another_run_is_refused(made):
+def test_a_folder_of_another_run_is_refused(made, tmp_path):
     with pytest.raises(CheckpointError, match="must hold a run with the same seed; it holds another"):
         demo_llm.run(made[0], sizes=SIZES, material=material, seed=1)
+    (tmp_path / "own" / "work").mkdir(parents=True)
+    with pytest.raises(CheckpointError, match="must hold a run, or no work"):
+        demo_llm.run(tmp_path / "own", sizes=SIZES, material=material)
     with pytest.raises(CheckpointError, match="same sizes"):
         demo_llm.run(made[0], sizes=dataclasses.replace(SIZES, steps=3), material=material)
 

@@ -112,7 +112,17 @@ def test_page_picture_and_markdown(tmp_path):
     assert "| row ours | 22.15 | 0.700 | row early | 22.10 | 0.800 | -0.100 [-0.100, -0.100] | ahead |" in told
     assert told.index("row base") < told.index("row undefended") < told.index("row ours")
     assert "row lost" in llm_defense.text(made)
-    assert llm_defense.cells(row("aimed", "cwrf", 23.0, 0.8, alpha=2.3))[2:4] == ["2.30", "2.50 (+0.20)"]
+    assert llm_defense.cells(row("aimed", "cwrf", 23.0, 0.8, alpha=2.3), ["reference"])[2:4] == ["2.30", "2.50 (+0.20)"]
+    some = [row("with", "cwrf", 23.0, 0.8), row("without", "cwrf", 23.0, 0.8)]
+    some[0]["attacks"]["rmia"] = some[0]["attacks"]["loss"]
+    del some[1]["attacks"]["loss"]
+    names = llm_defense.attacks_of(some[::-1])
+    assert names == ["reference", "rmia", "loss"] or names == ["reference", "loss", "rmia"]
+    for one, missing in zip(some, (None, "loss"), strict=True):
+        texts = dict(zip(llm_defense.head(some[::-1]), llm_defense.cells(one, names), strict=True))
+        assert texts["loss AUC"] == ("-" if missing else "0.500")
+        assert texts["rmia AUC"] == ("-" if missing else "0.500")
+        assert texts["reference TPR@5%"] == "0.200*"
     judged = llm_defense.matched_table("", llm_reading.matched(ROWS[2:6], "strongest"), "strongest")
     assert judged["rows"][0][-2:] == ["-0.100", "not judged"]
 

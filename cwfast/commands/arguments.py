@@ -233,13 +233,13 @@ def audit_llm(parser: argparse.ArgumentParser) -> None:
 def demo_llm(parser: argparse.ArgumentParser) -> None:
     """Of ``cwfast demo-llm``."""
     parser.add_argument("--out", type=Path, default=Path("cwfast-demo-llm"), help="folder of the run and its report, "
-                        "about 2.3 GB, 6 GB with --full; a run that was stopped goes on there, and --rates and "
+                        "about 2.2 GB, 5 GB with --full; a run that was stopped goes on there, and --rates and "
                         "--shadows add to one that has ended (default: %(default)s)")  # fmt: skip
     parser.add_argument("--full", action="store_true", help="more texts, starts, criteria, rates and controls: hours")
-    parser.add_argument("--rates", type=float, nargs="+", default=(), metavar="RATE", help="shares of the weights to "
-                        "rewind (default: 0.1 0.3; 0.01 0.03 0.1 0.2 0.3 with --full)")  # fmt: skip
-    parser.add_argument("--shadows", type=int, metavar="N", help="models trained on random halves of the texts, for "
-                        "RMIA (default: none; 8 with --full)")  # fmt: skip
+    parser.add_argument("--rates", type=float, nargs="+", default=(), metavar="RATE", help="more shares of the "
+                        "weights to rewind than 0.1 and 0.3; --full has 0.01, 0.03 and 0.2 as well")  # fmt: skip
+    parser.add_argument("--shadows", type=int, default=0, metavar="N", help="models trained on random halves of the "
+                        "texts, for RMIA: 0 or at least 2 (default: 0; 8 with --full)")  # fmt: skip
     parser.add_argument(
         "--seed", type=int, default=0, help="of orders, random masks and bootstrap (default: %(default)s)"
     )

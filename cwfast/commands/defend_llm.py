@@ -7,6 +7,7 @@ import json
 import shutil
 import sys
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,12 +15,13 @@ import numpy as np
 import torch
 
 from cwfast import report
-from cwfast.checkpoint.files import atomic_folder, exclusive, sha256
+from cwfast.checkpoint.files import atomic_folder, atomic_write, exclusive, sha256
 from cwfast.commands import audit_llm
 from cwfast.errors import CheckpointError
 from cwfast.llm import controls, defending, measuring
 from cwfast.llm.loading import local
 from cwfast.llm.other_files import without_code
+from cwfast.llm.storage import TokenRecords
 from cwfast.llm.texts import all_as_read, read_texts
 from cwfast.llm.windows import adds_bos
 from cwfast.masks import MaskSet, rewind_
@@ -65,14 +67,12 @@ def _run(options: argparse.Namespace, out: Path) -> tuple[dict[str, Any], str]:
     known = [set(read_texts(Path(folder) / "members.jsonl")) for folder in options.shadow]
     audited = [*texts["members"], *texts["nonmembers"]]
     judged = (rows["members"], rows["nonmembers"], rows.get("heldout", rows["nonmembers"]))
-    work = out / "work"  # what a run that was stopped goes on with; token ids are in it, so it does not stay
-    shadows = [
-        (
-            measuring.read(audit_llm._model(folder), *judged, out=work / f"shadow-{i}"),
-            np.array([text in side for text in audited]),
-        )
-        for i, (folder, side) in enumerate(zip(options.shadow, known, strict=True))
-    ]
+    work = _work(out)
+
+    def shadow(i: int) -> TokenRecords:
+        return measuring.read(audit_llm._model(options.shadow[i]), *judged, out=work / f"shadow-{i}")
+
+    shadows = [(partial(shadow, i), np.array([text in side for text in audited])) for i, side in enumerate(known)]
     base = local(Path(options.base))
     before, start = (
         measuring.read(one, *judged, out=work / name) for one, name in ((base, "base"), (model, "undefended"))
@@ -95,7 +95,6 @@ def _run(options: argparse.Namespace, out: Path) -> tuple[dict[str, Any], str]:
     label = f"CWRF {options.criterion} {percent(options.rate)}, {options.steps} steps"
     found.append(_row("defended", "cwrf", label, meter(model), criterion=options.criterion, rate=options.rate,
                       steps=options.steps, alpha=alpha, rewound=masks.total))  # fmt: skip
-    files = _save(out, model, tokenizer, masks, base)
     reading = llm_reading.before_and_after(found)
     document = {
         "schema": SCHEMA,
@@ -115,10 +114,13 @@ def _run(options: argparse.Namespace, out: Path) -> tuple[dict[str, Any], str]:
         "rows": [llm_defense.without_draws(row) for row in found],
         "reading": reading,
         "notes": notes,
-        "files": files,
     }
-    llm_defense.write(document, out)
-    shutil.rmtree(work)
+    with atomic_folder(out / "model") as made:  # which appears last: a run that was stopped before can go on
+        document["files"] = _save(made, model, tokenizer, masks, base)
+        masks.save(out / "mask.safetensors")
+        document["files"]["mask.safetensors"] = sha256(out / "mask.safetensors")
+        llm_defense.write(document, out)
+        shutil.rmtree(work)
     return document, "\n".join([llm_defense.text(document), "", f"Model: {(out / 'model').resolve()}",
                                 f"Report: {(out / 'report.html').resolve()}"])  # fmt: skip
 
@@ -183,6 +185,24 @@ def _check_place(options: argparse.Namespace) -> None:
             raise ValueError(f"--out must lie outside {what.upper()}; {out} is in {folder}")
 
 
+def _work(out: Path) -> Path:
+    """The folder of what a run that was stopped goes on with; token ids are in it, so it does not stay.
+
+    Raises:
+        CheckpointError: the stopped run had other versions, or what lies there is no run's.
+    """
+    work = out / ".cwfast-defend-llm"
+    plan = json.dumps({"schema": SCHEMA, "versions": provenance.versions(PACKAGES)})
+    mark = work / "run.json"
+    if not work.exists():
+        work.mkdir()
+        with atomic_write(mark) as temporary:
+            temporary.write_text(plan, encoding="utf-8")
+    if not mark.is_file() or mark.read_text(encoding="utf-8") != plan:
+        raise CheckpointError(f"{work} must be of a stopped run by the same versions; it is not: remove it")
+    return work
+
+
 def _masks(
     work: Path, model: Any, base: Any, sides: Sequence[Sequence[Sequence[int]]], models: Any, settings: Any
 ) -> MaskSet:
@@ -210,17 +230,14 @@ def _row(name: str, group: str, label: str, measured: dict[str, Any], **more: An
     }
 
 
-def _save(out: Path, model: Any, tokenizer: Any, masks: MaskSet, base: Any) -> dict[str, str]:
-    """The model as a complete folder, the mask beside it; their hashes. The model appears last."""
-    with atomic_folder(out / "model") as made:
-        model.save_pretrained(made)
-        tokenizer.save_pretrained(made)
-        for file in made.glob("*.json"):  # MODEL's auto_map names code that trust_remote_code would run
-            file.write_bytes(without_code(file.read_bytes()))
-        _check_saved(model, base, masks, made)
-        hashes = {f"model/{file.name}": sha256(file) for file in sorted(made.iterdir())}
-        masks.save(out / "mask.safetensors")
-    return {"mask.safetensors": sha256(out / "mask.safetensors"), **hashes}
+def _save(made: Path, model: Any, tokenizer: Any, masks: MaskSet, base: Any) -> dict[str, str]:
+    """The model as a complete folder; hashes of its files."""
+    model.save_pretrained(made)
+    tokenizer.save_pretrained(made)
+    for file in made.glob("*.json"):  # MODEL's auto_map names code that trust_remote_code would run
+        file.write_bytes(without_code(file.read_bytes()))
+    _check_saved(model, base, masks, made)
+    return {f"model/{file.name}": sha256(file) for file in sorted(made.iterdir())}
 
 
 def _check_saved(model: Any, base: Any, masks: MaskSet, folder: Path) -> None:

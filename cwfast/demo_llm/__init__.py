@@ -20,7 +20,7 @@ def run(
     *,
     full: bool = False,
     rates: Sequence[float] = (),
-    shadows: int | None = None,
+    shadows: int = 0,
     seed: int = 0,
     report_only: bool = False,
     command: str = "cwfast demo-llm",
@@ -33,8 +33,9 @@ def run(
         out: folder, made if it does not exist: ``base/``, ``work/`` (trained weights and scores), ``rows/`` and
             ``records/`` (settings of each model, and what it says of each text), the report.
         full: more of everything: hours.
-        rates: others than those of the demo, each also with random weights.
-        shadows: other than those of the demo, which has none unless it is ``full``; they add RMIA.
+        rates: in addition to those of the demo, each also with random weights.
+        shadows: at least so many for each start, 0 or more than 1; they add RMIA. A later run of the folder has the
+            rates and shadows of earlier ones as well.
         seed: of the orders of texts, random masks and bootstrap; which text is on which side is fixed by hashes.
         report_only: make no model: report those that are there, and name the others.
         command: as typed, for the report.
@@ -52,15 +53,12 @@ def run(
         OSError: ``out`` cannot be written.
     """
     chosen = (presets.FULL if full else Sizes()) if sizes is None else sizes
-    if rates:
-        chosen = replace(chosen, rates=tuple(rates), random_rates=tuple(rates))
-    if shadows is not None:
-        chosen = replace(chosen, shadows=shadows)
-    for rate in chosen.rates:
+    for rate in rates:
         if not 0 < rate <= 1:
             raise ValueError(f"rates must lie above 0 and be at most 1; got {rate:g}")
-    if chosen.shadows < 0:
-        raise ValueError(f"shadows must be at least 0; got {chosen.shadows}")
+    if shadows < 0 or shadows == 1:
+        raise ValueError(f"shadows must be 0, or at least 2; got {shadows}")
+    chosen = replace(chosen.with_rates(rates), shadows=max(chosen.shadows, shadows))
     if report_only and not any(out.glob("rows/*-undefended.json")):  # before the base model is unpacked
         raise ValueError(f"{out} must hold an undefended model for a report; it holds none yet")
     prepare(out)

@@ -7,7 +7,8 @@ import os
 import shutil
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,7 @@ from cwfast.report.provenance import backends, machine, versions
 from cwfast.report.table import percent
 
 SCHEMA = "cwfast-demo-llm/1"
+_FOLDERS = ("rows", "records", "work")
 PACKAGES = ("cwfast", "torch", "transformers", "tokenizers", "peft", "numpy")
 
 
@@ -50,24 +52,24 @@ class Rows:
         self.rows: list[dict[str, Any]] = []
         self.models = Models(out, material, sizes, seed)
         self._sides = [material.ids[name] for name in ("members", "nonmembers", "heldout")]
-        self._meters: dict[int, measuring.Meter] = {}
+        self._meters: dict[int | None, measuring.Meter] = {}
         self._bar = tqdm(desc="cwfast demo-llm", unit="model", file=sys.stderr, disable=None)
-        for name in ("rows", "records", "work"):
+        self._key = self._check_run()
+        for name in _FOLDERS:
             (out / name).mkdir(exist_ok=True)
-        self._check_run()
 
     def run(self) -> None:
         """Every row, in the order of the report."""
         s = self.sizes
-        self._row(
-            "base", "base", "Before fine-tuning", lambda: self.models.put(self.models.initial), epochs=s.starts[0]
-        )
+        self._row("base", "base", "Before fine-tuning", lambda: self.models.put(self.models.initial), epochs=None)
         for epochs in s.starts:
             self._start(epochs)
         self._bar.close()
 
     def report(self, command: str) -> dict[str, Any]:
         """JSON-able, from the rows."""
+        if not self.report_only:
+            self._keep({**self._key, "added": {"rates": self.sizes.rates, "shadows": self.sizes.shadows}})
         matched = []
         for start in dict.fromkeys(row["start"] for row in self.rows if row["start"]):
             here = [row for row in self.rows if row["start"] in (start, None)]
@@ -153,7 +155,7 @@ class Rows:
         label: str,
         make: Callable[[], Any],
         *,
-        epochs: int,
+        epochs: int | None,
         curve: str | None = None,
         **settings: Any,
     ) -> None:
@@ -191,13 +193,15 @@ class Rows:
 
     # -- bookkeeping
 
-    def _meter(self, epochs: int) -> measuring.Meter:
-        """It judges models that were fine-tuned for so many epochs: its shadows were trained as they were."""
+    def _meter(self, epochs: int | None) -> measuring.Meter:
+        """It judges what begins with, or stands beside, a model fine-tuned for so many epochs: its shadows were trained
+        as that was. None: the base, which no shadow is like.
+        """
         if epochs not in self._meters:
-            s = self.sizes
+            s, shadows = self.sizes, [] if epochs is None else self._shadows(epochs)
             self._meters[epochs] = measuring.Meter(
-                self._recorded("base"), *self._sides, shadows=self._shadows(epochs), fprs=s.fprs,
-                bootstrap=s.bootstrap, seed=self.seed,
+                self._recorded("base"), *self._sides, shadows=shadows, fprs=s.fprs, bootstrap=s.bootstrap,
+                seed=self.seed,
             )  # fmt: skip
         return self._meters[epochs]
 
@@ -218,8 +222,12 @@ class Rows:
             found.append((self._recorded(name), mine))
         return found
 
-    def _check_run(self) -> None:
-        """One folder, one run: finished rows are read again only if nothing that they depend on has changed."""
+    def _check_run(self) -> dict[str, Any]:
+        """One folder, one run: finished rows are read again only if nothing that they depend on has changed.
+
+        Returns:
+            What may not change.
+        """
         digest = hashlib.sha256(json.dumps(self.material.ids, sort_keys=True).encode())
         for name, value in self.models.initial.items():
             digest.update(name.encode() + value.reshape(-1).view(torch.uint8).numpy().tobytes())
@@ -232,18 +240,30 @@ class Rows:
         }
         file = self.out / "run.json"
         if not file.exists():
-            with atomic_write(file) as temporary:
-                temporary.write_text(json.dumps(key, indent=1) + "\n", encoding="utf-8")
-            return
+            others = [name for name in _FOLDERS if (self.out / name).exists()]
+            if others:
+                raise CheckpointError(f"{self.out} must hold a run, or no {others[0]}: give a new folder")
+            self._keep(key)
+            return key
         found = json.loads(file.read_text(encoding="utf-8"))
         changed = [name for name in key if found.get(name) != key[name]]
         if changed:
             raise CheckpointError(
                 f"{self.out} must hold a run with the same {changed[0]}; it holds another: give a new folder"
             )
+        asked = found.get("added", {"rates": [], "shadows": 0})  # by earlier runs that came to their end
+        shadows = max(self.sizes.shadows, asked["shadows"])
+        self.sizes = self.models.sizes = replace(self.sizes.with_rates(asked["rates"]), shadows=shadows)
+        return key
+
+    def _keep(self, key: Mapping[str, Any]) -> None:
+        with atomic_write(self.out / "run.json") as temporary:
+            temporary.write_text(json.dumps(key, indent=1) + "\n", encoding="utf-8")
 
     def _settings(self) -> dict[str, Any]:
         s = self.sizes
+        shadowed = any(name in row["attacks"] for row in self.rows for name in measuring.WITH_SHADOWS)
+        own = f"{s.shadows} for each start, trained like its undefended model on random halves of the audited texts"
         spent = [sum(row[name] for row in self.rows) for name in ("seconds", "cpu_seconds")]
         return {
             "tokens of a text": f"the first {s.max_tokens}",
@@ -256,8 +276,7 @@ class Rows:
             "taylor_delta": "per text; members' loss and KL to the base on reference texts, lam 0.5",
             "used by": "reference texts: gap and taylor_delta only; held-out texts: perplexity only; non-members: "
             "attacks only",
-            "shadows, for RMIA": f"{s.shadows}, trained like the undefended model, each on a random half of the "
-            "audited texts",
+            **({"shadows, for RMIA": own} if shadowed else {}),
             "intervals": f"95%, {s.bootstrap} resamples of the texts; the same for all models, so that differences are "
             "of pairs",
             "weights": f"{sum(p.numel() for p in self.models.parameters.values()):,}",

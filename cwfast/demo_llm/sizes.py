@@ -1,6 +1,6 @@
 """How much of everything the demo of a language model makes, and of what: the model and its texts."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -48,6 +48,15 @@ class Sizes:
     shadows: int = 0  # models trained like each undefended one, on random halves of the audited texts, for RMIA
     bootstrap: int = 1000
     fprs: tuple[float, ...] = (0.05,)
+
+    def with_rates(self, rates: Sequence[float]) -> "Sizes":
+        """More rates, also of random weights."""
+        random_rates = {rate for rate in self.random_rates if rate in (*self.rates, *rates)}
+        return replace(
+            self,
+            rates=tuple(sorted({*self.rates, *rates})),
+            random_rates=tuple(sorted({*random_rates, *rates})),
+        )
 
 
 FULL = replace(

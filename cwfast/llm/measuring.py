@@ -124,7 +124,10 @@ class Meter:
     def _read(self, model: Any) -> TokenRecords:
         if not isinstance(model, TokenRecords):
             return records(model, None, self._texts, batch_tokens=self._batch_tokens)
-        if model.tokens.tolist() != [token for text in self._texts for token in text[1:]]:
+        scored = [text[1:] for text in self._texts]
+        if model.lengths.tolist() != list(map(len, scored)) or model.tokens.tolist() != [
+            t for row in scored for t in row
+        ]:
             raise ValueError("records must be of this Meter's texts (cwfast.llm.measuring.read); they are of others")
         return model
 

@@ -66,9 +66,10 @@ def page(report: Mapping[str, Any], drawn: "Figure") -> str:
     read = files("cwfast.report").joinpath
     style = read("page.html").read_text(encoding="utf-8").partition("<style>")[2].partition("</style>")[0]
     template = made.from_string(read("llm_defense.html").read_text(encoding="utf-8"))
+    rows = report["rows"]
     return template.render(
-        report=report, style=style, picture=plots.data_uri(drawn), head=head(report["rows"]), cells=cells,
-        groups=grouped(report["rows"]), colours=_colours(report["rows"]), outside=outside(report["rows"]),
+        report=report, style=style, picture=plots.data_uri(drawn), head=head(rows), cells=cells,
+        attacks=attacks_of(rows), groups=grouped(rows), colours=_colours(rows), outside=outside(rows),
     )  # fmt: skip
 
 
@@ -78,17 +79,22 @@ def grouped(rows: Sequence[Row]) -> list[tuple[str, list[Row]]]:
     return [(title, some) for title, some in found if some]
 
 
+def attacks_of(rows: Sequence[Row]) -> list[str]:
+    """Names of the attacks on any row, the main one first; a row may lack one that needs shadows."""
+    return list(dict.fromkeys([MAIN, *(name for row in rows for name in row["attacks"])]))
+
+
 def head(rows: Sequence[Row]) -> list[str]:
     """The heads of ``cells``."""
     points = rows[0]["attacks"][MAIN]["tpr_at_fpr"]
     rates = [f"{MAIN} TPR@{percent(point['fpr'])}" for point in points]
     return ["model", "rewound", "alpha", "member loss (less alpha)", "held-out perplexity [low, high]",
-            f"{MAIN} AUC [low, high]", *(f"{name} AUC" for name in rows[0]["attacks"] if name != MAIN),
+            f"{MAIN} AUC [low, high]", *(f"{name} AUC" for name in attacks_of(rows)[1:]),
             *rates]  # fmt: skip
 
 
-def cells(row: Row) -> list[str]:
-    """One row's texts; a star marks a rate that rests on few false alarms."""
+def cells(row: Row, attacks: Sequence[str]) -> list[str]:
+    """One row's texts, by ``attacks_of`` all rows; a star marks a rate that rests on few false alarms."""
     reached = row["loss"]["members"]
     spread = f"[{number(row['perplexity_low'], 2)}, {number(row['perplexity_high'], 2)}]"
     return [
@@ -98,7 +104,7 @@ def cells(row: Row) -> list[str]:
         number(reached, 2) + (f" ({reached - row['alpha']:+.2f})" if row["alpha"] is not None else ""),
         f"{number(row['perplexity'], 2)} {spread}",
         interval(row["attacks"][MAIN]),
-        *(number(one["auc"]) for name, one in row["attacks"].items() if name != MAIN),
+        *(number(row["attacks"][name]["auc"]) if name in row["attacks"] else "-" for name in attacks[1:]),
         *(f"{number(p['tpr'])}{'*' * bool(p['warning'])}" for p in row["attacks"][MAIN]["tpr_at_fpr"]),
     ]
 
@@ -110,9 +116,10 @@ def markdown(report: Mapping[str, Any]) -> str:
     lines += ["![Attack AUC against held-out perplexity](curve.png)", ""]
     heads = head(report["rows"])
     lines += [f"| {' | '.join(heads)} |", f"|{' --- |' * len(heads)}"]
+    attacks = attacks_of(report["rows"])
     for title, rows in grouped(report["rows"]):
         lines += [f"| **{title}** |{' |' * (len(heads) - 1)}"]
-        lines += [f"| {' | '.join(_plain(text) for text in cells(row))} |" for row in rows]
+        lines += [f"| {' | '.join(_plain(text) for text in cells(row, attacks))} |" for row in rows]
     lines += [""]
     for one in report.get("matched", []):
         lines += [f"## {one['title']}", "", f"| {' | '.join(one['head'])} |", f"|{' --- |' * len(one['head'])}"]
@@ -126,7 +133,8 @@ def markdown(report: Mapping[str, Any]) -> str:
 def text(report: Mapping[str, Any]) -> str:
     """What the terminal shows."""
     heads = head(report["rows"])
-    body = [heads, *(cells(row) for _, rows in grouped(report["rows"]) for row in rows)]
+    attacks = attacks_of(report["rows"])
+    body = [heads, *(cells(row, attacks) for _, rows in grouped(report["rows"]) for row in rows)]
     widths = [max(len(line[i]) for line in body) for i in range(len(heads))]
     lines = [
         "  ".join([row[0].ljust(widths[0]), *(x.rjust(w) for x, w in zip(row[1:], widths[1:], strict=True))]).rstrip()
