@@ -82,6 +82,8 @@ def count(bits: Bits) -> int:
     """How many entries are selected."""
     if isinstance(bits, tuple):
         return len(bits[0])
+    if bits.device.type == "cpu":
+        return int(np.bitwise_count(bits.numpy().view(np.uint64)).sum(dtype=np.int64))  # whole words: packed_bytes
     table = torch.tensor([i.bit_count() for i in range(256)], dtype=torch.uint8, device=bits.device)
     return sum(int(table[part.to(torch.int32)].sum(dtype=torch.int64)) for part in bits.split(_STRIDE // 8))
 

@@ -32,8 +32,8 @@ pytestmark = [
 ]
 SIZES = presets.Sizes(
     members=16, nonmembers=16, reference=16, heldout=8, lr=3e-3, batch=4, steps=2, steps_lr=1e-3, starts=(2,),
-    criteria=tuple(presets.CRITERIA), taus=(0.5, 0.15), tuned_taus=(0.3,), rewound_only=True, lora=(1e-2,),
-    shadows=4, bootstrap=50, fprs=(0.1,),
+    criteria=tuple(presets.CRITERIA), random_rates=(0.1, 0.3), low_lr=True, taus=(0.5, 0.15), tuned_taus=(0.3,),
+    rewound_only=True, lora=(1e-2,), shadows=4, bootstrap=50, fprs=(0.1,),
 )  # fmt: skip
 
 

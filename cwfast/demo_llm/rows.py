@@ -131,16 +131,15 @@ class Rows:
         make = functools.partial(self.models.not_rewound, epochs)
         curve = "fine-tuned without rewinding"
         row(name("not-rewound"), "control", f"Not rewound + {s.steps} steps", make, curve=curve, steps=s.steps)
-        stops: tuple[tuple[str, str, dict[str, Any]], ...] = (
-            ("half", f"Early stopping: half of {start}", {"steps": max(1, epochs * per_epoch // 2), "lr": s.lr}),
-            ("low-lr", f"{start} at lr {s.lr / 4:g}", {"epochs": epochs, "lr": s.lr / 4}),
-        )
-        for key, label, how in stops:
-            row(name(key), "baseline", label, functools.partial(self.models.trained, **how), curve="trained less")
-        key, label, how = stops[0]
-        make = functools.partial(self.models.trained, then=s.steps, **how)
+        half: dict[str, Any] = {"steps": max(1, epochs * per_epoch // 2), "lr": s.lr}
+        label, curve = f"Early stopping: half of {start}", "trained less"
+        row(name("half"), "baseline", label, functools.partial(self.models.trained, **half), curve=curve)
+        make = functools.partial(self.models.trained, then=s.steps, **half)
         curve = "trained less, then fine-tuned"
-        row(name(f"{key}-tuned"), "control", f"{label} + {s.steps} steps", make, curve=curve, steps=s.steps)
+        row(name("half-tuned"), "control", f"{label} + {s.steps} steps", make, curve=curve, steps=s.steps)
+        if s.low_lr:
+            make = functools.partial(self.models.trained, epochs=epochs, lr=s.lr / 4)
+            row(name("low-lr"), "baseline", f"{start} at lr {s.lr / 4:g}", make, curve="trained less")
         for lr in s.lora:
             make = functools.partial(self.models.lora, epochs, lr)
             row(name(f"lora-{lr:g}"), "baseline", f"LoRA (rank 16) for {start} at lr {lr:g}", make, curve="LoRA")
