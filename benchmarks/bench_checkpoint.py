@@ -52,6 +52,10 @@ def _llama(layers: int = 32, width: int = 4096, hidden: int = 14336, keys: int =
     return [*shards, last]
 
 
+def _numel(shards: Shapes) -> int:
+    return sum(math.prod(shape) for shapes in shards for shape in shapes.values())
+
+
 NUMEL = _harness.by_size(tiny=10**6, normal=10**8, full=43 * 10**8)  # full: 8.6 GB in bfloat16
 ROUNDS = _harness.by_size(tiny=2, normal=3, full=2)
 LLAMA = _harness.by_size(tiny=_llama(4, 16, 40, 8, 100), normal=_llama(8, 1024, 2816, 512, 32000), full=_llama())
@@ -159,7 +163,7 @@ def test_rewind(benchmark: BenchmarkFixture, rate: float) -> None:
 
 def test_llama(benchmark: BenchmarkFixture) -> None:
     """The shapes of Llama 3 8B; both steps once, then the copy once. The base is all zeros, in sparse files."""
-    numel = sum(math.prod(shape) for shapes in LLAMA for shape in shapes.values())
+    numel = _numel(LLAMA)
     with tempfile.TemporaryDirectory() as folder:
         where = Path(folder)
         _make(where, LLAMA, sparse=True)
@@ -189,7 +193,7 @@ def test_llama(benchmark: BenchmarkFixture) -> None:
 
 def _make(where: Path, shards: Shapes, sparse: bool) -> None:
     """Model, base and scores, where the disk has room for them and for a result."""
-    needed = 2 * sum(math.prod(shape) for shapes in shards for shape in shapes.values()) * (4 - sparse)
+    needed = 2 * _numel(shards) * (4 - sparse)
     free = shutil.disk_usage(where).free
     if needed > 0.98 * free:
         pytest.skip(f"{where.parent} must have {needed:.1e} bytes free; it has {free:.1e}")

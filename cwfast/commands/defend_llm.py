@@ -21,6 +21,7 @@ from cwfast.errors import CheckpointError
 from cwfast.llm import controls, defending, measuring
 from cwfast.llm.loading import local
 from cwfast.llm.other_files import without_code
+from cwfast.llm.scoring import score
 from cwfast.llm.storage import TokenRecords
 from cwfast.llm.texts import all_as_read, read_texts
 from cwfast.llm.windows import adds_bos
@@ -212,7 +213,11 @@ def _masks(
     if file.exists():
         return MaskSet.load(file)
     members, reference = ([torch.tensor(row) for row in side] for side in sides)
-    masks = defending.found_masks(model, base, members, reference, **settings, progress=sys.stderr.isatty())
+    scores = score(
+        model, base, members, reference, criterion=settings["criterion"], points=settings["points"],
+        batch_size=settings["batch"], autocast=torch.bfloat16, progress=sys.stderr.isatty(),
+    )  # fmt: skip
+    masks = defending.masks_of(scores, settings["rate"])
     masks.save(file)
     return masks
 

@@ -252,7 +252,7 @@ class Rows:
             )
         asked = found.get("added", {"rates": [], "shadows": 0})  # by earlier runs that came to their end
         shadows = max(self.sizes.shadows, asked["shadows"])
-        self.sizes = self.models.sizes = replace(self.sizes.with_rates(asked["rates"]), shadows=shadows)
+        self.sizes = replace(self.sizes.with_rates(asked["rates"]), shadows=shadows)
         return key
 
     def _keep(self, key: Mapping[str, Any]) -> None:

@@ -72,38 +72,18 @@ def defend_(
     Raises:
         ValueError: an option out of range; ``rate`` selects weights with score 0; texts that are too short.
     """
-    masks = found_masks(
-        model, base, members, reference, criterion=criterion, rate=rate, points=points, lam=lam, batch=batch,
-        autocast=autocast, progress=progress,
+    found = score(
+        model, base, members, reference, criterion=criterion, lam=lam, points=points, batch_size=batch,
+        autocast=torch.bfloat16 if autocast else None, progress=progress,
     )  # fmt: skip
+    masks = masks_of(found, rate)
+    del found  # one float a weight
     rewind_(model, masks, base)
     level, losses = hold_(
         model, members, steps=steps, lr=lr, batch=batch, alpha=alpha, masks=masks, autocast=autocast,
         seed=seed, progress=progress,
     )  # fmt: skip
     return Defended(masks, level, losses)
-
-
-def found_masks(
-    model: Any,
-    base: Initial,
-    members: Sequence[Tensor],
-    reference: Sequence[Tensor],
-    *,
-    criterion: str = "gap",
-    rate: float = 0.1,
-    points: int = 1,
-    lam: float = 0.5,
-    batch: int = 8,
-    autocast: bool = True,
-    progress: bool = False,
-) -> MaskSet:
-    """The weights that ``defend_`` rewinds, by its arguments; it raises what that does. The model stays as it is."""
-    found = score(
-        model, base, members, reference, criterion=criterion, lam=lam, points=points, batch_size=batch,
-        autocast=torch.bfloat16 if autocast else None, progress=progress,
-    )  # fmt: skip
-    return masks_of(found, rate)
 
 
 def masks_of(scores: Mapping[str, Tensor], rate: float) -> MaskSet:
