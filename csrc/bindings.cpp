@@ -53,6 +53,7 @@ void bind_runtime(py::module_& m) {
   m.def("isa", current_isa, "The instruction set in use.");
   m.def("set_isa", set_isa, py::arg("name"), "Use one of isas(); for tests.");
   m.def("threads", threads, "OpenMP threads that a kernel uses.");
+  m.def("set_threads", set_threads, py::arg("count"), "Sets that, for kernels that this thread calls.");
   m.def(
       "fma_peak", [](int64_t rounds) { return unlocked([&] { return fma_peak(rounds); }); }, py::arg("rounds"),
       "Runs float32 multiply-adds in registers on all threads; returns how many floating-point operations they were.");
@@ -146,6 +147,10 @@ void bind_rewind(py::module_& m) {
   });
   m.def("count_picks", [](const std::vector<PickItem>& picks) {
     return unlocked([list = picks_of(picks)] { return count_picks(list); });
+  });
+  m.def("list_picks", [](int64_t numel, uintptr_t bits, uintptr_t low, uintptr_t offset) {
+    const Picks packed{numel, pointer<const uint64_t>(bits), nullptr, nullptr, 0};
+    unlocked([&] { list_picks(packed, pointer<uint16_t>(low), pointer<int64_t>(offset)); });
   });
   m.def(
       "rewind",

@@ -28,6 +28,8 @@ using Wrong = std::pair<int64_t, std::string>;
 Wrong check_picks(const std::vector<Picks>& picks);
 // Selected entries of each tensor.
 std::vector<int64_t> count_picks(const std::vector<Picks>& picks);
+// Packed bits as a list: low has room for all that are set, offset for blocks + 1. On the calling thread.
+void list_picks(const Picks& packed, uint16_t* low, int64_t* offset);
 
 // item_size: bytes of an entry: 1, 2, 4 or 8. All lists have one item per tensor. check: nothing is written where picks
 // are wrong; else they must have been checked.

@@ -17,7 +17,10 @@ std::string current_isa();
 void set_isa(const std::string& name);  // throws std::invalid_argument where this processor cannot run it
 Isa isa();
 
-int threads();  // OpenMP's limit, which torch.set_num_threads also sets; 1 in a forked child
+// OpenMP's limit, which torch.set_num_threads also sets; 1 in a forked child. It is the calling thread's own, as are
+// the changes made by set_threads, which also hold for torch's parallel loops.
+int threads();
+void set_threads(int count);
 
 // Asks the kernel to back large memory that is about to be written by 2 MB pages, where it can: a first touch of each
 // 4 KB costs more than writing them. A hint: it changes nothing else.

@@ -30,8 +30,7 @@ struct Marks {
 };
 
 // Adds the entries whose key lies in [low, low + (bin_count << shift)) to bins[(key - low) >> shift]; NaN is left out.
-// Requires scores.numel < 2^32: a thread counts in 32 bits. Each thread has bin_count counters, added up one thread
-// after the other: for pieces of millions of entries and some 65,536 bins.
+// Requires scores.numel < 2^32. This and the next run on the calling thread: for pieces of millions of entries.
 void score_histogram(const ScoreTensor& scores, Dtype dtype, uint64_t low, int shift, int64_t* bins, int64_t bin_count);
 // Writes the bits of entries with key >= high to scores.bits, of those in [low, high) to `inside`, of the same length.
 Marks mark_scores(const ScoreTensor& scores, Dtype dtype, uint64_t low, uint64_t high, uint64_t* inside);

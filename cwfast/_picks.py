@@ -5,7 +5,7 @@ Packed bits (N / 8 bytes) cost the same at any density. Lists hold ``low`` uint1
 below 1/16 of the entries.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 import torch
@@ -29,7 +29,12 @@ def to_list(bits: Bits, numel: int) -> tuple[Tensor, Tensor]:
     """``(low, offset)``; a list is returned as it is."""
     if isinstance(bits, tuple):
         return bits
-    lows, ends = [], [torch.zeros(1, dtype=torch.int64, device=bits.device)]
+    if _backend(bits.device) == "cpu":
+        low = torch.empty(count(bits), dtype=torch.uint16)
+        offset = torch.empty(-(-numel // reference.BLOCK) + 1, dtype=torch.int64)
+        _backends.native().list_picks(numel, bits.data_ptr(), low.data_ptr(), offset.data_ptr())
+        return low, offset
+    lows, ends = [torch.empty(0, dtype=torch.uint16, device=bits.device)], [bits.new_zeros(1, dtype=torch.int64)]
     total = 0
     for begin in range(0, numel, _STRIDE):
         part = min(_STRIDE, numel - begin)
@@ -38,9 +43,7 @@ def to_list(bits: Bits, numel: int) -> tuple[Tensor, Tensor]:
         ends.append(torch.searchsorted(found, edges) + total)
         lows.append((found % reference.BLOCK).to(torch.uint16))
         total += len(found)
-    low = torch.cat(lows) if lows else torch.empty(0, dtype=torch.uint16, device=bits.device)
-    offset = torch.cat(ends)
-    return low, offset
+    return torch.cat(lows), torch.cat(ends)
 
 
 def to_bits(bits: Bits, numel: int) -> Tensor:
@@ -60,13 +63,21 @@ def set_(packed: Tensor, indices: Tensor) -> None:
 
 def to_indices(bits: Bits, numel: int) -> Tensor:
     """Flat indices, int64, ascending: 8 bytes a selected entry."""
-    if isinstance(bits, tuple):
-        parts = list(_list_parts(bits))
-    else:
-        starts = range(0, numel, _STRIDE)
-        parts = [_indices(bits[s // 8 : packed_bytes(min(s + _STRIDE, numel))]) + s for s in starts]
-    device = bits[0].device if isinstance(bits, tuple) else bits.device
-    return torch.cat(parts) if parts else torch.empty(0, dtype=torch.int64, device=device)
+    low, offset = to_list(bits, numel)
+    return torch.cat([torch.empty(0, dtype=torch.int64, device=low.device), *_list_parts((low, offset))])
+
+
+def join(parts: Sequence[tuple[Bits, int]]) -> Bits:
+    """The smaller form for a tensor in pieces, each with its number of entries: all but the last of whole blocks."""
+    lists = [bits for bits, _ in parts if isinstance(bits, tuple)]
+    numel = sum(size for _, size in parts)
+    if parts and len(lists) == len(parts) and sum(len(low) for low, _ in lists) < LIST_BELOW * numel:
+        begin, offsets = 0, [torch.zeros(1, dtype=torch.int64)]
+        for low, offset in lists:
+            offsets.append(offset[1:] + begin)
+            begin += len(low)
+        return torch.cat([low for low, _ in lists]), torch.cat(offsets)
+    return compact(torch.cat([torch.empty(0, dtype=torch.uint8), *(to_bits(*part) for part in parts)]), numel)
 
 
 def part(bits: Bits, begin: int, end: int) -> Bits:
@@ -106,9 +117,7 @@ def wrong(bits: Bits, numel: int) -> str:
                 + (f"{offset.dtype} {tuple(offset.shape)}")
             )
         offset = offset.contiguous()
-    # Masks on a device may be made where that has no kernels: they are checked by plain PyTorch.
-    backend = _backends.resolve("auto", low.device, BACKENDS) if low.device.type == "cpu" else "reference"
-    return wrong_picks([Picks(numel, low.contiguous(), offset)], backend)[1]
+    return wrong_picks([Picks(numel, low.contiguous(), offset)], _backend(low.device))[1]
 
 
 def pack(mask: Tensor) -> Tensor:
@@ -119,6 +128,11 @@ def pack(mask: Tensor) -> Tensor:
     bits = torch.from_numpy(np.packbits(mask.numpy(), bitorder="little"))
     packed[: len(bits)] = bits
     return packed
+
+
+def _backend(device: torch.device) -> str:
+    """Masks on a device may be made where that has no kernels: plain PyTorch works on them."""
+    return _backends.resolve("auto", device, BACKENDS) if device.type == "cpu" else "reference"
 
 
 def _indices(packed: Tensor) -> Tensor:

@@ -1,6 +1,10 @@
 """Select and gather over tensors on disk, read in bounded pieces: memory does not grow with the checkpoint."""
 
+import bisect
+import functools
+import itertools
 import math
+import threading
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import NamedTuple
 
@@ -9,127 +13,241 @@ import torch
 from torch import Tensor
 
 from cwfast import _backends, _checks, _picks, _radix, ops
+from cwfast._workers import in_order
 from cwfast.checkpoint import Checkpoint
+from cwfast.checkpoint.reader import PIECE, Memory
 from cwfast.ops.rewind import Bits
 from cwfast.ops.select import check_options, invalid, packed_bytes
 
-_KEPT = 1 << 22  # entries that the last read may keep, 16 bytes each
+_KEPT = 3 << 24  # entries that a read may keep: 2 bytes of position and a score each, 300 MB of float32
+_SAMPLED = 1 << 26  # entries from which on a sample is drawn: it takes a sixteenth of them at most
+_WINDOWS, _WINDOW = 4096, 1024  # windows of a sample, and entries of each: a page of a disk
+_SIGMAS = 4.5  # standard deviations of the sampled rank: a bracket fails in one of 100,000 cases, and costs two reads
 
 
-class _Marks(NamedTuple):
-    bits: Tensor  # packed, of the entries at or above the bracket
-    inside: Tensor  # packed, of those inside it
+class _Job(NamedTuple):
+    """A piece of a tensor: its entries from ``begin`` to ``end``."""
+
+    name: str
+    begin: int
+    end: int
+
+
+class _Part(NamedTuple):
+    """What one piece holds above and inside a bracket of keys."""
+
+    numel: int
+    bits: Bits  # the entries at or above the bracket
+    inside: Bits  # those inside it
+    values: Tensor  # and their scores, where they are kept
     above: int
     within: int
     nans: int
     negatives: int
 
+    def also(self, more: Tensor) -> Bits:
+        """The entries above the bracket and the ``more``, in the smaller form."""
+        bits = _picks.to_bits(self.bits, self.numel)
+        _picks.set_(bits, more)
+        return _picks.compact(bits, self.numel)
 
-class _Pieces:
-    """What a read of the named tensors does with each piece, by the kernels or by torch."""
 
-    def __init__(self, scores: Checkpoint, names: Sequence[str], dtype: torch.dtype, backend: str) -> None:
-        self.scores, self.names, self.dtype = scores, names, dtype
+class _Scores:
+    """The named tensors as one list of scores, whose pieces the kernels or torch look at."""
+
+    def __init__(self, source: Checkpoint, names: Sequence[str], dtype: torch.dtype, backend: str) -> None:
+        self.source, self.names, self.dtype = source, names, dtype
+        self.numel = {name: math.prod(source.entries[name].shape) for name in names}
+        self.total = sum(self.numel.values())
         self.native = _backends.native() if backend == "cpu" else None
         self.code = getattr(self.native.Dtype, str(dtype).removeprefix("torch.")) if self.native else None
 
     def histogram(self, low: int, shift: int, count: int) -> Tensor:
         """One read: how many keys lie in ``[low + (b << shift), low + (b + 1 << shift))``, for ``count`` bins b."""
-        pieces = (piece for name in self.names for piece in self.scores.pieces(name))
+        jobs = _jobs(self.source, self.names)
+        return _total(count, in_order(lambda job: self.count(_read(self.source, job), low, shift, count), jobs))
+
+    def count(self, scores: Tensor, low: int, shift: int, count: int) -> Tensor:
+        """The same of flat scores in memory."""
         if not self.native:
-            return _radix.histogram(map(_radix.keys, pieces), low, shift, count)
+            return _radix.histogram([_radix.keys(scores)], low, shift, count)
         bins = torch.zeros(count, dtype=torch.int64)
-        for piece in pieces:
-            where = (piece.data_ptr(), len(piece), self.code)
-            self.native.score_histogram(*where, low, shift, bins.data_ptr(), count)
+        self.native.score_histogram(scores.data_ptr(), len(scores), self.code, low, shift, bins.data_ptr(), count)
         return bins
 
-    def mark(self, piece: Tensor, low: int, high: int) -> _Marks:
-        """The entries of one piece above and inside the keys ``[low, high)``."""
+    def mark(self, low: int, high: int, keep: bool, job: _Job) -> _Part:
+        """A piece's entries above and inside the keys ``[low, high)``."""
+        piece = _read(self.source, job)
         if self.native:
             bits, inside = (torch.empty(packed_bytes(len(piece)), dtype=torch.uint8) for _ in range(2))
             where = (piece.data_ptr(), len(piece), self.code)
             counts = self.native.mark_scores(*where, low, high, bits.data_ptr(), inside.data_ptr())
-            return _Marks(bits, inside, *counts)
-        keys = _radix.keys(piece)
-        above, within = keys >= high, (keys >= low) & (keys < high)
-        counts = (int(above.sum()), int(within.sum()), *_radix.check(piece, False).tolist())
-        return _Marks(_picks.pack(above), _picks.pack(within), *counts)
+        else:
+            keys = _radix.keys(piece)
+            bits, inside = _picks.pack(keys >= high), _picks.pack((keys >= low) & (keys < high))
+            counts = _picks.count(bits), _picks.count(inside), *_radix.check(piece, False).tolist()
+        among = _picks.compact(inside, len(piece))
+        values = ops.gather([piece], [among])[0] if keep else piece.new_empty(0)
+        return _Part(len(piece), _picks.compact(bits, len(piece)), among, values, *counts)
 
 
 def select_topk(
-    scores: Checkpoint, names: Sequence[str], k: int, nan: str, backend: str = "auto"
+    source: Checkpoint, names: Sequence[str], k: int, nan: str, backend: str = "auto"
 ) -> tuple[list[Bits], float]:
     """``ops.select_topk`` of the named tensors, bit for bit: picks in the smaller form, and the threshold.
 
-    One read counts keys by their upper 16 bits; one marks what lies above the bin of the k-th largest and keeps what
-    lies inside it. A bin of more than ``_KEPT`` entries is first counted by its next 16 bits. Memory: a piece, the
-    packed bits of one tensor, the kept entries, the result. Raises as ``ops.select_topk`` does.
+    One read, where a sample has told between which keys the k-th largest lies: what is above them is marked, what is
+    among them is kept, and decided at the end. Where there is no sample (few scores), or its keys hold too many entries
+    or not the k-th largest, other reads come first, which count keys, 16 bits of them each time. Memory: some pieces,
+    the kept entries, the result. Raises as ``ops.select_topk`` does.
     """
-    dtypes = {scores.entries[name].dtype for name in names}
+    dtypes = {source.entries[name].dtype for name in names}
     if len(dtypes) > 1 or not dtypes <= set(_checks.FLOATS):
         raise TypeError(
-            f"scores must have one dtype of {_checks.FLOATS}; got {sorted(map(str, dtypes))} in {scores.path}"
+            f"scores must have one dtype of {_checks.FLOATS}; got {sorted(map(str, dtypes))} in {source.path}"
         )
-    numel = {name: math.prod(scores.entries[name].shape) for name in names}
-    check_options(k, sum(numel.values()), nan)
     dtype = dtypes.pop() if dtypes else torch.float32
-    pieces = _Pieces(scores, names, dtype, _backends.resolve(backend, torch.device("cpu"), ("reference", "cpu")))
-    bracket = _radix.bracket(pieces.histogram, dtype, k, _KEPT)
-    picks, keys, at = [], [torch.empty(0, dtype=torch.int64)], [torch.empty(0, dtype=torch.int64)]
-    ties, nans = bracket.needed, 0  # ties: entries that are still to be taken, where all inside are equal
-    for name in names:
-        parts, bad = [torch.empty(0, dtype=torch.uint8)], [0, 0]
-        for begin, piece in _numbered(scores.pieces(name)):
-            marks = pieces.mark(piece, bracket.low, bracket.high)
-            bad = [bad[0] + marks.nans, bad[1] + marks.negatives]
-            if bracket.high - bracket.low > 1 and marks.within:
-                inside = _picks.to_indices(marks.inside, len(piece))
-                keys.append(_radix.keys(piece[inside]).long())
-                at.append(inside + begin)
-            elif ties and marks.within:
-                inside = _picks.to_indices(marks.inside, len(piece))[:ties]
-                _picks.set_(marks.bits, inside)
-                ties -= len(inside)
-            parts.append(marks.bits)
-        where = f"scores[{name!r}], shape {scores.entries[name].shape}"
-        if message := invalid(bad[0], bad[1], nan == "skip", numel[name], where):
+    kernels = _backends.resolve(backend, torch.device("cpu"), ("reference", "cpu"))
+    scores = _Scores(source, names, dtype, kernels)
+    check_options(k, scores.total, nan)
+    return _by_sample(scores, k, nan) or _by_counts(scores, k, nan)
+
+
+def _by_sample(scores: _Scores, k: int, nan: str) -> tuple[list[Bits], float] | None:
+    """By a single read; None where a sample says that this would keep too much, or has misled."""
+    bracket = _guess(scores, k)
+    found = bracket and _marked(scores, *bracket, nan)
+    if not found:
+        return None
+    parts = list(itertools.chain(*found))
+    needed = k - sum(part.above for part in parts)
+    return _finish(scores, found, needed) if 0 < needed <= sum(part.within for part in parts) else None
+
+
+def _by_counts(scores: _Scores, k: int, nan: str) -> tuple[list[Bits], float]:
+    """By reads that count keys, and one that marks."""
+    low, high, needed = _radix.bracket(scores.histogram, scores.dtype, k, _KEPT)
+    equal = high - low == 1  # however many these are: the first are taken as they come
+    found = _marked(scores, low, high, nan, needed if equal else None)
+    assert found is not None  # the bracket does not hold more
+    valid = scores.total - sum(part.nans for part in itertools.chain(*found))
+    if k > valid:
+        raise ValueError(f"k must be at most {valid}, the number of scores that are not NaN; got {k}")
+    if needed and not equal:
+        return _finish(scores, found, needed)
+    picks = [_picks.join([(part.bits, part.numel) for part in parts]) for parts in found]
+    return picks, _radix.score_of(low, scores.dtype)
+
+
+def _guess(scores: _Scores, k: int) -> tuple[int, int] | None:
+    """Keys ``[low, high)`` among which that of the k-th largest score probably is, from windows all over the tensors.
+
+    Neighbours are alike, so that a window is one observation: the variance of its counts over the windows gives that
+    of a sampled rank (cluster sampling: Cochran, "Sampling Techniques", 1977, chapter 9).
+    """
+    if scores.total < _SAMPLED or not 0 < k < scores.total:
+        return None
+    ends = list(itertools.accumulate(scores.numel[name] for name in scores.names))
+    edges = np.linspace(0, scores.total, _WINDOWS + 1).astype(np.int64)
+    windows = []
+    for flat in np.random.default_rng(0).integers(edges[:-1], edges[1:]).tolist():
+        which = bisect.bisect_right(ends, flat)
+        numel = scores.numel[scores.names[which]]
+        begin = max(min(flat - ends[which] + numel, numel - _WINDOW), 0)
+        job = _Job(scores.names[which], begin, min(begin + _WINDOW, numel))
+        windows.append(_radix.keys(_read(scores.source, job)).numpy())
+    drawn = np.sort(np.concatenate(windows))[::-1]
+    rank = k / scores.total * len(drawn)
+    counts = [np.count_nonzero(window >= drawn[int(rank)]) for window in windows]
+    margin = _SIGMAS * math.sqrt(len(windows) * np.var(counts)) + 2 * _SIGMAS**2  # the last: for few that are above
+    first, last = int(rank - margin), int(rank + margin)
+    low = max(int(drawn[last]), 0) if last < len(drawn) else 0
+    high = int(drawn[first]) + 1 if first >= 0 else 1 << (8 * scores.dtype.itemsize - 1)
+    share = np.count_nonzero((drawn >= low) & (drawn < high)) / len(drawn)
+    return (low, high) if share * scores.total < 0.8 * _KEPT else None
+
+
+def _marked(scores: _Scores, low: int, high: int, nan: str, ties: int | None = None) -> list[list[_Part]] | None:
+    """One read: what the pieces of each tensor hold; None where more than ``_KEPT`` entries would be kept.
+
+    ``ties``: so many of the entries inside the bracket are taken, the first ones, and none is kept.
+
+    Raises:
+        ValueError: NaN or negative scores.
+    """
+    kept, found = 0, []
+    jobs = _jobs(scores.source, scores.names)
+    marked = in_order(functools.partial(scores.mark, low, high, ties is None), jobs)
+    for name in scores.names:
+        parts: list[_Part] = []
+        for part in itertools.islice(marked, -(-scores.numel[name] // PIECE)):
+            if ties is not None:
+                taken = _picks.to_indices(part.inside, part.numel)[:ties]
+                part = part._replace(bits=part.also(taken), inside=torch.empty(0, dtype=torch.uint8))
+                ties -= len(taken)
+            parts.append(part)
+            kept += len(part.values)
+            if kept > _KEPT:
+                return None
+        where = f"scores[{name!r}], shape {scores.source.entries[name].shape}"
+        bad = sum(part.nans for part in parts), sum(part.negatives for part in parts)
+        if message := invalid(*bad, nan == "skip", scores.numel[name], where):
             raise ValueError(message)
-        nans += bad[0]
-        picks.append(_picks.compact(torch.cat(parts), numel[name]))
-        at.append(torch.tensor([-1]))  # ends a tensor's
-        keys.append(at[-1])
-    if k > sum(numel.values()) - nans:
-        raise ValueError(
-            f"k must be at most {sum(numel.values()) - nans}, the number of scores that are not NaN; got {k}"
-        )
-    if k == 0:
-        return picks, math.inf
-    if bracket.high - bracket.low == 1:
-        return picks, _radix.score_of(bracket.low, dtype)
-    return _finish(picks, list(numel.values()), torch.cat(keys), torch.cat(at), bracket.needed, dtype)
+        found.append(parts)
+    return found
 
 
-def _finish(
-    picks: list[Bits], numel: Sequence[int], keys: Tensor, at: Tensor, needed: int, dtype: torch.dtype
-) -> tuple[list[Bits], float]:
-    """Adds the ``needed`` largest of the kept entries, ties to the first; -1 ends those of a tensor."""
-    ranked = keys.numpy()
-    threshold = int(np.partition(ranked, len(ranked) - needed)[len(ranked) - needed])
-    equal = (keys == threshold).nonzero()[:, 0]
-    chosen = keys > threshold
-    chosen[equal[: needed - int(chosen.sum())]] = True
-    begin, found = 0, []
-    for i, end in enumerate((at < 0).nonzero()[:, 0].tolist()):
-        bits = picks[i]
-        more = at[begin:end][chosen[begin:end]]
-        if len(more):
-            bits = _picks.to_bits(bits, numel[i])
-            _picks.set_(bits, more)
-            bits = _picks.compact(bits, numel[i])
-        found.append(bits)
-        begin = end + 1
-    return found, _radix.score_of(threshold, dtype)
+def _finish(scores: _Scores, found: list[list[_Part]], needed: int) -> tuple[list[Bits], float]:
+    """With the ``needed`` largest of the kept entries, ties to the first; and the threshold."""
+    parts = list(itertools.chain(*found))
+
+    def histogram(low: int, shift: int, count: int) -> Tensor:
+        return _total(count, in_order(lambda part: scores.count(part.values, low, shift, count), parts))
+
+    threshold, _, ties = _radix.bracket(histogram, scores.dtype, needed)
+    equal = in_order(lambda part: int((_radix.keys(part.values) == threshold).sum()), parts)
+    before = list(itertools.accumulate(equal, initial=0))[:-1]
+
+    def chosen(part: _Part, before: int) -> Bits:
+        keys = _radix.keys(part.values)
+        taken = keys > threshold
+        taken[(keys == threshold).nonzero()[: max(ties - before, 0), 0]] = True
+        return part.also(_picks.to_indices(part.inside, part.numel)[taken])
+
+    bits = in_order(lambda job: chosen(*job), zip(parts, before, strict=True))
+    picks = [_picks.join([(next(bits), part.numel) for part in parts]) for parts in found]
+    return picks, _radix.score_of(threshold, scores.dtype)
+
+
+def _total(count: int, histograms: Iterable[Tensor]) -> Tensor:
+    bins = torch.zeros(count, dtype=torch.int64)
+    for found in histograms:
+        bins += found
+    return bins
+
+
+def _jobs(source: Checkpoint, names: Iterable[str]) -> Iterator[_Job]:
+    """All pieces of the named tensors, in order."""
+    for name in names:
+        numel = math.prod(source.entries[name].shape)
+        for begin in range(0, numel, PIECE):
+            yield _Job(name, begin, min(begin + PIECE, numel))
+
+
+_own = threading.local()
+
+
+def _read(source: Checkpoint, job: _Job) -> Tensor:
+    """The piece, in memory that this thread's next one takes."""
+    if not hasattr(_own, "memory"):
+        _own.memory = Memory(1)
+    (piece,) = source.pieces(job.name, job.end - job.begin, begin=job.begin, end=job.end, memory=_own.memory)
+    return piece
+
+
+def positive(source: Checkpoint, names: Sequence[str]) -> int:
+    """How many scores are above 0."""
+    return sum(in_order(lambda job: int((_read(source, job) > 0).sum()), _jobs(source, names)))
 
 
 def _numbered(pieces: Iterable[Tensor]) -> Iterator[tuple[int, Tensor]]:
@@ -138,11 +256,6 @@ def _numbered(pieces: Iterable[Tensor]) -> Iterator[tuple[int, Tensor]]:
     for piece in pieces:
         yield begin, piece
         begin += len(piece)
-
-
-def positive(scores: Checkpoint, names: Sequence[str]) -> int:
-    """How many scores are above 0."""
-    return sum(int((piece > 0).sum()) for name in names for piece in scores.pieces(name))
 
 
 def gather(

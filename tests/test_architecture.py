@@ -13,7 +13,7 @@ ROOT = Path(__file__).resolve().parent.parent
 SOURCE = ROOT / "cwfast"
 # Lowest first; a module may import from its own level and from those before it.
 LEVELS = [
-    {"errors", "networks", "_checks", "_backends", "_parameters", "_scopes", "_shards", "_ranks"}
+    {"errors", "networks", "_checks", "_backends", "_parameters", "_scopes", "_shards", "_ranks", "_workers"}
     | {"reference", "testing", "checkpoint"},
     {"ops"},
     {"layers", "_picks", "_radix", "_streaming", "_mask_files", "_artefact_files", "_mask_view"},

@@ -16,7 +16,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import nn
 
-from cwfast import MaskSet, SaliencyScorer, _radix, _streaming, freeze, rewind_, select
+from cwfast import MaskSet, SaliencyScorer, _picks, _radix, _streaming, freeze, rewind_, select
 from cwfast.checkpoint import Checkpoint, reader
 from cwfast.errors import CheckpointError
 from cwfast.testing import HOSTILE, hostile_scores
@@ -47,6 +47,7 @@ TENSORS = {
 @pytest.fixture
 def small_pieces(monkeypatch):
     monkeypatch.setattr(reader.Checkpoint.pieces, "__defaults__", (65_536,))
+    monkeypatch.setattr(_streaming, "PIECE", 65_536)
 
 
 @pytest.mark.parametrize("form", ["file", "index", "folder", "symlinks"])
@@ -321,35 +322,125 @@ def test_files_and_memory_refuse_the_same_arguments_by_the_same_words(tmp_path, 
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
-def test_streamed_selection_over_many_parts_and_threads(tmp_path, set_threads, kernel, dtype):
-    """A piece of 23 parts, of which a thread takes 4 at a time: up to 6 threads have work; with ties and with none."""
+@pytest.mark.parametrize("numel", [0, 1, 63, 64, 65, 300_007])
+def test_kernels_of_a_piece_equal_plain_torch(numel, kernel, dtype):
     generator = torch.Generator().manual_seed(0)
-    numel = 23 * 65_536 - 7
-    scores = {
-        "a": torch.rand(numel, generator=generator, dtype=torch.float64).to(dtype),
-        "b": torch.randint(0, 5, (300_000,), generator=generator).to(dtype),
-    }
-    assert numel < reader.PIECE
-    save_file(scores, tmp_path / "x.safetensors")
-    source = Checkpoint(tmp_path / "x.safetensors")
-    names = list(source.entries)
-    plain, fast = (_streaming._Pieces(source, names, dtype, name) for name in ("reference", kernel))
-    shift, count = 8 * dtype.itemsize - 16, 20_000  # bins: all keys below 5, and few enough for torch to use one thread
+    piece = torch.rand(numel, generator=generator, dtype=torch.float64).to(dtype)
+    piece[3:9] = torch.tensor([0, torch.inf, torch.nan, -1, 0.5, -0.0]).to(dtype)[: len(piece[3:9])]
+    save = {"a": piece}
     low, high = (_radix.keys(torch.tensor([x], dtype=dtype)).item() for x in (0.25, 0.75))
-    histogram, marks = plain.histogram(0, shift, count), plain.mark(scores["a"], low, high)
-    assert histogram.sum() == numel + 300_000
-    before = torch.get_num_threads()
-    for threads in (1, 2, 6):
-        set_threads(threads)  # of the kernels: torch's own threads are unknown to the thread sanitizer
-        found = fast.histogram(0, shift, count), fast.mark(scores["a"], low, high)
-        set_threads(before)
-        assert torch.equal(found[0], histogram)
-        assert torch.equal(found[1].bits, marks.bits)
-        assert torch.equal(found[1].inside, marks.inside)
-        assert found[1][2:] == marks[2:]
-    in_memory = {name: scores[name] for name in names}
+    shift, top = 8 * dtype.itemsize - 16, _radix.keys(torch.tensor([torch.inf], dtype=dtype)).item()
+    found = []
+    for name in ("reference", kernel):
+        scores = _streaming._Scores(Held(save), ["a"], dtype, name)
+        histograms = [
+            scores.count(piece, *where) for where in ((0, shift, (top >> shift) + 1), (low, shift, 3), (high, 0, 1))
+        ]
+        found.append((histograms, scores.mark(low, high, True, _streaming._Job("a", 0, numel)) if numel else None))
+    (plain, expected), (histograms, part) = found
+    assert all(map(torch.equal, histograms, plain))
+    assert plain[0].sum() == numel - int(piece.isnan().sum())
+    if part is not None:
+        assert part._replace(bits=0, inside=0, values=0) == expected._replace(bits=0, inside=0, values=0)
+        assert torch.equal(part.values.double(), expected.values.double())
+        for bits, same in ((part.bits, expected.bits), (part.inside, expected.inside)):
+            assert torch.equal(_picks.to_indices(bits, numel), _picks.to_indices(same, numel))
+
+
+class Held:
+    """Tensors in place of a file."""
+
+    def __init__(self, tensors):
+        self.tensors = tensors
+        self.entries = {name: reader.Entry("none", 0, t.dtype, tuple(t.shape)) for name, t in tensors.items()}
+
+    def pieces(self, name, size, *, begin, end, memory):
+        assert size == end - begin
+        yield self.tensors[name][begin:end]
+
+
+@pytest.mark.parametrize("threads", [1, 2, 6])
+def test_streamed_selection_by_several_threads(tmp_path, small_pieces, set_threads, kernel, threads):
+    """With ties and with none, in more pieces than results may wait."""
+    torch.manual_seed(0)
+    scores = {"a": torch.rand(23 * 65_536 - 7), "b": torch.randint(0, 5, (300_000,)).float()}
+    save_file(scores, tmp_path / "x.safetensors")
+    set_threads(threads)
     for k in (70, 200_000, 1_000_000):
-        assert select(source.path, k=k, backend=kernel) == select(in_memory, k=k, backend="reference")
+        assert select(tmp_path / "x.safetensors", k=k, backend=kernel) == select(scores, k=k, backend="reference")
+
+
+def sampled(monkeypatch, found):
+    """A sample is drawn of few scores too; ``found`` takes how many reads mark."""
+    monkeypatch.setattr(_streaming, "_SAMPLED", 1)
+    monkeypatch.setattr(_streaming, "_WINDOWS", 200)
+    monkeypatch.setattr(_streaming, "_WINDOW", 64)
+    for name in ("_marked", "_finish"):
+        monkeypatch.setattr(_streaming, name, counted(getattr(_streaming, name), name, found))
+    monkeypatch.setattr(_streaming._Scores, "histogram", counted(_streaming._Scores.histogram, "histogram", found))
+
+
+def counted(function, name, into):
+    def call(*args, **kwargs):
+        into.append(name)
+        return function(*args, **kwargs)
+
+    return call
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
+@pytest.mark.parametrize("kind", HOSTILE)
+def test_selection_by_a_sample_equals_the_one_in_memory(tmp_path, small_pieces, monkeypatch, kind, dtype):
+    sampled(monkeypatch, [])
+    scores = {str(i): s.contiguous() for i, s in enumerate(hostile_scores(kind, dtype, 150_000))}
+    folder = write_folder(tmp_path / "scores", scores)
+    scores = {name: scores[name] for name in Checkpoint(folder).entries}
+    numel = sum(s.numel() for s in scores.values())
+    for k in (0, 1, 70, numel // 100, numel // 2, numel - 1, numel):
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            assert select(folder, k=k) == select(scores, k=k)
+
+
+@pytest.mark.parametrize("rate", [0.001, 0.01, 0.3, 0.999])
+def test_selection_by_a_sample_reads_once(tmp_path, small_pieces, monkeypatch, rate):
+    found = []
+    sampled(monkeypatch, found)
+    torch.manual_seed(0)
+    scores = {"a": torch.rand(800, 1000), "b": 2 * torch.rand(200_000), "c": torch.rand(7)}
+    save_file(scores, tmp_path / "x.safetensors")
+    assert select(tmp_path / "x.safetensors", rate=rate) == select(scores, rate=rate)
+    assert found == ["_marked", "_finish"]
+
+
+def test_selection_by_a_sample_that_misleads(tmp_path, small_pieces, monkeypatch):
+    """Where the k-th largest is not where it seems to be, or too many are: counts find it."""
+    torch.manual_seed(0)
+    scores = {"a": torch.rand(500_000), "b": torch.rand(200_000)}
+    save_file(scores, tmp_path / "x.safetensors")
+    for bracket in ((0, 1), (1 << 30, 1 << 31), (0, 1 << 31)):
+        found = []
+        sampled(monkeypatch, found)
+        monkeypatch.setattr(_streaming, "_KEPT", 100_000)
+        monkeypatch.setattr(_streaming, "_guess", lambda *_, bracket=bracket: bracket)
+        assert select(tmp_path / "x.safetensors", k=9_000) == select(scores, k=9_000)
+        assert found == ["_marked", "histogram", "_marked", "_finish"]
+        monkeypatch.undo()
+
+
+def test_selection_by_a_sample_names_invalid_scores(tmp_path, small_pieces, monkeypatch):
+    sampled(monkeypatch, [])
+    torch.manual_seed(0)
+    scores = {"a": torch.rand(200_000), "b": torch.rand(300_000)}
+    scores["b"][7] = torch.nan
+    save_file(scores, tmp_path / "x.safetensors")
+    with pytest.raises(ValueError, match=r"got 1 NaN of 300000 in scores\['b'\]"):
+        select(tmp_path / "x.safetensors", rate=0.1)
+    numel = 500_000
+    for k in (1, 50_000, numel - 1):
+        assert select(tmp_path / "x.safetensors", k=k, nan="skip") == select(scores, k=k, nan="skip")
+    with pytest.raises(ValueError, match=f"k must be at most {numel - 1}"):
+        select(tmp_path / "x.safetensors", k=numel, nan="skip")
 
 
 class Tied(nn.Module):

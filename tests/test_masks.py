@@ -48,7 +48,9 @@ def test_content_in_every_form():
 
 @pytest.mark.parametrize("share", [0.0, 0.001, 0.05, 0.0624, 0.0626, 0.5, 1.0])
 @pytest.mark.parametrize("numel", [0, 1, 63, 64, 65, 65_535, 65_536, 65_537, 200_003])
-def test_both_forms_hold_the_same_set(numel, share, monkeypatch):
+@pytest.mark.parametrize("backend", ["reference", "cpu"])
+def test_both_forms_hold_the_same_set(numel, share, backend, monkeypatch):
+    monkeypatch.setattr(_picks, "_backend", lambda _: backend)
     monkeypatch.setattr(_picks, "_STRIDE", _picks.reference.BLOCK)  # several pieces also at this size
     mask = torch.rand(numel, generator=torch.Generator().manual_seed(numel)) < share
     expected = mask.nonzero().reshape(-1)
@@ -67,6 +69,20 @@ def test_both_forms_hold_the_same_set(numel, share, monkeypatch):
     assert again == found
     assert (again & found) == found
     assert torch.equal(again.bits["w"], found.bits["w"])
+
+
+@pytest.mark.parametrize("shares", [(), (0.01,), (0.0, 0.01, 0.06), (0.9, 0.0, 0.0), (0.0, 0.0, 0.9), (0.5, 0.7)])
+@pytest.mark.parametrize("last", [1, 64, 65_537])
+def test_pieces_join_into_the_smaller_form(shares, last):
+    numels = [131_072] * (len(shares) - 1) + [last] * bool(shares)
+    masks = [torch.rand(numel) < share for numel, share in zip(numels, shares, strict=True)]
+    parts = [(_picks.compact(_picks.pack(mask), len(mask)), len(mask)) for mask in masks]
+    whole = torch.cat([torch.empty(0, dtype=torch.bool), *masks])
+    expected = _picks.compact(_picks.pack(whole), len(whole))
+    found = _picks.join(parts)
+    assert type(found) is type(expected)
+    forms = [bits if isinstance(bits, tuple) else (bits,) for bits in (found, expected)]
+    assert all(torch.equal(a, b) for a, b in zip(*forms, strict=True))
 
 
 @given(data=st.data())

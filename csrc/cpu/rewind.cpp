@@ -240,6 +240,18 @@ std::vector<int64_t> count_picks(const std::vector<Picks>& picks) {
   return counts;
 }
 
+void list_picks(const Picks& packed, uint16_t* low, int64_t* offset) {
+  uint16_t* at = low;
+  *offset++ = 0;
+  for (int64_t begin = 0; begin < packed.numel; begin += kBlock) {
+    const int64_t words = (std::min(kBlock, packed.numel - begin) + 63) / 64;
+    for (int64_t word = 0; word < words; ++word)
+      for (uint64_t left = packed.bits[begin / 64 + word]; left; left &= left - 1)
+        *at++ = static_cast<uint16_t>(64 * word + __builtin_ctzll(left));
+    *offset++ = at - low;
+  }
+}
+
 Wrong rewind(const std::vector<View>& weights, const std::vector<View>& initial, const std::vector<Picks>& picks,
              int item_size, bool check) {
   return by_size(item_size, [&](auto type) { return rewind_typed<decltype(type)>(weights, initial, picks, check); });

@@ -60,6 +60,8 @@ Isa isa() { return chosen; }
 
 int threads() { return forked ? 1 : omp_get_max_threads(); }
 
+void set_threads(int count) { omp_set_num_threads(count); }
+
 void prefer_huge_pages(void* data, size_t bytes) {
 #ifdef MADV_HUGEPAGE
   constexpr uintptr_t kHuge = uintptr_t{1} << 21;

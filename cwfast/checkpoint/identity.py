@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from cwfast.checkpoint.reader import Checkpoint
+from cwfast.checkpoint.reader import Checkpoint, Memory
 from cwfast.errors import CheckpointError
 
 SCORES = "cwfast-scores.json"  # in a folder of scores: how they were made, and from what
@@ -19,7 +19,8 @@ SCORES = "cwfast-scores.json"  # in a folder of scores: how they were made, and 
 
 def tensor_hashes(checkpoint: Checkpoint, names: Iterable[str]) -> dict[str, str]:
     """SHA-256 of the bytes of each tensor, which are read in pieces."""
-    return {name: sha256_of(checkpoint.pieces(name)) for name in names}
+    memory = Memory(1)
+    return {name: sha256_of(checkpoint.pieces(name, memory=memory)) for name in names}
 
 
 def sha256_of(pieces: Iterable[Tensor]) -> str:

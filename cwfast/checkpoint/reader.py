@@ -3,6 +3,7 @@
 import json
 import math
 import os
+from collections import deque
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -44,6 +45,21 @@ class Entry(NamedTuple):
     begin: int  # of its bytes in the file
     dtype: torch.dtype
     shape: tuple[int, ...]
+
+
+class Memory:
+    """Room for ``count`` pieces; a further one takes that of the oldest: fresh memory costs more than reading."""
+
+    def __init__(self, count: int) -> None:
+        self._rooms = deque([torch.empty(0, dtype=torch.uint8)] * count)
+
+    def take(self, numel: int, dtype: torch.dtype) -> Tensor:
+        """A flat tensor that says nothing yet."""
+        room, needed = self._rooms.popleft(), numel * dtype.itemsize
+        if len(room) < needed:
+            room = torch.empty(needed, dtype=torch.uint8)
+        self._rooms.append(room)
+        return room[:needed].view(dtype)
 
 
 class Checkpoint:
@@ -110,12 +126,14 @@ class Checkpoint:
         parts = list(self.pieces(name, max(math.prod(entry.shape), 1)))
         return parts[0].reshape(entry.shape) if parts else torch.empty(entry.shape, dtype=entry.dtype)
 
-    def pieces(self, name: str, size: int = PIECE, *, begin: int = 0, end: int | None = None) -> Iterator[Tensor]:
+    def pieces(
+        self, name: str, size: int = PIECE, *, begin: int = 0, end: int | None = None, memory: Memory | None = None
+    ) -> Iterator[Tensor]:
         """The flat tensor from its first entry to its last, ``size`` entries (the last time fewer) at a time; or from
         ``begin`` to ``end``, of which nothing else is read.
 
-        Each piece is memory of its own. Read sequentially: reaching for selected entries through a memory map is 27
-        times slower than reading everything when the file is not cached.
+        Each piece is memory of its own, or lies in ``memory``. Read sequentially: reaching for selected entries through
+        a memory map is 27 times slower than reading everything when the file is not cached.
 
         Raises:
             CheckpointError: the file ends before the tensor does.
@@ -125,14 +143,15 @@ class Checkpoint:
         with open(entry.file, "rb", buffering=0) as file:
             file.seek(entry.begin + begin * item)
             for at in range(begin, last, size):
-                memory = bytearray(min(size, last - at) * item)
-                view, got = memoryview(memory), 0
-                while got < len(memory):
+                numel = min(size, last - at)
+                piece = memory.take(numel, entry.dtype) if memory else torch.empty(numel, dtype=entry.dtype)
+                view, got = memoryview(piece.view(torch.uint8).numpy()), 0  # type: ignore[arg-type]
+                while got < len(view):
                     count = file.readinto(view[got:])
                     if not count:
                         raise CheckpointError(f"{entry.file} must hold all of {name!r}; it ends too early")
                     got += count
-                yield torch.frombuffer(memory, dtype=entry.dtype)
+                yield piece
 
 
 def _header(path: Path) -> tuple[dict[str, Entry], dict[str, str]]:

@@ -16,6 +16,7 @@ from cwfast.checkpoint.reader import Checkpoint
 
 Change = Callable[[str], Iterator[Tensor]]
 _AHEAD = 4  # pieces that wait to be written: reading goes on meanwhile, memory stays bounded
+HELD = _AHEAD + 2  # pieces in use at a time: those, one that is written and the next
 
 
 def rewrite(
@@ -27,7 +28,8 @@ def rewrite(
         source: the checkpoint that ``file`` is of.
         file: one of its files.
         target: written to a temporary name, fsynced and renamed; nothing is left of it where something fails.
-        pieces: tensor name -> its flat pieces from the first entry to the last, in the dtype that it has in ``file``.
+        pieces: tensor name -> its flat pieces from the first entry to the last, in the dtype that it has in ``file``;
+            each must stay as it is until ``HELD`` - 1 others have followed.
         check: called with a tensor's name and SHA-256 once it is written; what it raises is raised.
 
     Returns:
@@ -47,11 +49,12 @@ def rewrite(
         for begin, name in entries:
             entry = source.entries[name]
             found = hashlib.sha256()
-            with _writer(out.fileno(), found) as put:
+            with _writer(out.fileno()) as put:
                 for piece in pieces(name):
                     if piece.dtype != entry.dtype:
                         raise ValueError(f"{name!r} must be written in {entry.dtype}; got {piece.dtype}")
                     put(piece)
+                    found.update(_bytes(piece))
             numel = torch.Size(entry.shape).numel()
             if out.tell() - begin != numel * entry.dtype.itemsize:
                 raise ValueError(f"{name!r} must be written with {numel} entries; got {out.tell() - begin} bytes")
@@ -62,8 +65,8 @@ def rewrite(
 
 
 @contextmanager
-def _writer(handle: int, found: "hashlib._Hash") -> Iterator[Callable[[Tensor], None]]:
-    """A function that hands pieces to a thread, which writes and hashes them; both let go of the interpreter's lock."""
+def _writer(handle: int) -> Iterator[Callable[[Tensor], None]]:
+    """A function that hands pieces to a thread, which writes them without the interpreter's lock."""
     waiting: queue.Queue[Tensor | None] = queue.Queue(_AHEAD)
     failed: list[BaseException] = []
 
@@ -72,9 +75,10 @@ def _writer(handle: int, found: "hashlib._Hash") -> Iterator[Callable[[Tensor], 
             if failed:
                 continue  # whoever puts must not wait for ever
             try:
-                memory = memoryview(piece.view(torch.uint8).numpy())  # type: ignore[arg-type]
-                _write(handle, memory)
-                found.update(memory)
+                at = os.lseek(handle, 0, os.SEEK_CUR)
+                _write(handle, _bytes(piece))
+                if hasattr(os, "posix_fadvise"):  # the disk begins now, and not with fsync when all has been hashed
+                    os.posix_fadvise(handle, at, piece.nbytes, os.POSIX_FADV_DONTNEED)
             except BaseException as error:
                 failed.append(error)
 
@@ -92,6 +96,10 @@ def _writer(handle: int, found: "hashlib._Hash") -> Iterator[Callable[[Tensor], 
         thread.join()
     if failed:
         raise failed[0]
+
+
+def _bytes(piece: Tensor) -> memoryview:
+    return memoryview(piece.view(torch.uint8).numpy())  # type: ignore[arg-type]
 
 
 def _write(handle: int, data: bytes | memoryview) -> None:

@@ -22,9 +22,11 @@ from cwfast.checkpoint import Checkpoint
 from cwfast.checkpoint.files import atomic_write, sha256
 from cwfast.checkpoint.identity import checked_word, files_of, hashed
 from cwfast.checkpoint.making import check_space
+from cwfast.checkpoint.reader import Memory
+from cwfast.checkpoint.writer import HELD
 from cwfast.errors import CheckpointError
 from cwfast.llm.cards import model_card
-from cwfast.llm.folders import INTS, Seen, check_base, check_masks, rewound, write_folder
+from cwfast.llm.folders import INTS, Seen, check_base, check_masks, memory_of, rewound, write_folder
 
 
 def make_artefact(
@@ -76,10 +78,14 @@ def make_artefact(
         writer = ArtefactWriter(temporary, masks, dtypes, list(source.entries), of_base, base_id)
         check_space(temporary, writer.size)
         writer.begin()
-        seen, result = Seen({}, {}), dict.fromkeys(source.entries, "")
+        seen, result, memory = Seen({}, {}), dict.fromkeys(source.entries, ""), memory_of(1)
         for name in sorted(source.entries, key=lambda name: (source.entries[name].file, source.entries[name].begin)):
             found = hashlib.sha256()
-            pieces = source.pieces(name) if initial is None else rewound(source, initial, masks, seen, name)
+            pieces = (
+                source.pieces(name, memory=memory[0])
+                if initial is None
+                else rewound(source, initial, masks, memory, seen, name)
+            )
             bits = masks.picks(name) if counts.get(name) else None
             begin = 0
             for piece in hashed(pieces, found):
@@ -145,7 +151,7 @@ def apply_artefact(
         Path(out),
         {"MODEL": source.path},
         {"model": files_of(source), "artefact": {"sha256": sha256(artefact)}},
-        functools.partial(_applied, source, changes),
+        functools.partial(_applied, source, changes, Memory(HELD)),
         check=functools.partial(_check_result, source, changes),
         card=(lambda _: write_card(changes.base or {})) if card else None,
         resume=resume,
@@ -154,15 +160,15 @@ def apply_artefact(
     )
 
 
-def _applied(source: Checkpoint, changes: ArtefactFile, seen: Seen, name: str) -> Iterator[Tensor]:
+def _applied(source: Checkpoint, changes: ArtefactFile, memory: Memory, seen: Seen, name: str) -> Iterator[Tensor]:
     """The pieces of a tensor, its selected entries as the artefact has them."""
     bits = changes.picks(name) if name in changes.shapes else None
     if bits is None:
-        yield from source.pieces(name)
+        yield from source.pieces(name, memory=memory)
         return
     seen.counts[name] = _picks.count(bits)
     values, begin = _Values(changes.values(name)), 0
-    for piece in source.pieces(name):
+    for piece in source.pieces(name, memory=memory):
         end = begin + len(piece)
         part = _picks.part(bits, begin, end)
         if count := _picks.count(part):  # by bits of the same width: every dtype, and every NaN, is written alike

@@ -12,12 +12,13 @@ from torch import Tensor
 
 from cwfast import _picks, ops
 from cwfast._mask_files import MaskFile
+from cwfast._workers import ahead, alone
 from cwfast.checkpoint import Checkpoint
 from cwfast.checkpoint.files import atomic_write, sha256
 from cwfast.checkpoint.identity import checked_word, files_of, hashed
 from cwfast.checkpoint.making import check_space, making
-from cwfast.checkpoint.reader import INDEX
-from cwfast.checkpoint.writer import rewrite
+from cwfast.checkpoint.reader import INDEX, Memory
+from cwfast.checkpoint.writer import HELD, rewrite
 from cwfast.errors import CheckpointError
 from cwfast.llm.cards import model_card
 from cwfast.llm.other_files import copy_others
@@ -83,7 +84,7 @@ def rewind_folder(
         Path(out),
         places,
         inputs,
-        functools.partial(rewound, source, initial, masks),
+        functools.partial(rewound, source, initial, masks, memory_of(HELD)),
         card=functools.partial(model_card, masks, base_id) if card else None,
         resume=resume,
         copy_code=copy_code,
@@ -160,8 +161,17 @@ def _told(progress: Callable[[int], object], change: Callable[[str], Iterator[Te
         progress(piece.nbytes)
 
 
-def rewound(source: Checkpoint, initial: Checkpoint, masks: MaskFile, seen: Seen, name: str) -> Iterator[Tensor]:
+def memory_of(held: int) -> tuple[Memory, Memory]:
+    """Where the pieces that ``rewound`` reads lie: of the model ``held`` are in use at a time, of the base three."""
+    return Memory(held), Memory(3)
+
+
+def rewound(
+    source: Checkpoint, initial: Checkpoint, masks: MaskFile, memory: tuple[Memory, Memory], seen: Seen, name: str
+) -> Iterator[Tensor]:
     """The pieces of a tensor, its selected entries as in ``initial``.
+
+    ``memory``: see ``memory_of``.
 
     Raises:
         CheckpointError: the base is another than that of the mask, or a file is broken.
@@ -172,13 +182,16 @@ def rewound(source: Checkpoint, initial: Checkpoint, masks: MaskFile, seen: Seen
         if not seen.counts[name]:
             bits = None
     found = hashlib.sha256()
-    base = hashed(initial.pieces(name), found) if bits is not None else iter(())
+    base = hashed(initial.pieces(name, memory=memory[1]), found)
+    given = ahead(base, 1) if bits is not None else iter(())  # one waits while one is read and one is used
     begin = 0
-    for piece in source.pieces(name):
+    for piece in source.pieces(name, memory=memory[0]):
         end = begin + len(piece)
         if bits is not None:  # by bits of the same width: every dtype is rewound alike
             as_int = INTS[piece.element_size()]
-            ops.rewind_([piece.view(as_int)], [next(base).view(as_int)], [_picks.part(bits, begin, end)])
+            other = next(given)
+            with alone():  # others read, hash and write
+                ops.rewind_([piece.view(as_int)], [other.view(as_int)], [_picks.part(bits, begin, end)])
         yield piece
         begin = end
     if bits is None:
