@@ -47,6 +47,8 @@ class _Part(NamedTuple):
 
     def also(self, more: Tensor) -> Bits:
         """The entries above the bracket and the ``more``, in the smaller form."""
+        if not len(more):
+            return self.bits
         bits = _picks.to_bits(self.bits, self.numel)
         _picks.set_(bits, more)
         return _picks.compact(bits, self.numel)
@@ -181,10 +183,11 @@ def _marked(scores: _Scores, low: int, high: int, nan: str, ties: int | None = N
     for name in scores.names:
         parts: list[_Part] = []
         for part in itertools.islice(marked, -(-scores.numel[name] // PIECE)):
-            if ties is not None:
+            if ties:
                 taken = _picks.to_indices(part.inside, part.numel)[:ties]
-                part = part._replace(bits=part.also(taken), inside=torch.empty(0, dtype=torch.uint8))
-                ties -= len(taken)
+                part, ties = part._replace(bits=part.also(taken)), ties - len(taken)
+            if ties is not None:
+                part = part._replace(inside=torch.empty(0, dtype=torch.uint8))  # nothing asks for it again
             parts.append(part)
             kept += len(part.values)
             if kept > _KEPT:

@@ -4,12 +4,10 @@ Where reading, hashing and writing keep the processors busy, OpenMP's threads on
 region they wait by spinning.
 """
 
-import queue
-import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from typing import TypeVar
 
 import torch
@@ -55,30 +53,10 @@ def in_order(work: Callable[[Job], Result], jobs: Iterable[Job]) -> Iterator[Res
 
 
 def ahead(items: Iterable[Item], count: int) -> Iterator[Item]:
-    """The items, drawn by a thread of its own that is at most ``count`` of them ahead."""
-    waiting: queue.Queue[tuple[Item] | BaseException | None] = queue.Queue(count)
-    stopped = threading.Event()
-
-    def work() -> None:
-        try:
-            for item in items:
-                waiting.put((item,))
-                if stopped.is_set():
-                    return
-            waiting.put(None)
-        except BaseException as error:
-            waiting.put(error)
-
-    thread = threading.Thread(target=work, name="cwfast-ahead")
-    thread.start()
-    try:
-        while (found := waiting.get()) is not None:
-            if isinstance(found, BaseException):
-                raise found
-            yield found[0]
-    finally:
-        stopped.set()
-        while thread.is_alive():
-            with suppress(queue.Empty):  # it may wait for room
-                waiting.get(timeout=0.01)
-        thread.join()
+    """The items, drawn by a thread of its own: ``count`` of them may wait while one more is drawn."""
+    source, end = iter(items), object()
+    with ThreadPoolExecutor(1, "cwfast-ahead") as pool:
+        waiting = deque(pool.submit(next, source, end) for _ in range(count + 1))
+        while (item := waiting.popleft().result()) is not end:
+            waiting.append(pool.submit(next, source, end))
+            yield item  # type: ignore[misc]

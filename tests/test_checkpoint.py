@@ -359,11 +359,12 @@ class Held:
         yield self.tensors[name][begin:end]
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
 @pytest.mark.parametrize("threads", [1, 2, 6])
-def test_streamed_selection_by_several_threads(tmp_path, small_pieces, set_threads, kernel, threads):
+def test_streamed_selection_by_several_threads(tmp_path, small_pieces, set_threads, kernel, threads, dtype):
     """With ties and with none, in more pieces than results may wait."""
     torch.manual_seed(0)
-    scores = {"a": torch.rand(23 * 65_536 - 7), "b": torch.randint(0, 5, (300_000,)).float()}
+    scores = {"a": torch.rand(23 * 65_536 - 7).to(dtype), "b": torch.randint(0, 5, (300_000,)).to(dtype)}
     save_file(scores, tmp_path / "x.safetensors")
     set_threads(threads)
     for k in (70, 200_000, 1_000_000):
@@ -371,7 +372,7 @@ def test_streamed_selection_by_several_threads(tmp_path, small_pieces, set_threa
 
 
 def sampled(monkeypatch, found):
-    """A sample is drawn of few scores too; ``found`` takes how many reads mark."""
+    """A sample is drawn of few scores too; ``found`` takes what is called."""
     monkeypatch.setattr(_streaming, "_SAMPLED", 1)
     monkeypatch.setattr(_streaming, "_WINDOWS", 200)
     monkeypatch.setattr(_streaming, "_WINDOW", 64)

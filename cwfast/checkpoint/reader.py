@@ -145,7 +145,7 @@ class Checkpoint:
             for at in range(begin, last, size):
                 numel = min(size, last - at)
                 piece = memory.take(numel, entry.dtype) if memory else torch.empty(numel, dtype=entry.dtype)
-                view, got = memoryview(piece.view(torch.uint8).numpy()), 0  # type: ignore[arg-type]
+                view, got = piece.view(torch.uint8).numpy().data, 0
                 while got < len(view):
                     count = file.readinto(view[got:])
                     if not count:

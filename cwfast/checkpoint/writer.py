@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from cwfast.checkpoint.files import atomic_write
+from cwfast.checkpoint.identity import hashed
 from cwfast.checkpoint.reader import Checkpoint
 
 Change = Callable[[str], Iterator[Tensor]]
@@ -50,11 +51,10 @@ def rewrite(
             entry = source.entries[name]
             found = hashlib.sha256()
             with _writer(out.fileno()) as put:
-                for piece in pieces(name):
+                for piece in hashed(pieces(name), found):
                     if piece.dtype != entry.dtype:
                         raise ValueError(f"{name!r} must be written in {entry.dtype}; got {piece.dtype}")
                     put(piece)
-                    found.update(_bytes(piece))
             numel = torch.Size(entry.shape).numel()
             if out.tell() - begin != numel * entry.dtype.itemsize:
                 raise ValueError(f"{name!r} must be written with {numel} entries; got {out.tell() - begin} bytes")
@@ -76,7 +76,7 @@ def _writer(handle: int) -> Iterator[Callable[[Tensor], None]]:
                 continue  # whoever puts must not wait for ever
             try:
                 at = os.lseek(handle, 0, os.SEEK_CUR)
-                _write(handle, _bytes(piece))
+                _write(handle, piece.view(torch.uint8).numpy().data)
                 if hasattr(os, "posix_fadvise"):  # the disk begins now, and not with fsync when all has been hashed
                     os.posix_fadvise(handle, at, piece.nbytes, os.POSIX_FADV_DONTNEED)
             except BaseException as error:
@@ -96,10 +96,6 @@ def _writer(handle: int) -> Iterator[Callable[[Tensor], None]]:
         thread.join()
     if failed:
         raise failed[0]
-
-
-def _bytes(piece: Tensor) -> memoryview:
-    return memoryview(piece.view(torch.uint8).numpy())  # type: ignore[arg-type]
 
 
 def _write(handle: int, data: bytes | memoryview) -> None:
