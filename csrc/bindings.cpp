@@ -85,6 +85,19 @@ void bind_saliency(py::module_& m) {
   m.def("accumulate_saliency_float64", saliency<double>);
 }
 
+using PickItem = std::tuple<int64_t, uintptr_t, uintptr_t, uintptr_t, int64_t>;  // numel, bits, low, offset, k
+
+Picks picks_of(const PickItem& item) {
+  const auto& [numel, bits, low, offset, k] = item;
+  return {numel, pointer<const uint64_t>(bits), pointer<const uint16_t>(low), pointer<const int64_t>(offset), k};
+}
+
+std::vector<Picks> picks_of(const std::vector<PickItem>& items) {
+  std::vector<Picks> picks;
+  for (const PickItem& item : items) picks.push_back(picks_of(item));
+  return picks;
+}
+
 void bind_select(py::module_& m) {
   py::enum_<Dtype>(m, "Dtype")
       .value("float32", Dtype::float32)
@@ -115,18 +128,15 @@ void bind_select(py::module_& m) {
     const Marks marks = unlocked([&] { return mark_scores(scores, dtype, low, high, pointer<uint64_t>(inside)); });
     return std::make_tuple(marks.above, marks.inside, marks.nans, marks.negatives);
   });
+  m.def("settle_marks", [](const PickItem& above, const PickItem& inside, uintptr_t values, Dtype dtype,
+                           uint64_t threshold, int64_t ties, uintptr_t bits) {
+    unlocked([&, a = picks_of(above), i = picks_of(inside)] {
+      settle_marks(a, i, pointer<const void>(values), dtype, threshold, ties, pointer<uint64_t>(bits));
+    });
+  });
 }
 
-using PickItem = std::tuple<int64_t, uintptr_t, uintptr_t, uintptr_t, int64_t>;      // numel, bits, low, offset, k
 using ViewItem = std::tuple<uintptr_t, std::vector<int64_t>, std::vector<int64_t>>;  // data, sizes, strides
-
-std::vector<Picks> picks_of(const std::vector<PickItem>& items) {
-  std::vector<Picks> picks;
-  for (const auto& [numel, bits, low, offset, k] : items)
-    picks.push_back(
-        {numel, pointer<const uint64_t>(bits), pointer<const uint16_t>(low), pointer<const int64_t>(offset), k});
-  return picks;
-}
 
 std::vector<View> views_of(const std::vector<ViewItem>& items) {
   std::vector<View> views;

@@ -4,6 +4,7 @@
 #include <vector>
 
 #include "dtype.h"
+#include "rewind.h"
 
 namespace cwfast {
 
@@ -34,5 +35,9 @@ struct Marks {
 void score_histogram(const ScoreTensor& scores, Dtype dtype, uint64_t low, int shift, int64_t* bins, int64_t bin_count);
 // Writes the bits of entries with key >= high to scores.bits, of those in [low, high) to `inside`, of the same length.
 Marks mark_scores(const ScoreTensor& scores, Dtype dtype, uint64_t low, uint64_t high, uint64_t* inside);
+// Writes the bits of `above`, and of those entries of `inside` whose key is above the threshold or that are among the
+// first `ties` that have it. values: the scores of `inside` in order. bits: [(above.numel + 63) / 64]
+void settle_marks(const Picks& above, const Picks& inside, const void* values, Dtype dtype, uint64_t threshold,
+                  int64_t ties, uint64_t* bits);
 
 }  // namespace cwfast

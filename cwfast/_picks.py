@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from cwfast import _backends, reference
-from cwfast.ops._rewind_moves import BACKENDS, Picks, wrong_picks
+from cwfast.ops._rewind_moves import BACKENDS, Picks, pointers, wrong_picks
 from cwfast.ops.rewind import Bits
 from cwfast.ops.select import packed_bytes
 
@@ -22,15 +22,16 @@ _STRIDE = 1 << 25  # entries converted at a time: a multiple of BLOCK, and the t
 
 def compact(bits: Bits, numel: int) -> Bits:
     """The smaller of the two forms."""
-    return to_list(bits, numel) if count(bits) < LIST_BELOW * numel else to_bits(bits, numel)
+    k = count(bits)
+    return to_list(bits, numel, k) if k < LIST_BELOW * numel else to_bits(bits, numel)
 
 
-def to_list(bits: Bits, numel: int) -> tuple[Tensor, Tensor]:
-    """``(low, offset)``; a list is returned as it is."""
+def to_list(bits: Bits, numel: int, k: int | None = None) -> tuple[Tensor, Tensor]:
+    """``(low, offset)``; a list is returned as it is. ``k``: how many entries are selected, where that is known."""
     if isinstance(bits, tuple):
         return bits
     if _backend(bits.device) == "cpu":
-        low = torch.empty(count(bits), dtype=torch.uint16)
+        low = torch.empty(count(bits) if k is None else k, dtype=torch.uint16)
         offset = torch.empty(-(-numel // reference.BLOCK) + 1, dtype=torch.int64)
         _backends.native().list_picks(numel, bits.data_ptr(), low.data_ptr(), offset.data_ptr())
         return low, offset
@@ -97,6 +98,11 @@ def count(bits: Bits) -> int:
         return int(np.bitwise_count(bits.numpy().view(np.uint64)).sum(dtype=np.int64))  # whole words: packed_bytes
     table = torch.tensor([i.bit_count() for i in range(256)], dtype=torch.uint8, device=bits.device)
     return sum(int(table[part.to(torch.int32)].sum(dtype=torch.int64)) for part in bits.split(_STRIDE // 8))
+
+
+def native(bits: Bits, numel: int) -> tuple[int, int, int, int, int]:
+    """Picks on the CPU as cwfast._C takes them: (numel, bits, low, offset, k)."""
+    return pointers(Picks(numel, *bits) if isinstance(bits, tuple) else Picks(numel, bits, None))
 
 
 def to_device(bits: Bits, device: torch.device | str) -> Bits:

@@ -82,11 +82,17 @@ def bracket(histogram: Callable[[int, int, int], Tensor], dtype: torch.dtype, k:
 
 def mark(piece: Tensor, key: int, ties: int) -> tuple[Tensor, int]:
     """Packed bits of the selected entries of one piece, the first ``ties`` equal ones among them; and ties left."""
-    mask, equal = piece > key, piece == key
+    mask, left = taken(piece, key, ties)
+    return _picks.pack(mask), left
+
+
+def taken(keys: Tensor, key: int, ties: int) -> tuple[Tensor, int]:
+    """Which keys are above ``key`` or among the first ``ties`` equal ones, bool; and ties left."""
+    mask, equal = keys > key, keys == key
     count = int(equal.sum())
     if count and ties:
         mask |= equal if count <= ties else equal & (equal.cumsum(0) <= ties)
-    return _picks.pack(mask), max(ties - count, 0)
+    return mask, max(ties - count, 0)
 
 
 def score_of(key: int, dtype: torch.dtype) -> float:

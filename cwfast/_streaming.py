@@ -20,6 +20,7 @@ from cwfast.ops.rewind import Bits
 from cwfast.ops.select import check_options, invalid, packed_bytes
 
 _KEPT = 3 << 24  # entries that a read may keep: 2 bytes of position and a score each, 300 MB of float32
+_TOGETHER = 16  # pieces whose kept entries are counted at a time: adding up histograms costs more than making one
 _SAMPLED = 1 << 26  # entries from which on a sample is drawn: it takes a sixteenth of them at most
 _WINDOWS, _WINDOW = 4096, 1024  # windows of a sample, and entries of each: a page of a disk
 _SIGMAS = 4.5  # standard deviations of the sampled rank: a bracket fails in one of 100,000 cases, and costs two reads
@@ -49,7 +50,7 @@ class _Part(NamedTuple):
         """The entries above the bracket and the ``more``, in the smaller form."""
         if not len(more):
             return self.bits
-        bits = _picks.to_bits(self.bits, self.numel)
+        bits = _picks.to_bits(self.bits, self.numel).clone()
         _picks.set_(bits, more)
         return _picks.compact(bits, self.numel)
 
@@ -67,14 +68,15 @@ class _Scores:
     def histogram(self, low: int, shift: int, count: int) -> Tensor:
         """One read: how many keys lie in ``[low + (b << shift), low + (b + 1 << shift))``, for ``count`` bins b."""
         jobs = _jobs(self.source, self.names)
-        return _total(count, in_order(lambda job: self.count(_read(self.source, job), low, shift, count), jobs))
+        return _total(count, in_order(lambda job: self.count([_read(self.source, job)], low, shift, count), jobs))
 
-    def count(self, scores: Tensor, low: int, shift: int, count: int) -> Tensor:
+    def count(self, pieces: Iterable[Tensor], low: int, shift: int, count: int) -> Tensor:
         """The same of flat scores in memory."""
         if not self.native:
-            return _radix.histogram([_radix.keys(scores)], low, shift, count)
+            return _radix.histogram(map(_radix.keys, pieces), low, shift, count)
         bins = torch.zeros(count, dtype=torch.int64)
-        self.native.score_histogram(scores.data_ptr(), len(scores), self.code, low, shift, bins.data_ptr(), count)
+        for piece in pieces:
+            self.native.score_histogram(piece.data_ptr(), len(piece), self.code, low, shift, bins.data_ptr(), count)
         return bins
 
     def mark(self, low: int, high: int, keep: bool, job: _Job) -> _Part:
@@ -91,6 +93,16 @@ class _Scores:
         among = _picks.compact(inside, len(piece))
         values = ops.gather([piece], [among])[0] if keep else piece.new_empty(0)
         return _Part(len(piece), _picks.compact(bits, len(piece)), among, values, *counts)
+
+    def settle(self, part: _Part, threshold: int, ties: int) -> Bits:
+        """What is above the bracket, and what in it has a key above the threshold or is of the first that have it."""
+        if not self.native:
+            taken, _ = _radix.taken(_radix.keys(part.values), threshold, ties)
+            return part.also(_picks.to_indices(part.inside, part.numel)[taken])
+        bits = torch.empty(packed_bytes(part.numel), dtype=torch.uint8)
+        picks = (_picks.native(part.bits, part.numel), _picks.native(part.inside, part.numel))
+        self.native.settle_marks(*picks, part.values.data_ptr(), self.code, threshold, ties, bits.data_ptr())
+        return _picks.compact(bits, part.numel)
 
 
 def select_topk(
@@ -156,15 +168,21 @@ def _guess(scores: _Scores, k: int) -> tuple[int, int] | None:
         which = bisect.bisect_right(ends, flat)
         numel = scores.numel[scores.names[which]]
         begin = max(min(flat - ends[which] + numel, numel - _WINDOW), 0)
-        job = _Job(scores.names[which], begin, min(begin + _WINDOW, numel))
-        windows.append(_radix.keys(_read(scores.source, job)).numpy())
-    drawn = np.sort(np.concatenate(windows))[::-1]
+        windows.append(_read(scores.source, _Job(scores.names[which], begin, min(begin + _WINDOW, numel))).clone())
+    drawn = _radix.keys(torch.cat(windows)).numpy()
+    ordered = drawn.copy()
+
+    def largest(rank: int) -> int:  # the first is of rank 0
+        ordered.partition(len(drawn) - 1 - rank)
+        return int(ordered[len(drawn) - 1 - rank])
+
     rank = k / scores.total * len(drawn)
-    counts = [np.count_nonzero(window >= drawn[int(rank)]) for window in windows]
+    starts = [0, *itertools.accumulate(len(window) for window in windows[:-1])]
+    counts = np.add.reduceat(drawn >= largest(int(rank)), starts, dtype=np.int64)
     margin = _SIGMAS * math.sqrt(len(windows) * np.var(counts)) + 2 * _SIGMAS**2  # the last: for few that are above
     first, last = int(rank - margin), int(rank + margin)
-    low = max(int(drawn[last]), 0) if last < len(drawn) else 0
-    high = int(drawn[first]) + 1 if first >= 0 else 1 << (8 * scores.dtype.itemsize - 1)
+    low = max(largest(last), 0) if last < len(drawn) else 0
+    high = largest(first) + 1 if first >= 0 else 1 << (8 * scores.dtype.itemsize - 1)
     share = np.count_nonzero((drawn >= low) & (drawn < high)) / len(drawn)
     return (low, high) if share * scores.total < 0.8 * _KEPT else None
 
@@ -203,21 +221,16 @@ def _marked(scores: _Scores, low: int, high: int, nan: str, ties: int | None = N
 def _finish(scores: _Scores, found: list[list[_Part]], needed: int) -> tuple[list[Bits], float]:
     """With the ``needed`` largest of the kept entries, ties to the first; and the threshold."""
     parts = list(itertools.chain(*found))
+    values = [part.values for part in parts]
 
     def histogram(low: int, shift: int, count: int) -> Tensor:
-        return _total(count, in_order(lambda part: scores.count(part.values, low, shift, count), parts))
+        some = (values[i : i + _TOGETHER] for i in range(0, len(values), _TOGETHER))
+        return _total(count, in_order(lambda pieces: scores.count(pieces, low, shift, count), some))
 
     threshold, _, ties = _radix.bracket(histogram, scores.dtype, needed)
-    equal = in_order(lambda part: int((_radix.keys(part.values) == threshold).sum()), parts)
-    before = list(itertools.accumulate(equal, initial=0))[:-1]
-
-    def chosen(part: _Part, before: int) -> Bits:
-        keys = _radix.keys(part.values)
-        taken = keys > threshold
-        taken[(keys == threshold).nonzero()[: max(ties - before, 0), 0]] = True
-        return part.also(_picks.to_indices(part.inside, part.numel)[taken])
-
-    bits = in_order(lambda job: chosen(*job), zip(parts, before, strict=True))
+    equal = in_order(lambda piece: int(scores.count([piece], threshold, 0, 1)), values)
+    left = [max(ties - before, 0) for before in itertools.accumulate(equal, initial=0)]
+    bits = in_order(lambda job: scores.settle(job[0], threshold, job[1]), zip(parts, left[:-1], strict=True))
     picks = [_picks.join([(next(bits), part.numel) for part in parts]) for parts in found]
     return picks, _radix.score_of(threshold, scores.dtype)
 

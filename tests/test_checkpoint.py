@@ -334,7 +334,7 @@ def test_kernels_of_a_piece_equal_plain_torch(numel, kernel, dtype):
     for name in ("reference", kernel):
         scores = _streaming._Scores(Held(save), ["a"], dtype, name)
         histograms = [
-            scores.count(piece, *where) for where in ((0, shift, (top >> shift) + 1), (low, shift, 3), (high, 0, 1))
+            scores.count([piece], *where) for where in ((0, shift, (top >> shift) + 1), (low, shift, 3), (high, 0, 1))
         ]
         found.append((histograms, scores.mark(low, high, True, _streaming._Job("a", 0, numel)) if numel else None))
     (plain, expected), (histograms, part) = found
@@ -345,6 +345,23 @@ def test_kernels_of_a_piece_equal_plain_torch(numel, kernel, dtype):
         assert torch.equal(part.values.double(), expected.values.double())
         for bits, same in ((part.bits, expected.bits), (part.inside, expected.inside)):
             assert torch.equal(_picks.to_indices(bits, numel), _picks.to_indices(same, numel))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
+@pytest.mark.parametrize("edges", [(0.25, 0.75), (0.25, 0.99), (0.97, 0.99), (0.98, 1.1)])
+@pytest.mark.parametrize("numel", [1, 64, 65_537, 200_003])
+def test_what_is_kept_is_settled_as_plain_torch_does(numel, edges, dtype, backend):
+    """In both forms of picks, above the bracket and in it; with no ties, some and all."""
+    torch.manual_seed(0)
+    piece = (torch.randint(0, 1000, (numel,)) / 1000).to(dtype)
+    low, high, key = _radix.keys(torch.tensor([*edges, sum(edges) / 2], dtype=dtype)).tolist()
+    scores = _streaming._Scores(Held({"a": piece}), ["a"], dtype, backend)
+    part = scores.mark(low, high, True, _streaming._Job("a", 0, numel))
+    keys = _radix.keys(piece)
+    equal = keys == key
+    for ties in (0, int(equal.sum()) // 2, numel):
+        expected = (keys > key) | (equal & (equal.cumsum(0) <= ties))
+        assert torch.equal(_picks.to_bits(scores.settle(part, key, ties), numel), _picks.pack(expected))
 
 
 class Held:

@@ -39,6 +39,26 @@ inline std::vector<Run> runs_of(const std::vector<Picks>& picks) {
   return runs;
 }
 
+// Calls use(flat index) for the selected entries of a block in order.
+template <class Use>
+void each_of_block(const Picks& p, int64_t block, Use use) {
+  if (p.offset != nullptr) {
+    for (int64_t i = p.offset[block]; i < p.offset[block + 1]; ++i) use(block * kBlock + p.low[i]);
+    return;
+  }
+  const int64_t first = block * (kBlock / 64), last = (std::min((block + 1) * kBlock, p.numel) + 63) / 64;
+  int64_t filled[kBlock / 64], count = 0;  // words that are not zero: found without a branch, which would be guessed
+  for (int64_t word = first; word < last; ++word) {
+    filled[count] = word;
+    count += p.bits[word] != 0;
+  }
+  for (int64_t f = 0; f < count; ++f) {
+    uint64_t left = p.bits[filled[f]];
+    do use(64 * filled[f] + __builtin_ctzll(left));
+    while (left &= left - 1);
+  }
+}
+
 // Goes through the flat indices of a list, from the first of a block on.
 struct Cursor {
   const Picks& picks;

@@ -129,20 +129,13 @@ int64_t count_run(const Picks& p, const Run& run) {
 // more.
 template <class Announce, class Use>
 void visit(const Picks& p, const Run& run, Announce announce, Use use) {
-  if (p.offset != nullptr) {
-    const auto each = [&p](int64_t block, auto call) {
-      for (int64_t i = p.offset[block]; i < p.offset[block + 1]; ++i) call(block * kBlock + p.low[i]);
-    };
-    int64_t told = run.first;
-    for (int64_t block = run.first; block < run.last; ++block) {
-      while (told < run.last && (told <= block + 1 || p.offset[told] - p.offset[block + 1] < kAhead))
-        each(told++, announce);
-      each(block, use);
-    }
-    return;
+  int64_t told = run.first;
+  for (int64_t block = run.first; block < run.last; ++block) {
+    while (p.offset != nullptr && told < run.last &&
+           (told <= block + 1 || p.offset[told] - p.offset[block + 1] < kAhead))
+      each_of_block(p, told++, announce);
+    each_of_block(p, block, use);
   }
-  for (auto [word, end] = words_of(p, run); word < end; ++word)
-    for (uint64_t left = p.bits[word]; left; left &= left - 1) use(64 * word + __builtin_ctzll(left));
 }
 
 // Where entry `flat` of a view lies, in entries.
@@ -243,11 +236,8 @@ std::vector<int64_t> count_picks(const std::vector<Picks>& picks) {
 void list_picks(const Picks& packed, uint16_t* low, int64_t* offset) {
   uint16_t* at = low;
   *offset++ = 0;
-  for (int64_t begin = 0; begin < packed.numel; begin += kBlock) {
-    const int64_t words = (std::min(kBlock, packed.numel - begin) + 63) / 64;
-    for (int64_t word = 0; word < words; ++word)
-      for (uint64_t left = packed.bits[begin / 64 + word]; left; left &= left - 1)
-        *at++ = static_cast<uint16_t>(64 * word + __builtin_ctzll(left));
+  for (int64_t block = 0; block * kBlock < packed.numel; ++block) {
+    each_of_block(packed, block, [&](int64_t i) { *at++ = static_cast<uint16_t>(i); });  // i % kBlock
     *offset++ = at - low;
   }
 }

@@ -4,6 +4,7 @@
 #include <algorithm>
 #include <vector>
 
+#include "cpu/picks.h"
 #include "cpu/select_keys.h"
 #include "select.h"
 
@@ -22,6 +23,22 @@ void histogram_typed(const char* data, int64_t numel, uint64_t low, int shift, i
   for (uint64_t b = 0; b < count; ++b) bins[b] += mine[b];
 }
 
+template <class F>
+void settle_typed(const Picks& above, const Picks& inside, const char* values, uint64_t threshold, int64_t ties,
+                  uint64_t* bits) {
+  std::fill(bits, bits + (above.numel + 63) / 64, 0);
+  int64_t value = 0;
+  for (int64_t block = 0; block * kBlock < above.numel; ++block) {
+    each_of_block(above, block, [&](int64_t i) { bits[i / 64] |= uint64_t{1} << (i % 64); });
+    each_of_block(inside, block, [&](int64_t i) {
+      const uint64_t key = key_at<F>(values, value++);
+      const bool tie = (key == threshold) & (ties > 0);
+      ties -= tie;
+      bits[i / 64] |= uint64_t{(key > threshold) | tie} << (i % 64);
+    });
+  }
+}
+
 }  // namespace
 
 void score_histogram(const ScoreTensor& scores, Dtype dtype, uint64_t low, int shift, int64_t* bins,
@@ -38,6 +55,13 @@ Marks mark_scores(const ScoreTensor& scores, Dtype dtype, uint64_t low, uint64_t
     scan_part<F>(scanner<F>(dtype), static_cast<const char*>(scores.data), scores.numel, low, high, false, scores.bits,
                  inside, marks);
     return marks;
+  });
+}
+
+void settle_marks(const Picks& above, const Picks& inside, const void* values, Dtype dtype, uint64_t threshold,
+                  int64_t ties, uint64_t* bits) {
+  by_dtype(dtype, [&](auto format) {
+    settle_typed<decltype(format)>(above, inside, static_cast<const char*>(values), threshold, ties, bits);
   });
 }
 
