@@ -38,9 +38,9 @@ def check(scores: Tensor, absolute: bool) -> Tensor:
 
 def keys(scores: Tensor) -> Tensor:
     """Keys of the absolute values of flat scores; -1 for NaN, which no threshold selects. ``-0.0`` is 0."""
-    item, top = scores.element_size(), _top(scores.dtype)
+    item, last = scores.element_size(), top(scores.dtype)
     found = scores.view(_INT[item]) & ((1 << (8 * item - 1)) - 1)  # without the sign
-    return found.masked_fill_(found > top, -1) if len(found) and int(found.amax()) > top else found
+    return found.masked_fill_(found > last, -1) if len(found) and int(found.amax()) > last else found
 
 
 def histogram(pieces: Iterable[Tensor], low: int, shift: int, count: int) -> Tensor:
@@ -61,9 +61,9 @@ def bracket(histogram: Callable[[int, int, int], Tensor], dtype: torch.dtype, k:
         k: how many are selected; where there are not so many keys but -1, the bracket is as for none.
         kept: entries inside a bracket that need no further pass.
     """
-    top = _top(dtype)
-    low, above, shift = 0, 0, max(top.bit_length() - DIGIT, 0)
-    count = (top >> shift) + 1
+    last = top(dtype)
+    low, above, shift = 0, 0, max(last.bit_length() - DIGIT, 0)
+    count = (last >> shift) + 1
     while k:
         bins = histogram(low, shift, count)
         from_top = bins.flip(0).cumsum(0) + above
@@ -74,10 +74,10 @@ def bracket(histogram: Callable[[int, int, int], Tensor], dtype: torch.dtype, k:
         above = int(from_top[place]) - inside
         low += (count - 1 - place) << shift
         if shift == 0 or inside <= kept:
-            return Bracket(low, min(low + (1 << shift), top + 1), k - above)
+            return Bracket(low, min(low + (1 << shift), last + 1), k - above)
         before, shift = shift, max(shift - DIGIT, 0)
         count = 1 << (before - shift)
-    return Bracket(top + 1, top + 1, 0)
+    return Bracket(last + 1, last + 1, 0)
 
 
 def mark(piece: Tensor, key: int, ties: int) -> tuple[Tensor, int]:
@@ -97,11 +97,11 @@ def taken(keys: Tensor, key: int, ties: int) -> tuple[Tensor, int]:
 
 def score_of(key: int, dtype: torch.dtype) -> float:
     """The score that has this key; infinity for no score."""
-    if key > _top(dtype):
+    if key > top(dtype):
         return float("inf")
     return torch.tensor([key], dtype=_INT[dtype.itemsize]).view(dtype).double().item()
 
 
-def _top(dtype: torch.dtype) -> int:
+def top(dtype: torch.dtype) -> int:
     """The largest key, infinity's; NaN's is -1."""
     return int(torch.tensor(torch.inf, dtype=dtype).view(_INT[dtype.itemsize]))

@@ -182,7 +182,7 @@ def _guess(scores: _Scores, k: int) -> tuple[int, int] | None:
     margin = _SIGMAS * math.sqrt(len(windows) * np.var(counts)) + 2 * _SIGMAS**2  # the last: for few that are above
     first, last = int(rank - margin), int(rank + margin)
     low = max(largest(last), 0) if last < len(drawn) else 0
-    high = largest(first) + 1 if first >= 0 else 1 << (8 * scores.dtype.itemsize - 1)
+    high = largest(first) + 1 if first >= 0 else _radix.top(scores.dtype) + 1
     share = np.count_nonzero((drawn >= low) & (drawn < high)) / len(drawn)
     return (low, high) if share * scores.total < 0.8 * _KEPT else None
 

@@ -436,7 +436,7 @@ def test_selection_by_a_sample_that_misleads(tmp_path, small_pieces, monkeypatch
     torch.manual_seed(0)
     scores = {"a": torch.rand(500_000), "b": torch.rand(200_000)}
     save_file(scores, tmp_path / "x.safetensors")
-    for bracket in ((0, 1), (1 << 30, 1 << 31), (0, 1 << 31)):
+    for bracket in ((0, 1), (1 << 30, 0x7F800001), (0, 0x7F800001)):
         found = []
         sampled(monkeypatch, found)
         monkeypatch.setattr(_streaming, "_KEPT", 100_000)
