@@ -7,7 +7,7 @@ from typing import TypeAlias
 import torch
 from torch import Tensor, nn
 
-from cwfast._shards import is_sharded, local, local_like, part_of
+from cwfast._shards import by_rows, is_sharded, local, local_like, part_of
 from cwfast.checkpoint import Checkpoint
 
 Initial: TypeAlias = nn.Module | Mapping[str, Tensor] | str | os.PathLike[str]
@@ -62,6 +62,8 @@ def initial_values(initial: Initial, expected: Mapping[str, Tensor], what: str =
 def _read(checkpoint: Checkpoint, name: str, expected: Tensor) -> Tensor:
     if not is_sharded(expected):
         return checkpoint.tensor(name)
+    if not by_rows(expected):
+        return local_like(checkpoint.tensor(name), expected, repr(name))
     part = part_of(expected, repr(name))
     pieces = [*checkpoint.pieces(name, max(part.end - part.begin, 1), begin=part.begin, end=part.end)]
     return pieces[0].view(part.local) if pieces else torch.empty(part.local, dtype=checkpoint.entry(name).dtype)

@@ -97,7 +97,7 @@ def local_like(value: Tensor, like: Tensor, name: str = "value") -> Tensor:
     """The entries of ``value`` that ``like`` has on this rank: of ``value`` whole, or sharded as ``like`` is.
 
     Raises:
-        ValueError: ``value`` is sharded otherwise.
+        ValueError: ``value`` is sharded otherwise, or ``like`` in another way than by dimensions, or copied.
     """
     if not is_sharded(like) and not is_sharded(value):
         return value.detach()
@@ -110,8 +110,21 @@ def local_like(value: Tensor, like: Tensor, name: str = "value") -> Tensor:
         )
     if is_sharded(value):
         raise ValueError(f"{name} must be a plain tensor, as the parameter is; got a DTensor {value.placements}")
-    part = part_of(like, name)
-    return value.detach().reshape(-1)[part.begin : part.end].view(part.local)
+    mesh, placements = like.device_mesh, like.placements  # type: ignore[attr-defined]
+    _check_plain(placements, name)
+    found = value.detach()
+    for i, placement in enumerate(placements):
+        if placement.is_shard():  # dealt as torch.chunk deals it: the last ranks may have less, or nothing
+            size = found.shape[placement.dim]
+            most, place = -(-size // mesh.size(i)), mesh.get_local_rank(i)
+            first, last = min(most * place, size), min(most * (place + 1), size)
+            found = found.narrow(placement.dim, first, last - first)
+    return found
+
+
+def by_rows(value: Any) -> bool:
+    """Whether ranks have ranges of a DTensor's rows, or copies of it."""
+    return not any(placement.is_shard() and placement.dim for placement in value.placements)
 
 
 def whole_like(values: Tensor, like: Any) -> Any:
@@ -121,6 +134,35 @@ def whole_like(values: Tensor, like: Any) -> Any:
     return DTensor.from_local(
         values, like.device_mesh, like.placements, run_check=False, shape=like.shape, stride=like.stride()
     )
+
+
+def features(value: Any, weight: Any, dim: int) -> Tensor:
+    """This rank's part of a DTensor ``[..., F]`` of all samples, its features dealt as dimension ``dim`` of the weight
+    is. Where they are dealt otherwise, the ranks exchange them.
+
+    Raises:
+        ValueError: the weight is sharded in another way than by dimensions, or copied.
+    """
+    from torch.distributed.tensor import Replicate, Shard
+
+    _check_plain(weight.placements, "a weight")
+    placements = [Shard(value.ndim - 1) if placement.is_shard(dim) else Replicate() for placement in weight.placements]
+    with torch.no_grad():
+        return value.redistribute(placements=placements).to_local()
+
+
+def _check_plain(placements: Any, name: str) -> None:
+    from torch.distributed.tensor import Replicate, Shard
+
+    if not all(type(placement) in (Shard, Replicate) for placement in placements):
+        raise ValueError(f"{name} must be sharded by dimensions (Shard) or copied (Replicate); got {placements}")
+
+
+def gathered(model: nn.Module) -> set[int]:
+    """The ids of the parameters that FSDP2 shards, and puts whole tensors in the place of."""
+    fsdp = sys.modules.get("torch.distributed.fsdp")
+    modules = [module for module in model.modules() if fsdp is not None and isinstance(module, fsdp.FSDPModule)]
+    return {id(parameter) for module in modules for parameter in module.parameters()}
 
 
 def summed(whole: Tensor, like: Any) -> Tensor:

@@ -17,7 +17,7 @@ class StandIns:
         found: called with the name of a parameter and the tensor that stands for it.
 
     Raises:
-        UnsupportedLayer: a parameter is sharded by something else (tensor parallelism).
+        UnsupportedLayer: (in a forward pass) a parameter is sharded by something else too (tensor parallelism).
     """
 
     def __init__(
@@ -34,10 +34,6 @@ class StandIns:
             for key, parameter in module._parameters.items()
             if id(parameter) in names
         ]
-        inside = {id(p) for module in self._modules for p in module.parameters()}
-        for name, parameter in parameters.items():
-            if id(parameter) not in inside:
-                raise _otherwise(name, parameter)
         self.adopted: dict[str, Tensor] = {}
 
     def watch(self) -> list[Callable[[], object]]:
@@ -74,6 +70,6 @@ class StandIns:
 def _otherwise(name: str, parameter: nn.Parameter) -> UnsupportedLayer:
     placements, mesh = parameter.placements, parameter.device_mesh  # type: ignore[attr-defined]
     return UnsupportedLayer(
-        f"DTensor parameters are scored where fully_shard alone has sharded them; {name!r} has {placements} on {mesh} "
+        f"parameters that fully_shard was given must be sharded by nothing else; {name!r} has {placements} on {mesh} "
         "(tensor parallelism). Exclude it (exclude=[...]), or score by granularity='batch'"
     )

@@ -12,7 +12,7 @@ from torch.optim.optimizer import register_optimizer_step_pre_hook
 from torch.utils._pytree import tree_leaves
 
 from cwfast._parameters import Initial, initial_values, trainable
-from cwfast._shards import is_sharded, local, local_gradient, reshard, summed, versions, whole_like
+from cwfast._shards import gathered, is_sharded, local, local_gradient, reshard, summed, versions, whole_like
 from cwfast._stand_ins import StandIns
 from cwfast._tracking import (
     NESTED,
@@ -59,7 +59,8 @@ class SaliencyScorer:
     calls that take them. Memory: one score buffer per parameter, float32 (float64 for float64 parameters).
 
     Of parameters that FSDP2 shards, each rank has the scores of its own rows, summed over the samples of all ranks;
-    beside them, in backward, the scores of one whole parameter at a time. All ranks must make the same calls.
+    beside them, in backward, the scores of one whole parameter at a time. Of linear layers that tensor parallelism
+    splits, each rank has the scores of its part. All ranks must make the same calls.
 
     Args:
         model: its parameters that require a gradient are scored, by the names of ``named_parameters``.
@@ -79,7 +80,7 @@ class SaliencyScorer:
             parameters are scored so. It must take the samples in the first dimension of its tensors (recurrent layers:
             in theirs) and have for one sample the result that it has in the batch; the samples' gradients must sum to
             the batch's. All samples share the model's own buffers and parameters.
-        norms: also measure the norm of each sample's gradient: ``scorer.norms()``.
+        norms: also measure the norm of each sample's gradient: ``scorer.norms()``. Not of split layers.
 
     Raises:
         TypeError, ValueError: an argument does not hold what is written above.
@@ -135,7 +136,12 @@ class SaliencyScorer:
         self._pass = Pass(-1)
         self._newest_task = -1  # autograd numbers its backward passes
         self._restore: list[Callable[[], object]] = []
-        self._sharded = {name: parameter for name, parameter in self._parameters.items() if is_sharded(parameter)}
+        self._dtensors = {name: parameter for name, parameter in self._parameters.items() if is_sharded(parameter)}
+        by_fsdp = gathered(model) if self._dtensors else set()
+        self._sharded = {name: parameter for name, parameter in self._dtensors.items() if id(parameter) in by_fsdp}
+        self._split = len(self._dtensors) > len(self._sharded)  # some by tensor parallelism, which gathers nothing
+        if self._split and norms:
+            raise ValueError("norms must be False where parameters are split (tensor parallelism): no rank has all")
         self._whole: dict[str, Tensor] = {}  # what stands for a sharded one in its module's forward
         self._seen = 0  # samples in forward passes since step(), for granularity "batch"
         self.reset()
@@ -215,7 +221,8 @@ class SaliencyScorer:
         """``{name: scores}``, shaped as the parameters. They are the buffers themselves: later batches add to them.
 
         Of parameters that FSDP2 shards, DTensors sharded likewise: sums over the samples of all ranks. Of others, sums
-        over this rank's samples (under DDP: ``cwfast.distributed.sum_scores``).
+        over this rank's samples (under DDP: ``cwfast.distributed.sum_scores``), which under tensor parallelism, where
+        they are DTensors too, are those of all.
 
         Raises:
             RuntimeError: a weight changed unseen, or granularity "batch" saw samples but no ``step()``.
@@ -223,7 +230,7 @@ class SaliencyScorer:
         if self._granularity == "batch" and self._seen and not self.samples:
             raise RuntimeError("granularity 'batch' adds at scorer.step(), after each backward pass; it was not called")
         self._fold()
-        return {n: whole_like(s, self._sharded[n]) if n in self._sharded else s for n, s in self._scores.items()}
+        return {n: whole_like(s, self._dtensors[n]) if n in self._dtensors else s for n, s in self._scores.items()}
 
     def reset(self) -> None:
         """Forget everything accumulated."""
@@ -261,7 +268,7 @@ class SaliencyScorer:
             return None
         if dim < x.ndim and x.stride(dim) == 0 and x.shape[dim] == size:
             return None
-        return self._shared.get(StorageWeakRef(x.untyped_storage()))
+        return self._shared.get(StorageWeakRef((local(x) if is_sharded(x) else x).untyped_storage()))
 
     def use(self, parameter: Tensor | None, owner: Tensor | None = None) -> Use | None:
         source = self._source(parameter) if parameter is not None else None
@@ -323,7 +330,10 @@ class SaliencyScorer:
 
     def _track(self, name: str, parameter: Tensor) -> None:
         self._restore.append(parameter.register_hook(lambda _: self._gradient_arrived(name)).remove)
-        self._restore.append(swap_class(parameter, self._tracked))
+        tracked: type = self._tracked
+        if is_sharded(parameter):
+            tracked = type("TrackedDTensor", (tracked, type(parameter)), {})
+        self._restore.append(swap_class(parameter, tracked))
 
     def _stands_for(self, name: str, whole: Tensor) -> None:
         """Track what FSDP2 puts in the place of a sharded parameter."""
@@ -351,12 +361,14 @@ class SaliencyScorer:
         """Run a torch function that takes a tracked parameter: by its rule, or as it is if no gradient can follow."""
         with torch._C.DisableTorchFunctionSubclass():
             scoring = bool(self._restore) and torch.is_grad_enabled()
-            rule = rule_for(function) if scoring else None
+            split = self._split and any(map(is_sharded, tree_leaves((args, kwargs))))
+            rule = rule_for(function, split) if scoring else None
             if rule is not None:
                 result = rule(self, *args, **kwargs)
                 if result is not NotImplemented:
                     return result
-            loop = Looped(self, function, args, kwargs) if scoring and self._fallback == "loop" else None
+            loops = scoring and self._fallback == "loop" and not split
+            loop = Looped(self, function, args, kwargs) if loops else None
             result = function(*args, **kwargs)
             graph = [x for x in tree_leaves(result) if isinstance(x, Tensor) and x.grad_fn is not None]
             followed = [self._follow(x) for x in graph] if scoring else []  # each of them: no short cut
@@ -372,7 +384,7 @@ class SaliencyScorer:
         """What a tensor stands for: a tracked parameter, or some of its entries."""
         name = self._names.get(id(tensor))
         if name is not None:
-            return Source(name, Place.whole(tensor.shape))
+            return Source(name, Place.whole(self._scores[name].shape if is_sharded(tensor) else tensor.shape))
         return tensor.source if isinstance(tensor, TrackedView) and tensor.tracker is self else None
 
     def _follow(self, result: Tensor) -> bool:
@@ -381,7 +393,7 @@ class SaliencyScorer:
             return True
         base = result._base if result._is_view() else None
         source = self._source(base) if base is not None else None
-        if base is None or source is None or result.dtype != base.dtype or not base.is_contiguous():
+        if base is None or source is None or is_sharded(base) or result.dtype != base.dtype or not base.is_contiguous():
             return False
         found = source.view(base, result)
         if found is not None:

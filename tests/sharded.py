@@ -12,12 +12,12 @@ import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from safetensors.torch import save_file
+from tensor_parallel import tensor_parallel  # noqa: F401  (run finds it by name)
 from torch import nn
 from torch.distributed.algorithms._checkpoint import checkpoint_wrapper
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
 from torch.distributed.tensor import Shard, distribute_tensor
-from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, SequenceParallel, parallelize_module
 from torch.nn.functional import cross_entropy
 
 import cwfast
@@ -497,42 +497,6 @@ def refusals(rank, ranks):
     already = pytest.raises(RuntimeError, match="one scorer at a time; 'weight' already is by another")
     with cwfast.SaliencyScorer(moved), cwfast.SaliencyScorer(moved), already:
         moved(x)
-    parallel = nn.Sequential(nn.Linear(6, 12), nn.Linear(12, 6))  # torch's own limit: ranks divide the inner size
-    if ranks < 4:
-        parallelize_module(parallel, mesh, {"0": ColwiseParallel(), "1": RowwiseParallel()})
-        with pytest.raises(UnsupportedLayer, match=r"'0.weight' has \(Shard\(dim=0\),\) on .*tensor parallelism"):
-            cwfast.SaliencyScorer(parallel).__enter__()
-        whole = nn.Sequential(nn.Linear(6, 12), nn.Linear(12, 6))
-        whole.load_state_dict({name: p.full_tensor() for name, p in parallel.state_dict().items()})
-        batch = {}
-        for net in (whole, parallel):
-            scorer = cwfast.SaliencyScorer(net, granularity="batch")
-            with scorer:
-                net(x).square().sum().backward()
-                scorer.step()
-            batch[net] = scorer.scores()
-        assert_same(batch[parallel], batch[whole])
-        sequence_parallel(mesh, rank, ranks)
-    else:
-        parallelize_module(parallel, mesh["shard"], {"0": ColwiseParallel(), "1": RowwiseParallel()})
-        fully_shard(parallel, mesh=mesh["copy"])
-        scorer = cwfast.SaliencyScorer(parallel)
-        with scorer, pytest.raises(UnsupportedLayer, match="tensor parallelism"):
-            parallel(x)
-
-
-def sequence_parallel(mesh, rank, ranks):
-    """Each rank has its tokens' term of the gradient of a norm's weight, of which all have a copy."""
-    whole = nn.Sequential(nn.LayerNorm(6))
-    for parameter in whole.parameters():
-        parameter.data.add_(torch.randn_like(parameter))
-    parallel = parallelize_module(copy.deepcopy(whole), mesh, {"0": SequenceParallel()})
-    x = torch.randn(3, 2 * ranks, 6)
-    expected = score(whole, [x], granularity="batch", loss=lambda net, x: net(x).sin().sum())
-    mine = x[:, 2 * rank : 2 * rank + 2]
-    found = score(parallel, [mine], granularity="batch", loss=lambda net, x: net(x).sin().to_local().sum())
-    assert parallel[0].weight.grad.placements != parallel[0].weight.placements
-    assert_same(found.scores(), expected.scores(), atol=1e-6)
 
 
 def ddp(rank, ranks):

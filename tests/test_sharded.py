@@ -9,13 +9,14 @@ import torch
     ("ranks", "works"),
     [
         (2, ["scores", "selection", "files", "rewind", "freezing", "variants", "layers", "gap", "refusals", "ddp"]),
-        (3, ["selection", "freezing", "variants"]),
+        (2, ["tensor_parallel"]),
+        (3, ["selection", "freezing", "variants", "tensor_parallel"]),
         pytest.param(3, ["scores", "files", "rewind", "layers", "gap", "refusals", "ddp"], marks=pytest.mark.slow),
         pytest.param(
             4, ["scores", "selection", "files", "rewind", "freezing", "gap", "refusals"], marks=pytest.mark.slow
         ),
     ],
-    ids=["2", "3", "3, the rest", "4: two copies of two shards"],
+    ids=["2", "2, tensor parallelism", "3", "3, the rest", "4: two copies of two shards"],
 )
 def test_ranks(tmp_path, monkeypatch, ranks, works):
     monkeypatch.setenv("OMP_NUM_THREADS", "1")

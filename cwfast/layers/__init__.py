@@ -65,22 +65,27 @@ class Tracker(Protocol):
 
 Rule = Callable[..., Any]
 _RULES: dict[Callable[..., Any], Rule] = {}
+_TAKE_DTENSORS: set[Callable[..., Any]] = set()
 
 
-def register(*functions: Callable[..., Any]) -> Callable[[Rule], Rule]:
-    """Decorator: the rule ``rule(tracker, *args, **kwargs)`` scores calls of these torch functions."""
+def register(*functions: Callable[..., Any], dtensors: bool = False) -> Callable[[Rule], Rule]:
+    """Decorator: the rule ``rule(tracker, *args, **kwargs)`` scores calls of these torch functions.
+
+    ``dtensors``: also those that are given DTensors (tensor parallelism).
+    """
 
     def add(rule: Rule) -> Rule:
         for function in functions:
             _RULES[function] = rule
+        _TAKE_DTENSORS.update(functions if dtensors else ())
         return rule
 
     return add
 
 
-def rule_for(function: Callable[..., Any]) -> Rule | None:
-    """The rule that scores calls of ``function``."""
-    return _RULES.get(function)
+def rule_for(function: Callable[..., Any], dtensors: bool = False) -> Rule | None:
+    """The rule that scores calls of ``function``, which is given ``dtensors`` or not."""
+    return _RULES.get(function) if not dtensors or function in _TAKE_DTENSORS else None
 
 
 from cwfast.layers import attention, broadcast, conv, embedding, experts, heads, linear, norms  # noqa: E402, F401  (rules)

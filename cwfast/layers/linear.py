@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from cwfast._shards import features, is_sharded
 from cwfast.layers import Tracker, register
 from cwfast.layers.outer import Outer
 from cwfast.layers.pieces import PerSample, Piece
@@ -29,6 +30,15 @@ def bias(layout: Layout, x: Tensor | None, grad: Tensor, weight: Tensor) -> Piec
     return PerSample(layout.sums(grad))
 
 
+def _outer_of_shards(layout: Layout, x: Tensor, grad: Tensor, weight: Tensor) -> Piece:
+    """Of this rank's part of W: each of its entries needs one feature of the input and one of the result."""
+    return outer(layout, features(x, weight, 1), features(grad, weight, 0), weight)
+
+
+def _bias_of_shards(layout: Layout, x: Tensor | None, grad: Tensor, weight: Tensor) -> Piece:
+    return bias(layout, None, features(grad, weight, 0), weight)
+
+
 def _backward(x: Tensor, grad: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     return grad @ weight.to(grad.dtype)  # under autocast the gradient comes in a lower precision than the weight
 
@@ -37,14 +47,13 @@ def _backward_turned(x: Tensor, grad: Tensor, weight: Tensor, bias: Tensor | Non
     return grad @ weight.to(grad.dtype).T
 
 
-@register(functional.linear)
+@register(functional.linear, dtensors=True)
 def linear(
     tracker: Tracker, input: Tensor, weight: Tensor, bias: Tensor | None = None, *, owner: Tensor | None = None
 ) -> Any:
-    """Scores ``torch.nn.functional.linear`` and so ``torch.nn.Linear``."""
-    return scored(
-        tracker, functional.linear, input, (weight, bias), (outer, _bias), input_gradient=_backward, owner=owner
-    )
+    """Scores ``torch.nn.functional.linear`` and so ``torch.nn.Linear``; of DTensors, this rank's part of W and b."""
+    gradients = (_outer_of_shards, _bias_of_shards) if is_sharded(weight) else (outer, _bias)
+    return scored(tracker, functional.linear, input, (weight, bias), gradients, input_gradient=_backward, owner=owner)
 
 
 _bias = bias

@@ -26,7 +26,7 @@ def owner_behind(node: Any, samples: int) -> Tensor | None:
 _KEEP_ROWS = (
     " Add Addmm Alias Celu Clamp Clone Cos Div Elu Exp FusedDropout Gelu Hardsigmoid Hardswish Hardtanh LeakyRelu Log "
     "MaskedFill Mm Mul NativeDropout NativeLayerNorm Neg Pow Relu Rsqrt Sigmoid Silu Sin Softmax Softplus Sqrt Sub "
-    "Tanh ToCopy ViewAs Where "
+    "Tanh ToCopy ViewAs Where _FromTorchTensor _ToTorchTensor Redistribute "
 )
 _CUT = ("Slice", "Split", "SplitWithSizes")
 

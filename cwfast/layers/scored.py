@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from cwfast._shards import is_sharded, local, whole_like
 from cwfast.errors import UnsupportedLayer
 from cwfast.layers.pieces import Piece
 from cwfast.layers.rows import owner_of
@@ -95,12 +96,18 @@ class _Scored(torch.autograd.Function):
                 if weight is None or not needed:
                     found.append(None)
                 elif use is not None:
-                    found.append(call.tracker.record(use, gradient(use.layout, x, grad, weight)))
+                    found.append(_as(weight, call.tracker.record(use, gradient(use.layout, x, grad, weight))))
                 else:  # trained, not scored
-                    piece = gradient(Whole(), x, grad, weight)
+                    piece, shape = gradient(Whole(), x, grad, weight), local(weight).shape
                     dtype = torch.promote_types(grad.dtype, torch.float32)
-                    found.append(piece.total(weight.shape, dtype, weight.device).reshape(weight.shape).to(weight.dtype))
+                    total = piece.total(shape, dtype, weight.device)
+                    found.append(_as(weight, total.reshape(shape).to(weight.dtype)))
         return None, grad_x, *found
+
+
+def _as(weight: Tensor, gradient: Tensor | None) -> Tensor | None:
+    """Of a DTensor, this rank's part of the gradient as one."""
+    return whole_like(gradient, weight) if gradient is not None and is_sharded(weight) else gradient
 
 
 def _again(

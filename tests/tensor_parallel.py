@@ -1,0 +1,163 @@
+"""What each process of test_sharded.py does with linear layers that tensor parallelism splits."""
+
+import copy
+import itertools
+
+import pytest
+import torch
+from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import Replicate, Shard, distribute_tensor
+from torch.distributed.tensor.parallel import (
+    ColwiseParallel,
+    RowwiseParallel,
+    SequenceParallel,
+    parallelize_module,
+)
+
+import cwfast
+from cwfast._shards import is_sharded
+from cwfast.errors import UnsupportedLayer
+
+SAMPLES, WIDTH = 5, 7  # no number of ranks divides them
+
+
+class Block(nn.Module):
+    """As in a transformer: a norm, a feed-forward part that is split, and a linear layer; 12 is for 2 to 4 ranks."""
+
+    def __init__(self):
+        super().__init__()
+        self.norm = nn.LayerNorm(WIDTH)
+        self.up, self.down = nn.Linear(WIDTH, 12), nn.Linear(12, WIDTH)
+        self.last = nn.Linear(WIDTH, 3)
+
+    def rows(self, x):
+        return x
+
+    def forward(self, x):
+        x = self.rows(self.norm(x))
+        return self.last(x + self.down(self.up(x).sin()))
+
+
+class Routed(Block):
+    """Rows that an index picks, of two dimensions: a router sends some tokens here."""
+
+    def rows(self, x):
+        return x.flatten(0, 1)[torch.tensor([7, 2, 3, 11, 2, 0, 14])]
+
+
+PLAN = {"up": ColwiseParallel(), "down": RowwiseParallel()}
+
+
+def scored(model, x, **options):
+    """Two passes, the weights moved between them; the scorer, and the gradients of the last pass."""
+    scorer = cwfast.SaliencyScorer(model, reduction="sum", **options)
+    with scorer:
+        for _ in range(2):
+            model.zero_grad()
+            whole({0: model(x)})[0].square().sum().backward()
+            scorer.step()
+            scorer.scores()
+            with torch.no_grad():
+                for parameter in model.parameters():
+                    parameter.mul_(0.9)
+    return scorer.scores(), {name: p.grad for name, p in model.named_parameters()}
+
+
+def whole(tensors):
+    return {n: t.full_tensor() if is_sharded(t) else t for n, t in tensors.items() if t is not None}
+
+
+def tensor_parallel(rank, ranks):
+    """Each rank has the scores of its part of the weights, those of one process: nothing is summed over ranks."""
+    mesh = init_device_mesh("cpu", (ranks,))
+    torch.manual_seed(0)
+    for kind, plan in ((Block, PLAN), (Routed, PLAN), (Block, {"up": ColwiseParallel(output_layouts=Replicate())})):
+        plain = kind()
+        x = torch.randn(SAMPLES, 3, WIDTH)
+        for options in (
+            {},
+            {"criterion": "fisher"},
+            {"criterion": "taylor_delta", "initial": {n: p.detach() / 2 for n, p in plain.named_parameters()}},
+            {"grads": False},
+            {"exclude": ["*.bias", "down.*"]},
+            {"granularity": "batch"},
+        ):
+            split = parallelize_module(copy.deepcopy(plain), mesh, plan)
+            expected, gradients = scored(copy.deepcopy(plain), x, **options)
+            found, split_gradients = scored(split, x, **options)
+            assert_close(whole(found), expected)
+            assert_close(whole(split_gradients), whole(gradients))
+            parts = [(score, split.get_parameter(name)) for name, score in found.items()]
+            assert all(is_sharded(score) == is_sharded(parameter) for score, parameter in parts)
+            assert all(s.placements == p.placements for s, p in parts if is_sharded(s))
+    inputs(mesh)
+    sequence(mesh, rank, ranks)
+    refused(mesh, ranks)
+
+
+def assert_close(found, expected):
+    assert list(found) == list(expected)
+    for name, tensor in expected.items():
+        torch.testing.assert_close(found[name], tensor, rtol=1e-5, atol=1e-6)
+
+
+def inputs(mesh):
+    """Whatever the layer gets and gives, its rule exchanges what it needs: parts of samples, of tokens, of features."""
+    torch.manual_seed(0)
+    x = torch.randn(6, 6, 6)  # torch's own limit: ranks divide what is flattened
+    for dims in itertools.product((None, 0, 1), (None, 0, 1, 2)):
+        of_weight, of_input = ([Replicate() if dim is None else Shard(dim)] for dim in dims)
+        plain = nn.Sequential(nn.Linear(6, 7, bias=dims[0] != 1))
+        split = copy.deepcopy(plain)
+        for name, parameter in plain[0].named_parameters():
+            split[0].register_parameter(
+                name, nn.Parameter(distribute_tensor(parameter.detach().clone(), mesh, of_weight))
+            )
+        expected, gradients = scored(plain, x)
+        found, split_gradients = scored(split, distribute_tensor(x, mesh, of_input))
+        assert_close(whole(found), expected)
+        assert_close(whole(split_gradients), gradients)
+
+
+def sequence(mesh, rank, ranks):
+    """Outside the split layers every rank has its tokens, inside them all: what the layers get is exchanged."""
+    torch.manual_seed(0)
+    plain = nn.Sequential(nn.Linear(WIDTH, 12), nn.Tanh(), nn.Linear(12, WIDTH))
+    plan = {"0": ColwiseParallel(input_layouts=Shard(1)), "2": RowwiseParallel(output_layouts=Shard(1))}
+    x = torch.randn(SAMPLES, 2 * ranks, WIDTH)
+    for options in ({}, {"granularity": "batch"}):
+        split = parallelize_module(copy.deepcopy(plain), mesh, plan)
+        expected, gradients = scored(copy.deepcopy(plain), x, **options)
+        found, split_gradients = scored(split, x[:, 2 * rank : 2 * rank + 2], **options)
+        assert_close(whole(found), expected)
+        assert_close(whole(split_gradients), gradients)
+    plain = nn.Sequential(nn.LayerNorm(WIDTH))  # each rank has its tokens' term of the gradient, all have the weight
+    expected, _ = scored(copy.deepcopy(plain), x, granularity="batch")
+    norm = parallelize_module(plain, mesh, {"0": SequenceParallel(use_local_output=True)})
+    found, gradients = scored(norm, x[:, 2 * rank : 2 * rank + 2], granularity="batch")
+    assert gradients["0.weight"].placements != norm[0].weight.placements
+    assert_close(whole(found), expected)
+
+
+def refused(mesh, ranks):
+    """What is not scored says so, by name."""
+    x = torch.randn(SAMPLES, 2 * ranks, WIDTH)
+    norm = parallelize_module(nn.Sequential(nn.LayerNorm(WIDTH)), mesh, {"0": SequenceParallel()})
+    with (
+        cwfast.SaliencyScorer(norm),
+        pytest.raises(UnsupportedLayer, match=r"'0\.bias', '0\.weight' is used by layer_norm"),
+    ):
+        norm(x[:, :2])
+    table = parallelize_module(nn.Sequential(nn.Embedding(12, 6)), mesh, {"0": ColwiseParallel()})
+    looped = cwfast.SaliencyScorer(table, fallback="loop")
+    with looped, pytest.raises(UnsupportedLayer, match=r"'0\.weight' is used by embedding"):
+        table(torch.arange(6).reshape(3, 2))
+    split = parallelize_module(Block(), mesh, PLAN)
+    with pytest.raises(ValueError, match="norms must be False where parameters are split"):
+        cwfast.SaliencyScorer(split, norms=True)
+    both = init_device_mesh("cpu", (1, ranks), mesh_dim_names=("data", "parts"))
+    split = fully_shard(parallelize_module(Block(), both["parts"], PLAN), mesh=both["data"])
+    with cwfast.SaliencyScorer(split), pytest.raises(UnsupportedLayer, match=r"by nothing else; 'up\.weight' has"):
+        split(x)
