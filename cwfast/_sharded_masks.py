@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from cwfast import _picks, _ranks, reference
 from cwfast._shards import Part, is_sharded, local, part_of, whole_like
-from cwfast.masks import MaskSet
+from cwfast.masks import MaskSet, placed
 from cwfast.ops.rewind import Bits
 from cwfast.ops.select import packed_bytes
 
@@ -43,18 +43,15 @@ class ShardedMaskSet(MaskSet):
             TypeError: a parameter is not sharded.
             ValueError: the model has no such parameter, of another shape, or sharded otherwise than by rows.
         """
-        have, parts, bits = dict(model.named_parameters()), {}, {}
-        for name, shape in masks.shapes.items():
+        have, parts = dict(model.named_parameters()), {}
+        for name in masks.shapes:
             if name not in have:
                 raise ValueError(f"masks must be of this model, which has no parameter {name!r}")
             if not is_sharded(have[name]):
                 raise TypeError(f"all parameters of masks must be DTensors, or none; {name!r} is a plain tensor")
-            part = part_of(have[name], repr(name))
-            if part.shape != shape:
-                raise ValueError(f"masks must be of this model: {name!r} has shape {part.shape} there, {shape} here")
-            mask = masks[name].reshape(-1)[part.begin : part.end]
-            bits[name], parts[name] = _picks.compact(_picks.pack(mask), mask.numel()), part
-        return cls(bits, parts, **_about(masks))
+            parts[name] = part_of(have[name], repr(name))
+        here = placed(model, masks)
+        return cls({name: here.picks(name) for name in parts}, parts, **_about(masks))
 
     @classmethod
     def from_masks(cls, masks: Mapping[str, Any]) -> "ShardedMaskSet":

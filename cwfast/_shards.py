@@ -61,15 +61,13 @@ def part_of(value: Any, name: str = "value") -> Part:
         ValueError: it is sharded in another way than by rows of one mesh dimension, so that a part is no contiguous
             range.
     """
-    from torch.distributed.tensor import Replicate, Shard
-
-    mesh, shape = value.device_mesh, tuple(value.shape)
-    dims = [i for i, placement in enumerate(value.placements) if not isinstance(placement, Replicate)]
-    if len(dims) > 1 or any(type(value.placements[i]) is not Shard or value.placements[i].dim for i in dims):
+    if not by_rows(value):
         raise ValueError(
             f"{name} must be sharded along dimension 0 of one mesh dimension (the others: copies), as fully_shard does "
             f"it; got {value.placements}"
         )
+    mesh, shape = value.device_mesh, tuple(value.shape)
+    dims = [i for i, placement in enumerate(value.placements) if placement.is_shard()]
     part = Part(shape, 0, shape, mesh, dims[0] if dims else None)
     return part.of_rank(mesh.get_local_rank(dims[0])) if dims else part
 
@@ -123,8 +121,11 @@ def local_like(value: Tensor, like: Tensor, name: str = "value") -> Tensor:
 
 
 def by_rows(value: Any) -> bool:
-    """Whether ranks have ranges of a DTensor's rows, or copies of it."""
-    return not any(placement.is_shard() and placement.dim for placement in value.placements)
+    """Whether a DTensor is sharded along dimension 0 of one mesh dimension at most, and copied over the others."""
+    from torch.distributed.tensor import Replicate, Shard
+
+    other = [placement for placement in value.placements if type(placement) is not Replicate]
+    return len(other) < 2 and all(type(placement) is Shard and placement.dim == 0 for placement in other)
 
 
 def whole_like(values: Tensor, like: Any) -> Any:

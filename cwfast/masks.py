@@ -12,7 +12,7 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from cwfast import _checks, _mask_files, _mask_view, _picks, _streaming, ops, reference
 from cwfast._parameters import Initial, check_apart, check_shapes, initial_values, unwrapped
-from cwfast._shards import is_sharded, local, part_of, reshard
+from cwfast._shards import by_rows, is_sharded, local, local_like, part_of, reshard
 from cwfast.checkpoint import Checkpoint
 from cwfast.errors import CheckpointError
 from cwfast.ops.rewind import Bits
@@ -275,7 +275,8 @@ class _PackedBits(Mapping[str, Tensor]):
 def rewind_(model: nn.Module, masks: MaskSet, initial: Initial, *, backend: str = "auto") -> nn.Module:
     """Put the selected weights back to their initial values, in place; the others are not touched.
 
-    Of a model that FSDP2 shards, each rank writes its own rows, and reads nothing else of ``initial``.
+    Of a sharded model (FSDP2, tensor parallelism), each rank writes its own part. Where that is a range of rows, it
+    reads nothing else of ``initial``.
 
     Args:
         model: the trained model.
@@ -317,7 +318,8 @@ def rewind_(model: nn.Module, masks: MaskSet, initial: Initial, *, backend: str 
 def streamed(
     model: nn.Module, masks: MaskSet, parameters: Mapping[str, nn.Parameter], source: Checkpoint
 ) -> list[Tensor]:
-    """The initial values of the selected entries, in the file's dtypes on the CPU; everything is read once.
+    """The initial values of the selected entries, in the file's dtypes on the CPU; everything is read once, of rows
+    that are dealt to ranks this rank's.
 
     A tied weight may have any of its names in the file.
 
@@ -331,20 +333,40 @@ def streamed(
     shapes = {name: source.entry(stored).shape for name, stored in names.items() if stored in source}
     check_shapes(shapes, parameters)
     picks = {name: _picks.to_device(masks.picks(name), "cpu") for name in parameters}
-    ranges = {name: part_of(p, repr(name)) for name, p in parameters.items() if is_sharded(p)}
-    return _streaming.gather(source, picks, names, {name: (part.begin, part.end) for name, part in ranges.items()})
+    rows = {name: part_of(p, repr(name)) for name, p in parameters.items() if is_sharded(p) and by_rows(p)}
+    other = [name for name, p in parameters.items() if is_sharded(p) and name not in rows]
+    ranges = {name: (part.begin, part.end) for name, part in rows.items()}
+    streams = {name: bits for name, bits in picks.items() if name not in other}
+    found = dict(zip(streams, _streaming.gather(source, streams, names, ranges), strict=True))
+    for name in other:  # whole, one at a time
+        part = local_like(source.tensor(names[name]), parameters[name], repr(name))
+        found[name] = ops.gather([part], [picks[name]])[0]
+    return [found[name] for name in parameters]
 
 
 def placed(model: nn.Module, masks: MaskSet) -> MaskSet:
-    """The set of the entries that this rank has: where its parameters are sharded, this rank's part of the set."""
+    """The set of the entries that this rank has: of parameters that are sharded, its part of a whole set.
+
+    Raises:
+        ValueError: such a parameter has another shape, or is sharded in another way than by dimensions.
+    """
     reshard(model)
-    if not isinstance(masks, MaskSet) or not any(
-        is_sharded(p) for n, p in model.named_parameters() if n in masks.shapes
-    ):
+    if not isinstance(masks, MaskSet):
+        return masks
+    parameters = {name: p for name, p in model.named_parameters() if is_sharded(p) and name in masks.shapes}
+    if not parameters:
         return masks
     from cwfast._sharded_masks import ShardedMaskSet  # built on this module; for those who shard
 
-    return masks if isinstance(masks, ShardedMaskSet) else ShardedMaskSet.of(masks, model)
+    if isinstance(masks, ShardedMaskSet):
+        return masks
+    check_shapes(masks.shapes, parameters, "masks")
+    bits, shapes = {name: masks.picks(name) for name in masks.names}, dict(masks.shapes)
+    for name, parameter in parameters.items():
+        mask = local_like(masks[name], parameter, repr(name))
+        shapes[name] = tuple(mask.shape)
+        bits[name] = _picks.compact(_picks.pack(mask.reshape(-1)), mask.numel())
+    return MaskSet(bits, shapes)
 
 
 def matching(model: nn.Module, masks: MaskSet, *, sharded: bool = False) -> dict[str, nn.Parameter]:

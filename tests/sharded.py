@@ -22,6 +22,7 @@ from torch.nn.functional import cross_entropy
 
 import cwfast
 from cwfast import MaskSet
+from cwfast._shards import is_sharded
 from cwfast.checkpoint import Checkpoint
 from cwfast.defense.gap import gap_gradients, gap_shares
 from cwfast.distributed import ShardedMaskSet, sum_scores
@@ -267,8 +268,12 @@ def rewind(rank, ranks):
     some = MaskSet.from_masks({"norm.weight": masks["norm.weight"]})  # of a parameter that is not sharded
     cwfast.rewind_(partly, some, initial)
     assert torch.equal(partly.norm.weight, expected.norm.weight)
-    with pytest.raises(TypeError, match=r"DTensors, or none; 'scale' is a plain tensor"):
-        cwfast.rewind_(partly, masks, initial)
+    for base in (initial, path):  # some are sharded, some are not
+        partly = copy.deepcopy(plain)
+        fully_shard(partly.middle[0], mesh=mesh_of(ranks))
+        cwfast.rewind_(partly, masks, base)
+        for name, p in partly.named_parameters():
+            assert torch.equal(p.full_tensor() if is_sharded(p) else p, expected.get_parameter(name))
     with pytest.raises(TypeError, match=r"plain tensors; '.*' is a DTensor"):
         cwfast.optim.SelectedAdamW(model, masks)
 

@@ -2,9 +2,13 @@
 
 import copy
 import itertools
+import os
+from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed as dist
+from safetensors.torch import save_file
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
@@ -93,6 +97,7 @@ def tensor_parallel(rank, ranks):
             assert all(is_sharded(score) == is_sharded(parameter) for score, parameter in parts)
             assert all(s.placements == p.placements for s, p in parts if is_sharded(s))
     inputs(mesh)
+    rewound(mesh, rank)
     sequence(mesh, rank, ranks)
     refused(mesh, ranks)
 
@@ -139,6 +144,37 @@ def sequence(mesh, rank, ranks):
     found, gradients = scored(norm, x[:, 2 * rank : 2 * rank + 2], granularity="batch")
     assert gradients["0.weight"].placements != norm[0].weight.placements
     assert_close(whole(found), expected)
+
+
+def rewound(mesh, rank):
+    """By whole masks: from a module, a mapping and a file; the selected weights keep their bits while others train."""
+    torch.manual_seed(0)
+    initial, plain = Block(), Block()
+    x = torch.randn(SAMPLES, 3, WIDTH)
+    path = Path(os.environ["FOLDER"]) / "initial.safetensors"
+    if rank == 0:
+        save_file(dict(initial.state_dict()), path)
+    dist.barrier()
+    split = parallelize_module(copy.deepcopy(plain), mesh, PLAN)
+    scorer = cwfast.SaliencyScorer(split, reduction="sum")
+    with scorer:
+        split(x).square().sum().backward()
+    masks = cwfast.select(whole(scorer.scores()), rate=0.4)
+    expected = cwfast.rewind_(copy.deepcopy(plain), masks, initial)
+    for base in (initial, parallelize_module(copy.deepcopy(initial), mesh, PLAN), initial.state_dict(), path):
+        split = parallelize_module(copy.deepcopy(plain), mesh, PLAN)
+        assert cwfast.rewind_(split, masks, base) is split
+        assert all(torch.equal(p, expected.get_parameter(n)) for n, p in whole(dict(split.named_parameters())).items())
+    split = parallelize_module(copy.deepcopy(plain), mesh, PLAN)
+    optimizer = torch.optim.AdamW(split.parameters(), 0.01, weight_decay=0.1)
+    with cwfast.freeze(split, optimizer, masks, initial=path):
+        for _ in range(5):
+            optimizer.zero_grad()
+            split(x).square().sum().backward()
+            optimizer.step()
+    for name, found in whole(dict(split.named_parameters())).items():
+        assert torch.equal(found[masks[name]], initial.get_parameter(name)[masks[name]])
+        assert not (found == plain.get_parameter(name))[~masks[name]].any()
 
 
 def refused(mesh, ranks):
