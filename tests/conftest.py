@@ -9,7 +9,8 @@ import pytest
 import torch
 from hypothesis import HealthCheck, settings
 
-from cwfast import _backends
+from cwfast import _backends, _streaming
+from cwfast.checkpoint import reader
 
 ISAS = ("scalar", "avx2", "avx512")  # all that csrc/cpu has kernels for
 PATHS = ("reference", *(f"cpu-{isa}" for isa in ISAS), "triton")
@@ -86,6 +87,13 @@ def backend(request):
 def kernel(request):
     """As ``backend``, without the reference."""
     yield from on_path(request.param)
+
+
+@pytest.fixture
+def small_pieces(monkeypatch):
+    """Files are read 65,536 entries at a time."""
+    monkeypatch.setattr(reader.Checkpoint.pieces, "__defaults__", (65_536,))
+    monkeypatch.setattr(_streaming, "PIECE", 65_536)
 
 
 @pytest.fixture

@@ -28,6 +28,7 @@ TESTS = [
     "test_embedding_saliency",
     "test_optim",
     "test_checkpoint",
+    "test_streaming",
     "test_logit_stats",
     "test_lm_token_stats",
     "test_lm_token_kl",
@@ -40,7 +41,7 @@ CHOICE = [
     "-k",
     "not reference or no_worse_than_the_reference",
     "--deselect",
-    "tests/test_checkpoint.py::test_streamed_selection_takes_less_memory_than_the_scores",
+    "tests/test_streaming.py::test_streamed_selection_takes_less_memory_than_the_scores",
 ]
 
 
