@@ -36,7 +36,7 @@ def initial_values(initial: Initial, expected: Mapping[str, Tensor], what: str =
         initial: a module of the same architecture, a mapping (a ``state_dict``), or a safetensors file or folder, of
             which the expected tensors are read.
         expected: what must be there, with these shapes. Of a DTensor (FSDP2), this rank's part of the initial tensor is
-            returned, and of a file nothing else is read.
+            returned, and of a file nothing else is read where that is a range of rows.
         what: the argument's name, for messages.
 
     Raises:
@@ -63,7 +63,7 @@ def _read(checkpoint: Checkpoint, name: str, expected: Tensor) -> Tensor:
     if not is_sharded(expected):
         return checkpoint.tensor(name)
     if not by_rows(expected):
-        return local_like(checkpoint.tensor(name), expected, repr(name))
+        return local_like(checkpoint.tensor(name), expected, repr(name)).clone()  # not all of it stays
     part = part_of(expected, repr(name))
     pieces = [*checkpoint.pieces(name, max(part.end - part.begin, 1), begin=part.begin, end=part.end)]
     return pieces[0].view(part.local) if pieces else torch.empty(part.local, dtype=checkpoint.entry(name).dtype)

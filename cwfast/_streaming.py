@@ -50,7 +50,8 @@ class _Part(NamedTuple):
         """The entries above the bracket and the ``more``, in the smaller form."""
         if not len(more):
             return self.bits
-        bits = _picks.to_bits(self.bits, self.numel).clone()
+        bits = _picks.to_bits(self.bits, self.numel)
+        bits = bits.clone() if bits is self.bits else bits
         _picks.set_(bits, more)
         return _picks.compact(bits, self.numel)
 

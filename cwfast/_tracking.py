@@ -133,6 +133,23 @@ def swap_class(parameter: Tensor, tracked: type) -> Callable[[], object]:
     return restore
 
 
+def dtensor_class(tracked: type, own: type, name: str) -> type:
+    """The class of a DTensor while it is scored. What it is asked for through methods that are no torch functions would
+    go unseen.
+    """
+
+    def refusing(method: Callable[..., Any]) -> Callable[..., Any]:
+        def call(parameter: Tensor, *args: Any, **kwargs: Any) -> Any:
+            if torch.is_grad_enabled():
+                raise unsupported([name], method.__qualname__)
+            return method(parameter, *args, **kwargs)
+
+        return call
+
+    methods = {method: refusing(getattr(own, method)) for method in ("to_local", "full_tensor", "redistribute")}
+    return type("TrackedDTensor", (tracked, own), methods)
+
+
 def unsupported(names: Sequence[str], call: str) -> UnsupportedLayer:
     return UnsupportedLayer(
         f"parameter {', '.join(map(repr, names))} is used by {call}, which no layer rule scores per sample; "

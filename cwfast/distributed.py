@@ -120,25 +120,33 @@ def select_topk(
 
 
 def sum_scores(scores: Mapping[str, Tensor], *, group: dist.ProcessGroup | None = None) -> dict[str, Tensor]:
-    """The sums of all ranks' scores, where each rank has scored whole parameters by its own samples: under DDP.
+    """The sums of all ranks' scores, where each rank has scored parameters by its own samples: under DDP.
 
     New tensors: a scorer's own go on being this rank's. All ranks of the group must call this, with the same names.
-    Under FSDP2 a scorer has done it, and shards the sums.
+    Under FSDP2 a scorer has done it, and shards the sums. Of parameters that tensor parallelism splits, DTensors, the
+    group is that of the ranks that have the same part.
 
     Args:
         scores: ``{name: scores}``, as ``SaliencyScorer.scores`` gives them.
         group: of ``torch.distributed``; None: all ranks.
 
     Raises:
-        TypeError: scores are DTensors.
+        TypeError: scores are DTensors of ranks of the group: FSDP2's, or the group is not given.
     """
+    mine = set(dist.get_process_group_ranks(group))
+    for name, score in scores.items():
+        if _shards.is_sharded(score) and len(mine & set(score.device_mesh.mesh.flatten().tolist())) > 1:
+            raise TypeError(
+                f"scores must be plain tensors, or DTensors of a mesh that has one rank of the group, {sorted(mine)}; "
+                f"{name!r} is one of {score.device_mesh}: under FSDP2 it holds the sums already"
+            )
     found = {}
     for name, score in scores.items():
+        sums = _shards.local(score).to(device_of(group), copy=True)
+        dist.all_reduce(sums, group=group)
+        found[name] = sums.to(score.device)
         if _shards.is_sharded(score):
-            raise TypeError(f"scores must be plain tensors; {name!r} is a DTensor, which holds the sums already")
-        found[name] = score.to(device_of(group), copy=True)
-        dist.all_reduce(found[name], group=group)
-        found[name] = found[name].to(score.device)
+            found[name] = _shards.whole_like(found[name], score)
     return found
 
 

@@ -25,6 +25,7 @@ from cwfast._tracking import (
     add_tiled,
     buffer,
     chosen,
+    dtensor_class,
     multiply_tiled,
     swap_class,
     unsupported,
@@ -221,8 +222,8 @@ class SaliencyScorer:
         """``{name: scores}``, shaped as the parameters. They are the buffers themselves: later batches add to them.
 
         Of parameters that FSDP2 shards, DTensors sharded likewise: sums over the samples of all ranks. Of others, sums
-        over this rank's samples (under DDP: ``cwfast.distributed.sum_scores``), which under tensor parallelism, where
-        they are DTensors too, are those of all.
+        over this rank's samples, in DTensors too where tensor parallelism splits them. If other ranks have samples of
+        their own (DDP, data beside tensor parallelism), ``cwfast.distributed.sum_scores`` adds them up.
 
         Raises:
             RuntimeError: a weight changed unseen, or granularity "batch" saw samples but no ``step()``.
@@ -330,10 +331,10 @@ class SaliencyScorer:
 
     def _track(self, name: str, parameter: Tensor) -> None:
         self._restore.append(parameter.register_hook(lambda _: self._gradient_arrived(name)).remove)
-        tracked: type = self._tracked
-        if is_sharded(parameter):
-            tracked = type("TrackedDTensor", (tracked, type(parameter)), {})
-        self._restore.append(swap_class(parameter, tracked))
+        own, tracked = type(parameter), self._tracked
+        self._restore.append(
+            swap_class(parameter, dtensor_class(tracked, own, name) if is_sharded(parameter) else tracked)
+        )
 
     def _stands_for(self, name: str, whole: Tensor) -> None:
         """Track what FSDP2 puts in the place of a sharded parameter."""

@@ -522,7 +522,7 @@ def ddp(rank, ranks):
         assert scorer.samples == 2 * len(mine)
         del parallel
     model = models(init_device_mesh("cpu", (ranks,)))[2]
-    with pytest.raises(TypeError, match="is a DTensor, which holds the sums already"):
+    with pytest.raises(TypeError, match="under FSDP2 it holds the sums already"):
         sum_scores(score(model, [mine]).scores())
 
 

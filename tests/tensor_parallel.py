@@ -22,6 +22,7 @@ from torch.distributed.tensor.parallel import (
 
 import cwfast
 from cwfast._shards import is_sharded
+from cwfast.distributed import sum_scores
 from cwfast.errors import UnsupportedLayer
 
 SAMPLES, WIDTH = 5, 7  # no number of ranks divides them
@@ -98,6 +99,8 @@ def tensor_parallel(rank, ranks):
             assert all(s.placements == p.placements for s, p in parts if is_sharded(s))
     inputs(mesh)
     rewound(mesh, rank)
+    beside_data(rank, ranks)
+    dealt(mesh, rank, ranks)
     sequence(mesh, rank, ranks)
     refused(mesh, ranks)
 
@@ -177,6 +180,47 @@ def rewound(mesh, rank):
         assert not (found == plain.get_parameter(name))[~masks[name]].any()
 
 
+def beside_data(rank, ranks):
+    """Ranks with the same part of the weights and samples of their own: their sums are those of all samples."""
+    torch.manual_seed(0)
+    plain = Block()
+    mesh = init_device_mesh("cpu", (ranks, 1), mesh_dim_names=("data", "parts"))
+    split = parallelize_module(copy.deepcopy(plain), mesh["parts"], PLAN)
+    x = torch.randn(2 * ranks, 3, WIDTH)
+    expected, _ = scored(plain, x)
+    found, _ = scored(split, x[2 * rank : 2 * rank + 2])
+    with pytest.raises(TypeError, match="must be plain tensors, or DTensors of a mesh that has one rank of the group"):
+        sum_scores({"w": distribute_tensor(x, mesh["data"], [Shard(0)])})
+    sums = sum_scores(found, group=mesh["data"].get_group())
+    assert sums["up.weight"].placements == found["up.weight"].placements
+    assert_close(whole(sums), expected)
+
+
+class Penalised(Block):
+    """A use of a split weight that no torch function sees."""
+
+    def forward(self, x):
+        return super().forward(x) + self.up.weight.full_tensor().square().sum()
+
+
+def dealt(mesh, rank, ranks):
+    """Rows of two dimensions that ranks deal among them: one of each sample is scored, more are refused."""
+    torch.manual_seed(0)
+    plain = nn.Sequential(nn.Linear(WIDTH, 12))
+    split = parallelize_module(copy.deepcopy(plain), mesh, {"0": ColwiseParallel(input_layouts=Shard(0))})
+    x = torch.randn(2 * ranks, WIDTH)
+    for mine in (x[2 * rank : 2 * rank + 2], x[2 * rank : 2 * rank + 2].clone().requires_grad_()):
+        found = []
+        for model, rows in ((plain, x), (split, mine)):
+            scorer = cwfast.SaliencyScorer(model, reduction="sum")
+            with scorer, scorer.batch(size=2 * ranks):
+                model(rows).square().sum().backward()
+            found.append(scorer.scores())
+        assert_close(whole(found[1]), found[0])
+        with cwfast.SaliencyScorer(split), pytest.raises(UnsupportedLayer, match="must be in the order of the samples"):
+            split(mine)
+
+
 def refused(mesh, ranks):
     """What is not scored says so, by name."""
     x = torch.randn(SAMPLES, 2 * ranks, WIDTH)
@@ -190,7 +234,10 @@ def refused(mesh, ranks):
     looped = cwfast.SaliencyScorer(table, fallback="loop")
     with looped, pytest.raises(UnsupportedLayer, match=r"'0\.weight' is used by embedding"):
         table(torch.arange(6).reshape(3, 2))
-    split = parallelize_module(Block(), mesh, PLAN)
+    split = parallelize_module(Penalised(), mesh, PLAN)
+    unseen = pytest.raises(UnsupportedLayer, match=r"'up\.weight' is used by DTensor.full_tensor")
+    with cwfast.SaliencyScorer(split), unseen:
+        split(x)
     with pytest.raises(ValueError, match="norms must be False where parameters are split"):
         cwfast.SaliencyScorer(split, norms=True)
     both = init_device_mesh("cpu", (1, ranks), mesh_dim_names=("data", "parts"))

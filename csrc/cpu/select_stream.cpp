@@ -32,9 +32,9 @@ void settle_typed(const Picks& above, const Picks& inside, const char* values, u
     each_of_block(above, block, [&](int64_t i) { bits[i / 64] |= uint64_t{1} << (i % 64); });
     each_of_block(inside, block, [&](int64_t i) {
       const uint64_t key = key_at<F>(values, value++);
-      const bool tie = (key == threshold) & (ties > 0);
+      const bool tie = (key == threshold) & (ties > 0), taken = (key > threshold) | tie;
       ties -= tie;
-      bits[i / 64] |= uint64_t{(key > threshold) | tie} << (i % 64);
+      bits[i / 64] |= uint64_t{taken} << (i % 64);
     });
   }
 }

@@ -64,8 +64,7 @@ class Tracker(Protocol):
 
 
 Rule = Callable[..., Any]
-_RULES: dict[Callable[..., Any], Rule] = {}
-_TAKE_DTENSORS: set[Callable[..., Any]] = set()
+_RULES: dict[Callable[..., Any], tuple[Rule, bool]] = {}  # and whether it takes DTensors
 
 
 def register(*functions: Callable[..., Any], dtensors: bool = False) -> Callable[[Rule], Rule]:
@@ -76,8 +75,7 @@ def register(*functions: Callable[..., Any], dtensors: bool = False) -> Callable
 
     def add(rule: Rule) -> Rule:
         for function in functions:
-            _RULES[function] = rule
-        _TAKE_DTENSORS.update(functions if dtensors else ())
+            _RULES[function] = rule, dtensors
         return rule
 
     return add
@@ -85,7 +83,8 @@ def register(*functions: Callable[..., Any], dtensors: bool = False) -> Callable
 
 def rule_for(function: Callable[..., Any], dtensors: bool = False) -> Rule | None:
     """The rule that scores calls of ``function``, which is given ``dtensors`` or not."""
-    return _RULES.get(function) if not dtensors or function in _TAKE_DTENSORS else None
+    rule, takes = _RULES.get(function, (None, False))
+    return rule if takes or not dtensors else None
 
 
 from cwfast.layers import attention, broadcast, conv, embedding, experts, heads, linear, norms  # noqa: E402, F401  (rules)

@@ -5,6 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from cwfast._shards import is_sharded
 from cwfast.errors import UnsupportedLayer
 
 
@@ -14,7 +15,11 @@ def owner_of(x: Tensor, samples: int) -> Tensor | None:
     Read off the autograd graph that made x, backwards through operations that keep rows where they are, up to the
     index, a flattening, or another scored layer. None: rows are in the order of the samples, as far as is known.
     """
-    return _walk(x.grad_fn, samples) if x.ndim == 2 and samples else None
+    if x.ndim != 2 or not samples:
+        return None
+    if is_sharded(x) and x.grad_fn is None and len(x) != samples:
+        raise UnsupportedLayer(_DEALT.format("rows that ranks may have dealt among them"))
+    return _walk(x.grad_fn, samples, one_each=len(x) == samples)
 
 
 def owner_behind(node: Any, samples: int) -> Tensor | None:
@@ -29,9 +34,13 @@ _KEEP_ROWS = (
     "Tanh ToCopy ViewAs Where _FromTorchTensor _ToTorchTensor Redistribute "
 )
 _CUT = ("Slice", "Split", "SplitWithSizes")
+_DEALT = (
+    "rows of a 2-D tensor at a split layer must be in the order of the samples, or one of each; got {}. Pass tensors "
+    "whose first dimension is the samples"
+)
 
 
-def _walk(node: Any, samples: int) -> Tensor | None:
+def _walk(node: Any, samples: int, one_each: bool = False) -> Tensor | None:
     squeezed = False  # behind it lies a 3-D tensor, of which only an owner that was noted tells
     for _ in range(100):  # a bound, not a limit that models meet
         if node is None:
@@ -43,6 +52,10 @@ def _walk(node: Any, samples: int) -> Tensor | None:
         squeezed |= kind == "Squeeze"
         if squeezed and kind != "Squeeze" and f" {kind} " not in _KEEP_ROWS:
             return None
+        if kind in ("_FromTorchTensor", "_ToTorchTensor") and not one_each:
+            placements = node.forward_input_placements if kind == "_FromTorchTensor" else node.dtensor_spec.placements
+            if any(placement.is_shard(0) for placement in placements):
+                raise UnsupportedLayer(_DEALT.format(f"rows dealt among ranks, {placements}"))
         if kind in ("Index", "IndexSelect"):
             _refuse_checkpointing()
             return _picked(node, sizes, samples)
