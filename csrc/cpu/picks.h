@@ -39,13 +39,15 @@ inline std::vector<Run> runs_of(const std::vector<Picks>& picks) {
   return runs;
 }
 
-// Calls use(flat index) for the selected entries of a block in order.
+// Calls use(flat index) for the selected entries of a block of a list in order.
 template <class Use>
-void each_of_block(const Picks& p, int64_t block, Use use) {
-  if (p.offset != nullptr) {
-    for (int64_t i = p.offset[block]; i < p.offset[block + 1]; ++i) use(block * kBlock + p.low[i]);
-    return;
-  }
+void each_listed(const Picks& p, int64_t block, Use use) {
+  for (int64_t i = p.offset[block]; i < p.offset[block + 1]; ++i) use(block * kBlock + p.low[i]);
+}
+
+// The same of packed bits.
+template <class Use>
+void each_filled(const Picks& p, int64_t block, Use use) {
   const int64_t first = block * (kBlock / 64), last = (std::min((block + 1) * kBlock, p.numel) + 63) / 64;
   int64_t filled[kBlock / 64], count = 0;  // words that are not zero: found without a branch, which would be guessed
   for (int64_t word = first; word < last; ++word) {
@@ -57,6 +59,11 @@ void each_of_block(const Picks& p, int64_t block, Use use) {
     do use(64 * filled[f] + __builtin_ctzll(left));
     while (left &= left - 1);
   }
+}
+
+template <class Use>
+void each_of_block(const Picks& p, int64_t block, Use use) {
+  p.offset != nullptr ? each_listed(p, block, use) : each_filled(p, block, use);
 }
 
 // Goes through the flat indices of a list, from the first of a block on.

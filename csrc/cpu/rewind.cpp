@@ -129,12 +129,15 @@ int64_t count_run(const Picks& p, const Run& run) {
 // more.
 template <class Announce, class Use>
 void visit(const Picks& p, const Run& run, Announce announce, Use use) {
+  if (p.offset == nullptr) {
+    for (int64_t block = run.first; block < run.last; ++block) each_filled(p, block, use);
+    return;
+  }
   int64_t told = run.first;
   for (int64_t block = run.first; block < run.last; ++block) {
-    while (p.offset != nullptr && told < run.last &&
-           (told <= block + 1 || p.offset[told] - p.offset[block + 1] < kAhead))
-      each_of_block(p, told++, announce);
-    each_of_block(p, block, use);
+    while (told < run.last && (told <= block + 1 || p.offset[told] - p.offset[block + 1] < kAhead))
+      each_listed(p, told++, announce);
+    each_listed(p, block, use);
   }
 }
 
@@ -237,7 +240,7 @@ void list_picks(const Picks& packed, uint16_t* low, int64_t* offset) {
   uint16_t* at = low;
   *offset++ = 0;
   for (int64_t block = 0; block * kBlock < packed.numel; ++block) {
-    each_of_block(packed, block, [&](int64_t i) { *at++ = static_cast<uint16_t>(i); });  // i % kBlock
+    each_filled(packed, block, [&](int64_t i) { *at++ = static_cast<uint16_t>(i); });  // i % kBlock
     *offset++ = at - low;
   }
 }
