@@ -50,7 +50,7 @@ def initial_values(initial: Initial, expected: Mapping[str, Tensor], what: str =
     elif isinstance(initial, str | os.PathLike):
         checkpoint = Checkpoint(initial)
         check_shapes({name: checkpoint.entry(name).shape for name in expected if name in checkpoint}, expected, what)
-        return {name: _read(checkpoint, name, tensor) for name, tensor in expected.items()}
+        return {name: read_like(checkpoint, name, tensor) for name, tensor in expected.items()}
     else:
         raise TypeError(
             f"{what} must be a module, a mapping, or a safetensors file or folder; got {type(initial).__name__}"
@@ -59,7 +59,8 @@ def initial_values(initial: Initial, expected: Mapping[str, Tensor], what: str =
     return {name: local_like(found[name], tensor, f"{what}[{name!r}]") for name, tensor in expected.items()}
 
 
-def _read(checkpoint: Checkpoint, name: str, expected: Tensor) -> Tensor:
+def read_like(checkpoint: Checkpoint, name: str, expected: Tensor) -> Tensor:
+    """The entries of a tensor in a file that ``expected`` has on this rank."""
     if not is_sharded(expected):
         return checkpoint.tensor(name)
     if not by_rows(expected):

@@ -159,11 +159,10 @@ def _check_plain(placements: Any, name: str) -> None:
         raise ValueError(f"{name} must be sharded by dimensions (Shard) or copied (Replicate); got {placements}")
 
 
-def gathered(model: nn.Module) -> set[int]:
-    """The ids of the parameters that FSDP2 shards, and puts whole tensors in the place of."""
+def fsdp_modules(model: nn.Module) -> list[Any]:
+    """The modules that ``fully_shard`` was given: FSDP2 puts whole tensors in the place of their parameters."""
     fsdp = sys.modules.get("torch.distributed.fsdp")
-    modules = [module for module in model.modules() if fsdp is not None and isinstance(module, fsdp.FSDPModule)]
-    return {id(parameter) for module in modules for parameter in module.parameters()}
+    return [module for module in model.modules() if fsdp is not None and isinstance(module, fsdp.FSDPModule)]
 
 
 def summed(whole: Tensor, like: Any) -> Tensor:
@@ -185,7 +184,5 @@ def reshard(model: nn.Module) -> None:
     """Drop the whole copies of FSDP2's parameters that a forward pass has left: they hide the sharded ones, and would
     be used again where those have been written meanwhile.
     """
-    fsdp = sys.modules.get("torch.distributed.fsdp")
-    for module in model.modules() if fsdp is not None else ():
-        if isinstance(module, fsdp.FSDPModule):  # type: ignore[union-attr]
-            module.reshard()
+    for module in fsdp_modules(model):
+        module.reshard()

@@ -4,7 +4,7 @@ from collections.abc import Callable, Mapping
 
 from torch import Tensor, nn
 
-from cwfast._shards import is_sharded
+from cwfast._shards import fsdp_modules, is_sharded
 from cwfast.errors import UnsupportedLayer
 
 
@@ -23,10 +23,8 @@ class StandIns:
     def __init__(
         self, model: nn.Module, parameters: Mapping[str, nn.Parameter], found: Callable[[str, Tensor], None]
     ) -> None:
-        from torch.distributed.fsdp import FSDPModule
-
         self._found, self._parameters = found, parameters
-        self._modules = [module for module in model.modules() if isinstance(module, FSDPModule)]
+        self._modules = fsdp_modules(model)
         names = {id(parameter): name for name, parameter in parameters.items()}
         self._places = [
             (module, key, names[id(parameter)])

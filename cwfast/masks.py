@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from cwfast import _checks, _mask_files, _mask_view, _picks, _streaming, ops, reference
-from cwfast._parameters import Initial, check_apart, check_shapes, initial_values, unwrapped
+from cwfast._parameters import Initial, check_apart, check_shapes, initial_values, read_like, unwrapped
 from cwfast._shards import by_rows, is_sharded, local, local_like, part_of, reshard
 from cwfast.checkpoint import Checkpoint
 from cwfast.errors import CheckpointError
@@ -338,9 +338,8 @@ def streamed(
     ranges = {name: (part.begin, part.end) for name, part in rows.items()}
     streams = {name: bits for name, bits in picks.items() if name not in other}
     found = dict(zip(streams, _streaming.gather(source, streams, names, ranges), strict=True))
-    for name in other:  # whole, one at a time
-        part = local_like(source.tensor(names[name]), parameters[name], repr(name))
-        found[name] = ops.gather([part], [picks[name]])[0]
+    for name in other:
+        found[name] = ops.gather([read_like(source, names[name], parameters[name])], [picks[name]])[0]
     return [found[name] for name in parameters]
 
 

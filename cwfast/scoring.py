@@ -12,7 +12,7 @@ from torch.optim.optimizer import register_optimizer_step_pre_hook
 from torch.utils._pytree import tree_leaves
 
 from cwfast._parameters import Initial, initial_values, trainable
-from cwfast._shards import gathered, is_sharded, local, local_gradient, reshard, summed, versions, whole_like
+from cwfast._shards import fsdp_modules, is_sharded, local, local_gradient, reshard, summed, versions, whole_like
 from cwfast._stand_ins import StandIns
 from cwfast._tracking import (
     NESTED,
@@ -138,7 +138,7 @@ class SaliencyScorer:
         self._newest_task = -1  # autograd numbers its backward passes
         self._restore: list[Callable[[], object]] = []
         self._dtensors = {name: parameter for name, parameter in self._parameters.items() if is_sharded(parameter)}
-        by_fsdp = gathered(model) if self._dtensors else set()
+        by_fsdp = {id(parameter) for module in fsdp_modules(model) for parameter in module.parameters()}
         self._sharded = {name: parameter for name, parameter in self._dtensors.items() if id(parameter) in by_fsdp}
         self._split = len(self._dtensors) > len(self._sharded)  # some by tensor parallelism, which gathers nothing
         if self._split and norms:
